@@ -1,0 +1,26 @@
+"""The exceptions that kvopt raises on purpose, and what each means for the exit code."""
+
+from __future__ import annotations
+
+
+class KvoptError(Exception):
+    """Something failed that is not the user's input (exit code 1)."""
+
+    exit_code = 1
+
+
+class InputError(KvoptError):
+    """The input is wrong: one line that says where, what, and how to mend it (exit code 2, no traceback).
+
+    Args:
+        what: what is wrong, e.g. ``"slot 'text' has no column"``.
+        where: file, line, key or name that it was found at, e.g. ``"train.jsonl:12"``.
+        mend: what the user can do, e.g. ``"rename the column or add it to data.columns"``.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: str | None = None, mend: str | None = None):
+        self.what, self.where, self.mend = what, where, mend
+        line = f"{where}: {what}" if where else what
+        super().__init__(f"{line} ({mend})" if mend else line)

@@ -1,0 +1,1 @@
+"""Training of students on sampled and learned contexts (installed as `kvopt.train`)."""
