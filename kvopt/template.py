@@ -1,0 +1,197 @@
+r"""A prompt template C: static text with named slots ``{{slot}}``, as plain text or as chat messages.
+
+Everything but a well-formed slot is literal: single braces, JSON, ``%``, ``$`` and line endings stay as they are. A backslash in front of a
+slot (``\{{name}}``) makes it literal text too. Slot values are inserted once and never scanned again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kvopt.errors import InputError
+from kvopt.files import sha256_json
+
+SLOT = re.compile(r"(\\?)\{\{\s*([A-Za-z_][A-Za-z0-9_.\-]*)\s*\}\}")
+
+
+@dataclass(frozen=True)
+class Static:
+    """Literal text, with escapes already resolved."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place that an example's value fills."""
+
+    name: str
+
+
+Part = Static | Slot
+
+
+@dataclass(frozen=True)
+class Message:
+    """One chat message; ``content`` is template source and may hold slots."""
+
+    role: str
+    content: str
+
+
+def parse(source: str) -> tuple[Part, ...]:
+    """Split template source into literal text and slots; adjacent literals are joined, empty ones dropped."""
+    parts: list[Part] = []
+    literal = ""
+    end = 0
+    for match in SLOT.finditer(source):
+        literal += source[end : match.start()]
+        end = match.end()
+        if match[1]:
+            literal += match[0][1:]
+            continue
+        if literal:
+            parts.append(Static(literal))
+        parts.append(Slot(match[2]))
+        literal = ""
+    literal += source[end:]
+    if literal:
+        parts.append(Static(literal))
+    return tuple(parts)
+
+
+def escape(text: str) -> str:
+    """Template source whose only part is the literal ``text``.
+
+    A literal that already holds a backslash before a slot-like text cannot be told from an escape; there the backslash is kept once.
+    """
+    return SLOT.sub(lambda m: m[0] if m[1] else "\\" + m[0], text)
+
+
+def unparse(parts: Sequence[Part]) -> str:
+    """The inverse of :func:`parse`."""
+    return "".join(escape(part.text) if isinstance(part, Static) else "{{" + part.name + "}}" for part in parts)
+
+
+def fill_source(source: str, values: Mapping[str, str]) -> str:
+    """``source`` with each slot replaced by its value."""
+    return "".join(part.text if isinstance(part, Static) else values[part.name] for part in parse(source))
+
+
+@dataclass(frozen=True)
+class Template:
+    """Chat ``messages`` or plain ``text``, exactly one of the two, with at least one slot.
+
+    Attributes:
+        messages: chat messages in order, the last one not from the assistant; empty for a text template.
+        text: template source of a text template, else None.
+    """
+
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+
+    @classmethod
+    def from_text(cls, text: str, *, where: str = "template.text") -> Template:
+        """A text template, checked. Raises InputError for one without slots."""
+        return cls(text=text)._checked(where)
+
+    @classmethod
+    def from_messages(cls, messages: Sequence[Mapping[str, str]], *, where: str = "template.messages") -> Template:
+        """A chat template from ``{"role", "content"}`` mappings, checked."""
+        if not messages:
+            raise InputError("no messages", where=where, mend="give at least one user message with a slot")
+        return cls(messages=tuple(Message(m["role"], m["content"]) for m in messages))._checked(where)
+
+    @classmethod
+    def from_file(cls, path: Path) -> Template:
+        """A text template from a UTF-8 file, line endings kept. Raises InputError when it cannot be read."""
+        try:
+            text = path.read_bytes().decode("utf-8-sig")
+        except FileNotFoundError:
+            raise InputError("no such file", where=str(path), mend="paths are relative to the config file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot be read as UTF-8 text: {error}", where=str(path)) from None
+        return cls.from_text(text, where=str(path))
+
+    def _checked(self, where: str) -> Template:
+        if not self.slots:
+            raise InputError("the template has no slots", where=where, mend="mark the variable input as {{name}}")
+        if self.messages and self.messages[-1].role == "assistant":
+            raise InputError("the last message is the assistant's", where=where, mend="end with the user's message; the output is data")
+        return self
+
+    @property
+    def is_chat(self) -> bool:
+        return bool(self.messages)
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """The template source strings: one a message, or the one text."""
+        return tuple(m.content for m in self.messages) if self.is_chat else (self.text or "",)
+
+    def with_fields(self, fields: Sequence[str]) -> Template:
+        """The same template with other source strings (same number)."""
+        if len(fields) != len(self.fields):
+            raise ValueError(f"{len(fields)} fields for a template of {len(self.fields)}")
+        if self.is_chat:
+            return Template(messages=tuple(replace(m, content=f) for m, f in zip(self.messages, fields, strict=True)))
+        return Template(text=fields[0])
+
+    @cached_property
+    def slot_sequence(self) -> tuple[str, ...]:
+        """Every slot occurrence in reading order, repeats included."""
+        return tuple(part.name for field in self.fields for part in parse(field) if isinstance(part, Slot))
+
+    @cached_property
+    def slots(self) -> tuple[str, ...]:
+        """Slot names, each once, in order of first appearance."""
+        return tuple(dict.fromkeys(self.slot_sequence))
+
+    def fill(self, values: Mapping[str, str]) -> str | list[dict[str, str]]:
+        """The prompt for one example: a string, or chat messages for ``apply_chat_template``. Raises KeyError for a missing value."""
+        if self.is_chat:
+            return [{"role": m.role, "content": fill_source(m.content, values)} for m in self.messages]
+        return fill_source(self.text or "", values)
+
+    def leading_static(self) -> tuple[str, ...]:
+        """For each field, the template source before the template's first slot ("" for fields after it): what ``scope: leading`` replaces."""
+        leading, found = [], False
+        for field in self.fields:
+            parts = parse(field)
+            upto = next((i for i, part in enumerate(parts) if isinstance(part, Slot)), None)
+            leading.append("" if found else unparse(parts[:upto]))
+            found = found or upto is not None
+        return tuple(leading)
+
+    def without_static(self) -> Template:
+        """Slots alone: messages without a slot are dropped, slots of one message are joined by newlines."""
+        def bare(field: str) -> str:
+            return "\n".join("{{" + p.name + "}}" for p in parse(field) if isinstance(p, Slot))
+
+        if self.is_chat:
+            return Template(messages=tuple(Message(m.role, bare(m.content)) for m in self.messages if bare(m.content)))
+        return Template(text=bare(self.text or ""))
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"messages": [...]}`` or ``{"text": ...}``, what :meth:`from_json` reads."""
+        if self.is_chat:
+            return {"messages": [{"role": m.role, "content": m.content} for m in self.messages]}
+        return {"text": self.text}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], *, where: str = "template") -> Template:
+        """The template of :meth:`to_json`. Raises InputError when neither or both keys are there."""
+        messages, text = value.get("messages"), value.get("text")
+        if (messages is None) == (text is None):
+            raise InputError("needs either messages or text", where=where)
+        return cls.from_text(text, where=where) if messages is None else cls.from_messages(messages, where=where)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity of the template's text."""
+        return sha256_json(self.to_json())
