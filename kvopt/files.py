@@ -19,7 +19,9 @@ def _raise_for(error: OSError, path: Path) -> None:
     if isinstance(error, PermissionError) or error.errno in (30,):  # EROFS
         raise InputError("no permission to write", where=str(path), mend="choose another --out folder") from error
     if error.errno in (28, 122):  # ENOSPC, EDQUOT
-        raise KvoptError(f"{path}: the disk is full; nothing half-written was kept; free space and run again") from error
+        raise KvoptError(
+            f"{path}: the disk is full; nothing half-written was kept; free space and run again"
+        ) from error
     raise error
 
 

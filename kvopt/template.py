@@ -66,11 +66,8 @@ def parse(source: str) -> tuple[Part, ...]:
 
 
 def escape(text: str) -> str:
-    """Template source whose only part is the literal ``text``.
-
-    A literal that already holds a backslash before a slot-like text cannot be told from an escape; there the backslash is kept once.
-    """
-    return SLOT.sub(lambda m: m[0] if m[1] else "\\" + m[0], text)
+    """Template source whose only part is the literal ``text``."""
+    return SLOT.sub(lambda match: "\\" + match[0], text)
 
 
 def unparse(parts: Sequence[Part]) -> str:
@@ -122,7 +119,11 @@ class Template:
         if not self.slots:
             raise InputError("the template has no slots", where=where, mend="mark the variable input as {{name}}")
         if self.messages and self.messages[-1].role == "assistant":
-            raise InputError("the last message is the assistant's", where=where, mend="end with the user's message; the output is data")
+            raise InputError(
+                "the last message is the assistant's",
+                where=where,
+                mend="end with the user's message; the output is data",
+            )
         return self
 
     @property
@@ -170,6 +171,7 @@ class Template:
 
     def without_static(self) -> Template:
         """Slots alone: messages without a slot are dropped, slots of one message are joined by newlines."""
+
         def bare(field: str) -> str:
             return "\n".join("{{" + p.name + "}}" for p in parse(field) if isinstance(p, Slot))
 
