@@ -1,7 +1,8 @@
 r"""A prompt template C: static text with named slots ``{{slot}}``, as plain text or as chat messages.
 
-Everything but a well-formed slot is literal: single braces, JSON, ``%``, ``$`` and line endings stay as they are. A backslash in front of a
-slot (``\{{name}}``) makes it literal text too. Slot values are inserted once and never scanned again.
+Everything but a well-formed slot is literal: single braces, JSON, ``%``, ``$`` and line endings stay as they are. A
+backslash in front of a slot (``\{{name}}``) makes it literal text too, and only there: ``\\{{name}}`` is one backslash
+and the slot, ``\n`` stays two characters. Slot values are inserted once and never scanned again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from kvopt.errors import InputError
 from kvopt.files import sha256_json
 
-SLOT = re.compile(r"(\\?)\{\{\s*([A-Za-z_][A-Za-z0-9_.\-]*)\s*\}\}")
+SLOT = re.compile(r"(\\*)(\{\{\s*([A-Za-z_][A-Za-z0-9_.\-]*)\s*\}\})")
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,14 @@ def parse(source: str) -> tuple[Part, ...]:
     for match in SLOT.finditer(source):
         literal += source[end : match.start()]
         end = match.end()
-        if match[1]:
-            literal += match[0][1:]
+        backslashes = len(match[1])
+        literal += "\\" * (backslashes // 2)
+        if backslashes % 2:
+            literal += match[2]
             continue
         if literal:
             parts.append(Static(literal))
-        parts.append(Slot(match[2]))
+        parts.append(Slot(match[3]))
         literal = ""
     literal += source[end:]
     if literal:
@@ -67,12 +70,20 @@ def parse(source: str) -> tuple[Part, ...]:
 
 def escape(text: str) -> str:
     """Template source whose only part is the literal ``text``."""
-    return SLOT.sub(lambda match: "\\" + match[0], text)
+    return SLOT.sub(lambda match: "\\" * (2 * len(match[1]) + 1) + match[2], text)
 
 
 def unparse(parts: Sequence[Part]) -> str:
-    """The inverse of :func:`parse`."""
-    return "".join(escape(part.text) if isinstance(part, Static) else "{{" + part.name + "}}" for part in parts)
+    """The inverse of :func:`parse` (adjacent literals are joined): ``parse(unparse(parts)) == parts``."""
+    source = literal = ""
+    for part in parts:
+        if isinstance(part, Static):
+            literal += part.text
+            continue
+        ending = len(literal) - len(literal.rstrip("\\"))
+        source += escape(literal) + "\\" * ending + "{{" + part.name + "}}"
+        literal = ""
+    return source + escape(literal)
 
 
 def fill_source(source: str, values: Mapping[str, str]) -> str:
@@ -102,6 +113,9 @@ class Template:
         """A chat template from ``{"role", "content"}`` mappings, checked."""
         if not messages:
             raise InputError("no messages", where=where, mend="give at least one user message with a slot")
+        for i, m in enumerate(messages):
+            if not (isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)):
+                raise InputError("a message needs a role and a content, both text", where=f"{where}[{i}]")
         return cls(messages=tuple(Message(m["role"], m["content"]) for m in messages))._checked(where)
 
     @classmethod
@@ -154,13 +168,13 @@ class Template:
         return tuple(dict.fromkeys(self.slot_sequence))
 
     def fill(self, values: Mapping[str, str]) -> str | list[dict[str, str]]:
-        """The prompt for one example: a string, or chat messages for ``apply_chat_template``. Raises KeyError for a missing value."""
+        """The prompt for one example: a string, or messages for ``apply_chat_template``; KeyError for a missing value."""
         if self.is_chat:
             return [{"role": m.role, "content": fill_source(m.content, values)} for m in self.messages]
         return fill_source(self.text or "", values)
 
     def leading_static(self) -> tuple[str, ...]:
-        """For each field, the template source before the template's first slot ("" for fields after it): what ``scope: leading`` replaces."""
+        """What ``scope: leading`` replaces: for each field, the source before the first slot ("" for fields after it)."""
         leading, found = [], False
         for field in self.fields:
             parts = parse(field)
@@ -191,7 +205,11 @@ class Template:
         messages, text = value.get("messages"), value.get("text")
         if (messages is None) == (text is None):
             raise InputError("needs either messages or text", where=where)
-        return cls.from_text(text, where=where) if messages is None else cls.from_messages(messages, where=where)
+        if isinstance(text, str):
+            return cls.from_text(text, where=where)
+        if isinstance(messages, Sequence) and not isinstance(messages, str):
+            return cls.from_messages(messages, where=where)
+        raise InputError("text must be a string and messages a list", where=where)
 
     @cached_property
     def sha256(self) -> str:
