@@ -1,1 +1,20 @@
-"""The divergence op: KL between the outputs of two hidden states under a head, without an N x V tensor (installed as `kvopt.kernels`)."""
+"""The divergence op: KL between the outputs of two hidden states under a head, without an N x V tensor.
+
+Installed as ``kvopt.kernels``; depends on torch alone. Start with ``linear_kl`` (values and gradients) and
+``linear_scores`` (values only, everything a context is scored by).
+"""
+
+from kvopt.kernels.linear_kl import LinearKL, linear_kl
+from kvopt.kernels.options import Head, KernelInputError, KLOptions, UnsupportedError
+from kvopt.kernels.scores import Scores, linear_scores
+
+__all__ = [
+    "Head",
+    "KLOptions",
+    "KernelInputError",
+    "LinearKL",
+    "Scores",
+    "UnsupportedError",
+    "linear_kl",
+    "linear_scores",
+]

@@ -1,0 +1,142 @@
+"""Checks what the op was given and decides form, backend, dtypes and chunk size, in one place and before any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvopt.kernels.options import Head, KernelInputError, KLOptions, UnsupportedError
+
+CPU_CHUNK_BYTES = 96 * 2**20
+GPU_CHUNK_BYTES = 512 * 2**20
+GPU_MIN_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a backend needs to know that is not data.
+
+    Args:
+        form: "direct", "difference" or "moments".
+        backend: "reference", "torch" or "triton".
+        accumulate: dtype of the reference logits and of all row-wise work: float32, or float64 for float64 inputs.
+        product: dtype of the difference logits and of the gradient product; 16-bit only in the difference form.
+        rows_per_chunk: tokens whose logits exist at the same time.
+    """
+
+    form: str
+    backend: str
+    accumulate: torch.dtype
+    product: torch.dtype
+    rows_per_chunk: int
+    options: KLOptions
+    head: Head
+    reference_head: Head
+
+
+def make_plan(
+    candidate_hidden: Tensor,
+    reference: Tensor | None,
+    head: Head,
+    reference_head: Head,
+    options: KLOptions,
+) -> Plan:
+    """``reference`` is the reference hidden states, or None where only moments are stored."""
+    _check_hidden(candidate_hidden, head, "candidate_hidden", "head")
+    if reference is not None:
+        _check_hidden(reference, reference_head, "reference_hidden", "reference_head")
+        if reference.shape[0] != candidate_hidden.shape[0]:
+            raise KernelInputError(
+                f"candidate_hidden has {candidate_hidden.shape[0]} tokens and reference_hidden {reference.shape[0]};"
+                " both need one row per gold token, in the same order"
+            )
+        if reference.device != candidate_hidden.device:
+            raise KernelInputError(
+                f"reference_hidden is on {reference.device}, candidate_hidden on"
+                f" {candidate_hidden.device}; move one of them"
+            )
+        if head.size != reference_head.size:
+            raise KernelInputError(
+                f"the heads have {head.size} and {reference_head.size} vocabulary rows; if the rest is padding, give"
+                " Head(vocab=…) the number of real tokens"
+            )
+    form = choose_form(reference is not None, head, reference_head, options)
+    tensors = [candidate_hidden, head.weight, reference_head.weight] + ([] if reference is None else [reference])
+    accumulate = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    product = _product_dtype(candidate_hidden, head, form, accumulate, options)
+    backend = choose_backend(candidate_hidden, form, head, options)
+    rows = rows_per_chunk(candidate_hidden.device, head.size, accumulate, product, options)
+    return Plan(form, backend, accumulate, product, rows, options, head, reference_head)
+
+
+def _check_hidden(hidden: Tensor, head: Head, name: str, head_name: str) -> None:
+    if hidden.dim() != 2:
+        raise KernelInputError(f"{name} has shape {tuple(hidden.shape)}; it must be [N, D], one row per gold token")
+    if not hidden.is_floating_point():
+        raise KernelInputError(f"{name} is {hidden.dtype}; it must be a floating-point tensor of hidden states")
+    if hidden.shape[1] != head.weight.shape[1]:
+        raise KernelInputError(
+            f"{name} has {hidden.shape[1]} features and {head_name}.weight {head.weight.shape[1]};"
+            " give each model's own head (head=…, reference_head=…)"
+        )
+    if hidden.device != head.weight.device:
+        raise KernelInputError(f"{name} is on {hidden.device} and {head_name}.weight on {head.weight.device}")
+
+
+def choose_form(has_reference_hidden: bool, head: Head, reference_head: Head, options: KLOptions) -> str:
+    """Difference where the head is shared, else direct; moments only where moments are all there is (or on request)."""
+    shared = head.same_as(reference_head)
+    form = options.form
+    if form == "auto":
+        return "moments" if not has_reference_hidden else "difference" if shared else "direct"
+    if form == "moments":
+        problem = _moments_problem(head, reference_head, options)
+        if problem:
+            raise UnsupportedError(f'form="moments" {problem}; use form="auto" with reference hidden states')
+    elif not has_reference_hidden:
+        raise UnsupportedError(
+            f'form="{form}" needs reference hidden states and only moments are stored;'
+            ' use form="moments" or store the hidden states'
+        )
+    elif form == "difference" and not shared:
+        raise UnsupportedError('form="difference" needs one head shared by candidate and reference; use form="direct"')
+    return form
+
+
+def _moments_problem(head: Head, reference_head: Head, options: KLOptions) -> str | None:
+    if options.divergence != "forward":
+        return f'computes the forward KL only, not divergence="{options.divergence}"'
+    if head.softcap is not None:
+        return "does not work with a softcap (the logits are not linear in the hidden states)"
+    if head.trained:
+        return "does not compute gradients of the head"
+    return None
+
+
+def choose_backend(hidden: Tensor, form: str, head: Head, options: KLOptions) -> str:
+    """Triton on a GPU where it is installed and has the form; torch everywhere else; reference only on request."""
+    if options.backend != "auto":
+        return options.backend
+    return "torch"
+
+
+def _product_dtype(hidden: Tensor, head: Head, form: str, accumulate: torch.dtype, options: KLOptions) -> torch.dtype:
+    """16-bit products of the difference keep the contract; those of direct logits do not (and fp16 on a CPU is slow)."""
+    if options.products == "float32" or form != "difference" or hidden.dtype != head.weight.dtype:
+        return accumulate
+    if hidden.dtype == torch.float16 and hidden.device.type == "cpu":
+        return accumulate
+    return hidden.dtype if hidden.dtype in (torch.bfloat16, torch.float16) else accumulate
+
+
+def rows_per_chunk(
+    device: torch.device, vocabulary: int, accumulate: torch.dtype, product: torch.dtype, options: KLOptions
+) -> int:
+    """Tokens per chunk so that both logit buffers fit the budget; by default at least 16 on a CPU, 1,024 on a GPU."""
+    on_cpu = device.type == "cpu"
+    budget = options.chunk_bytes or (CPU_CHUNK_BYTES if on_cpu else GPU_CHUNK_BYTES)
+    rows = budget // (vocabulary * (accumulate.itemsize + product.itemsize))
+    floor = 1 if options.chunk_bytes else 16 if on_cpu else GPU_MIN_ROWS
+    return max(floor, rows)

@@ -1,0 +1,80 @@
+"""The row-wise part of the torch backend: from logits to per-token divergence and its gradient, in cache-sized blocks.
+
+One formula serves every form. It takes reference logits z_t and the *difference* u = z_s − z_t, both [R, V], and works
+on the log-ratio d = log q − log p = v − c with v = u − Σ p u and c = log Σ p e^v = log1p(Σ p expm1(v)), so that errors
+of the logits enter the value to second order and nothing cancels as q → p:
+
+    forward KL(p‖q)   value c − Σ p v                            dL/dz_s = p · expm1(d)
+    reverse KL(q‖p)   value L = Σ q d                            dL/dz_s = q · (d − L)
+    JSD_β             value (1−β) Σ q a − β Σ p s                dL/dz_s = (1−β) q · (a − Σ q a)
+                      s = log m − log p = log1p((1−β) expm1(d)),  a = log q − log m = d − s
+
+Values are never clamped: a negative KL is an error meter.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGE_LOG_RATIO = 30.0
+"""Beyond this log-ratio, p · e^v loses range, and rows use exp(log p + v) instead."""
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """[R]: row-wise dot products of two [R, V] tensors without a third one."""
+    return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]
+
+
+def divergence_rows(
+    z_t: Tensor, u: Tensor, divergence: str, beta: float, want_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Value [R] and dL/dz_s [R, V] (None unless wanted) of a block of rows; both inputs may be overwritten.
+
+    z_t, u: [R, V] float32 or float64. On a CPU the frequent case takes a path with few passes over memory.
+    """
+    if not u.is_cuda and divergence == "forward":
+        p = torch.softmax(z_t, -1)
+        v = u.sub_(dot(p, u)[:, None])
+        if v.numel() == 0 or v.max() < LARGE_LOG_RATIO:
+            return _forward_rows_small(p, v, want_gradient)
+        u = v
+    return divergence_rows_any_size(z_t, u, divergence, beta, want_gradient)
+
+
+def _forward_rows_small(p: Tensor, v: Tensor, want_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Forward KL where every v < LARGE_LOG_RATIO; uses expm1(v − c) = e^−c expm1(v) + expm1(−c)."""
+    residual = dot(p, v)
+    v.expm1_()
+    c = torch.log1p(dot(p, v))
+    value = c - residual
+    if not want_gradient:
+        return value, None
+    v.mul_(torch.exp(-c)[:, None]).add_(torch.expm1(-c)[:, None])
+    return value, p.mul_(v)
+
+
+def divergence_rows_any_size(
+    z_t: Tensor, u: Tensor, divergence: str, beta: float, want_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As ``divergence_rows``, out of place, for log-ratios of any size and without a look at the data from the host."""
+    log_p = torch.log_softmax(z_t, -1)
+    p = log_p.exp()
+    v = u - (p * u).sum(-1, keepdim=True)
+    c_near = torch.log1p((p * torch.expm1(v.clamp(max=1.0))).sum(-1, keepdim=True))
+    c = torch.where(v.amax(-1, keepdim=True) > 1.0, torch.logsumexp(log_p + v, -1, keepdim=True), c_near)
+    d = v - c
+    q = torch.where(d < 0.5, p * (1 + torch.expm1(d.clamp(max=0.5))), (log_p + d).exp())
+    if divergence == "forward":
+        value = (c - (p * v).sum(-1, keepdim=True))[:, 0]
+        return value, torch.where(d < 0.5, p * torch.expm1(d.clamp(max=0.5)), q - p) if want_gradient else None
+    if divergence == "reverse":
+        mean = (q * d).sum(-1, keepdim=True)
+        return mean[:, 0], q * (d - mean) if want_gradient else None
+    s = torch.where(
+        d < 30.0, torch.log1p((1 - beta) * torch.expm1(d.clamp(max=30.0))), d + torch.log1p(d.new_tensor(-beta))
+    )
+    a = d - s
+    mean = (q * a).sum(-1, keepdim=True)
+    value = (1 - beta) * mean - beta * (p * s).sum(-1, keepdim=True)
+    return value[:, 0], (1 - beta) * q * (a - mean) if want_gradient else None
