@@ -1,0 +1,121 @@
+"""Model folders from the Hugging Face hub and from kvopt's own cache; what is cached is used first, and nothing waits
+long for a network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from filelock import FileLock
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from kvopt.errors import InputError
+
+TIMEOUT = 4.0  # seconds until the hub counts as unreachable
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
+
+
+def cache_folder() -> Path:
+    """``$KVOPT_CACHE``, or ``$XDG_CACHE_HOME/kvopt``, or ``~/.cache/kvopt``; not created."""
+    if chosen := os.environ.get("KVOPT_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvopt"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock beside ``path`` against other processes; it is released when the process ends, however it ends."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        lock.acquire()
+    except OSError as error:
+        mend = "set KVOPT_CACHE to a folder you can write to"
+        raise InputError(f"no permission to write ({error.strerror})", where=str(path.parent), mend=mend) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files that transformers would load from ``folder``: safetensors if there are any, else PyTorch
+    files."""
+    for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"):
+        if files := sorted(
+            file for file in folder.glob(pattern) if not file.name.startswith(("adapter_", "consolidated"))
+        ):
+            return files
+    return []
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether any file in ``folder`` can hold a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def unreachable() -> str | None:
+    """Why the hub cannot be used now, in a few words, or None when it answers."""
+    if constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        return "offline mode is on (HF_HUB_OFFLINE)"
+    try:
+        httpx.head(constants.ENDPOINT, timeout=TIMEOUT)
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        return f"the hub cannot be reached ({type(error).__name__})"
+    return None
+
+
+def snapshot(name: str, revision: str | None = None) -> Path:
+    """The folder of a hub model: the local hub cache when it is complete, else a download.
+
+    Raises InputError when the id is unknown, gated, or neither cached nor reachable.
+    """
+    where = f"model.base {name}"
+    try:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        if (folder / "config.json").is_file() and has_tokenizer(folder) and weight_files(folder):
+            return folder
+    except LocalEntryNotFoundError:
+        pass
+    if reason := unreachable():
+        mend = "check the name and the network, or give a local folder or .gguf file"
+        raise InputError(f"not in the local hub cache, and {reason}", where=where, mend=mend)
+    try:
+        return download(name, revision)
+    except GatedRepoError as error:
+        raise InputError("access to this hub model needs permission", where=where, mend="log in to the hub") from error
+    except RepositoryNotFoundError as error:
+        raise InputError("no such model on the hub", where=where, mend="check the id or log in to the hub") from error
+    except (HfHubHTTPError, httpx.HTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"the download failed: {reason}", where=where, mend="run again to resume it") from error
+
+
+def download(name: str, revision: str | None = None, target: Path | None = None) -> Path:
+    """Fetch config, tokenizer and weights (safetensors, else PyTorch files) of the repository's top folder."""
+    for weights in ("*.safetensors", "pytorch_model*.bin"):
+        folder = Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                local_dir=target,
+                allow_patterns=[*SMALL_FILES, weights],
+                ignore_patterns=["*/*", "consolidated*", "adapter_*"],
+            )
+        )
+        if weight_files(folder):
+            break
+    return folder
