@@ -1,0 +1,6 @@
+"""Contexts: whatever stands in for a template. Every kind can be turned into a KV prefix that bodies attend to."""
+
+from kvopt.contexts.context import Context, KVContext, NoContext, SoftContext, TextContext
+from kvopt.contexts.folder import load_context, save_context
+
+__all__ = ["Context", "KVContext", "NoContext", "SoftContext", "TextContext", "load_context", "save_context"]

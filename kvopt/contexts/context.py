@@ -1,0 +1,129 @@
+"""The kinds of context. Each says which token ids its bodies have and what prefix they attend to; nothing else differs between them.
+
+Symbols: T slots, L layers, H key/value heads, d head dimension, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kvopt.attention import Prefix, prefill
+from kvopt.encoding import Encoded
+from kvopt.files import sha256_bytes, sha256_json
+from kvopt.model import Base
+from kvopt.template import Template
+
+
+@dataclass(frozen=True)
+class Context:
+    """What stands in for the template C."""
+
+    name: str
+    kind: ClassVar[str] = ""
+
+    @property
+    def tokens(self) -> int:
+        """Length of the prefix in slots (text: tokens)."""
+        raise NotImplementedError
+
+    def bodies(self, original: Encoded) -> Encoded:
+        """The rows to run behind this context, given those of the original template."""
+        return original
+
+    def prefix(self, base: Base) -> Prefix:
+        """The KV prefix, in the base's dtype, on its device, without gradient history."""
+        raise NotImplementedError
+
+    def sha256(self) -> str:
+        """Identity of the context's content."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TextContext(Context):
+    """A template's text; ``encoded`` are all examples under it, its own seam included."""
+
+    template: Template
+    encoded: Encoded
+    lineage: dict[str, Any] = field(default_factory=dict, compare=False)
+    kind: ClassVar[str] = "text"
+
+    @property
+    def tokens(self) -> int:
+        return len(self.encoded.prefix)
+
+    def bodies(self, original: Encoded) -> Encoded:
+        return self.encoded.select([row.example_id for row in original.rows])
+
+    def prefix(self, base: Base) -> Prefix:
+        with torch.no_grad():
+            return prefill(base, ids=torch.tensor(self.encoded.prefix, device=base.device, dtype=torch.int64))
+
+    def sha256(self) -> str:
+        return sha256_json([self.template.to_json(), self.encoded.prefix])
+
+
+@dataclass(frozen=True)
+class NoContext(Context):
+    """No template at all: the original's bodies behind nothing but the tokenizer's BOS, where it has one."""
+
+    bos: Sequence[int] = ()
+    kind: ClassVar[str] = "text"
+
+    @property
+    def tokens(self) -> int:
+        return len(self.bos)
+
+    def prefix(self, base: Base) -> Prefix:
+        with torch.no_grad():
+            return prefill(base, ids=torch.tensor(list(self.bos), device=base.device, dtype=torch.int64))
+
+    def sha256(self) -> str:
+        return sha256_json(["none", list(self.bos)])
+
+
+@dataclass(frozen=True)
+class SoftContext(Context):
+    """A soft prompt: ``embeddings`` [T, D] fp32 in the space of ``get_input_embeddings()(ids)``."""
+
+    embeddings: Tensor
+    kind: ClassVar[str] = "soft"
+
+    @property
+    def tokens(self) -> int:
+        return self.embeddings.shape[0]
+
+    def prefix(self, base: Base) -> Prefix:
+        with torch.no_grad():
+            return prefill(base, embeddings=self.embeddings.to(base.device, base.dtype))
+
+    def sha256(self) -> str:
+        return _tensor_sha256(self.embeddings)
+
+
+@dataclass(frozen=True)
+class KVContext(Context):
+    """A KV cache: ``states`` [T, L, 2, H, d] fp32, keys after RoPE such that bodies start at position T."""
+
+    states: Tensor
+    kind: ClassVar[str] = "kv"
+
+    @property
+    def tokens(self) -> int:
+        return self.states.shape[0]
+
+    def prefix(self, base: Base) -> Prefix:
+        return Prefix.unstack(self.states.to(base.device), base.dtype)
+
+    def sha256(self) -> str:
+        return _tensor_sha256(self.states)
+
+
+def _tensor_sha256(tensor: Tensor) -> str:
+    data = tensor.detach().to("cpu", torch.float32).contiguous()
+    return sha256_bytes(str(tuple(data.shape)).encode() + data.numpy().tobytes())

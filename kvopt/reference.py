@@ -1,0 +1,145 @@
+"""The reference p(·|V,C): hidden states of the base under the original template at every position that predicts a gold token.
+
+Kept as safetensors shards of some hundred examples, in the model's dtype, with the key of everything they depend on; read back row by row
+through a memory map. Logits are never stored: the head is applied when they are needed (``kvopt.kernels``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from kvopt.attention import Prefix, gold_hidden
+from kvopt.encoding import Encoded, Row, length_buckets, make_batch
+from kvopt.errors import InputError, KvoptError
+from kvopt.files import sha256_json, write_bytes, write_json
+from kvopt.model import Base
+
+ROWS_PER_SHARD = 256
+Progress = Callable[[int], None]
+
+
+def reference_key(base: Base, encoded: Encoded, batch_size: int) -> str:
+    """Identity of all that the reference depends on: base, dtype, token stream, batching."""
+    return sha256_json([base.identity, str(base.dtype), str(base.device.type), encoded.sha256(), batch_size, ROWS_PER_SHARD])
+
+
+@dataclass
+class Reference:
+    """Stored hidden states; ``hidden`` gives those of some examples."""
+
+    folder: Path
+    key: str
+    index: dict[str, tuple[int, int, int]]  # example id → shard, first token, end
+    hidden_size: int
+
+    def __post_init__(self) -> None:
+        self._files: dict[int, Any] = {}
+
+    def hidden(self, example_ids: Sequence[str]) -> Tensor:
+        """[G, D], the gold tokens of these examples one after the other."""
+        return torch.cat([self._slice(*self.index[i]) for i in example_ids])
+
+    def counts(self, example_ids: Sequence[str]) -> list[int]:
+        """Gold tokens of each example."""
+        return [self.index[i][2] - self.index[i][1] for i in example_ids]
+
+    def _slice(self, shard: int, first: int, end: int) -> Tensor:
+        if shard not in self._files:
+            self._files[shard] = safe_open(str(self.folder / shard_name(shard)), framework="pt").__enter__()
+        return self._files[shard].get_slice("hidden")[first:end]
+
+
+def shard_name(shard: int) -> str:
+    return f"hidden-{shard:05d}.safetensors"
+
+
+def build_reference(
+    base: Base, prefix: Prefix, encoded: Encoded, folder: Path, *, batch_size: int = 16, progress: Progress | None = None
+) -> Reference:
+    """Compute what is missing of the reference in ``folder`` and open it.
+
+    Shards with the right key are kept, so an interrupted build goes on where it stopped and ends in the same bytes. ``progress`` is called with
+    the number of rows finished.
+    """
+    key = reference_key(base, encoded, batch_size)
+    rows = encoded.rows
+    for shard, first in enumerate(range(0, len(rows), ROWS_PER_SHARD)):
+        part = rows[first : first + ROWS_PER_SHARD]
+        path = folder / shard_name(shard)
+        if _shard_key(path) != key:
+            hidden = _hidden_of(base, prefix, part, batch_size, progress)
+            write_bytes(path, save({"hidden": hidden.cpu()}, metadata={"key": key, "format": "pt"}))
+        elif progress:
+            progress(len(part))
+    write_json(
+        folder / "index.json",
+        {
+            "key": key,
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "hidden_size": base.geometry.hidden_size,
+            "rows_per_shard": ROWS_PER_SHARD,
+            "rows": [[row.example_id, len(row.gold)] for row in rows],
+        },
+    )
+    return open_reference(folder, key)
+
+
+def open_reference(folder: Path, key: str) -> Reference:
+    """The stored reference. Raises InputError when it is not the one that ``key`` names, or damaged."""
+    path = folder / "index.json"
+    try:
+        stored = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"the reference cannot be read: {error}", where=str(path), mend="run kvopt run again") from None
+    if stored["key"] != key:
+        raise InputError("the reference belongs to another base, template or data set", where=str(folder), mend="run kvopt run again")
+    index: dict[str, tuple[int, int, int]] = {}
+    position = 0
+    for number, (example_id, count) in enumerate(stored["rows"]):
+        shard, inside = divmod(number, stored["rows_per_shard"])
+        position = 0 if inside == 0 else position
+        index[example_id] = (shard, position, position + count)
+        position += count
+    shards = range(-(-len(stored["rows"]) // stored["rows_per_shard"]))
+    for shard in shards:
+        if _shard_key(folder / shard_name(shard)) != key:
+            raise InputError("a shard of the reference is missing, damaged or another's", where=str(folder / shard_name(shard)))
+    return Reference(folder, key, index, stored["hidden_size"])
+
+
+def _shard_key(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return (file.metadata() or {}).get("key")
+    except (SafetensorError, OSError):
+        return None
+
+
+def _hidden_of(base: Base, prefix: Prefix, rows: Sequence[Row], batch_size: int, progress: Progress | None) -> Tensor:
+    counts = [len(row.gold) for row in rows]
+    offsets = [sum(counts[:i]) for i in range(len(counts))]
+    hidden = torch.empty(sum(counts), base.geometry.hidden_size, dtype=base.dtype)
+    for index in length_buckets(rows, batch_size):
+        batch = make_batch(rows, index).to(base.device)
+        with torch.no_grad():
+            states = gold_hidden(base, prefix, batch).cpu()
+        if not torch.isfinite(states).all():
+            raise KvoptError(f"the base gives values that are not finite on {rows[index[0]].example_id} or its batch; try float32")
+        start = 0
+        for i in index:
+            hidden[offsets[i] : offsets[i] + counts[i]] = states[start : start + counts[i]]
+            start += counts[i]
+        if progress:
+            progress(len(index))
+    return hidden
