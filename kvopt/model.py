@@ -26,7 +26,7 @@ from kvopt.errors import InputError
 from kvopt.files import sha256_file
 from kvopt.gguf import save_gguf_as_folder
 from kvopt.identity import chat_template_sha256, config_sha256, tokenizer_sha256, weights_sha256
-from kvopt.kernels.options import Head
+from kvopt.kernels import Head
 from kvopt.rope import Pairing, rotary, rotate_keys
 
 __all__ = ["Base", "Geometry", "ModelConfig", "load_base", "rotary", "rotate_keys"]

@@ -1,0 +1,66 @@
+"""Shared fixtures. Tests are seeded, run offline, and use one thread a worker; slow and gpu tests run only when asked
+for (``-m slow``)."""
+
+from __future__ import annotations
+
+import os
+import random
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+from kvopt.model import Base, ModelConfig, load_base
+from tests.tiny import MODELS, TOKENIZERS, tiny_base, tiny_tokenizer
+
+settings.register_profile("kvopt", derandomize=True, deadline=None, print_blob=False)
+settings.load_profile("kvopt")
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def llama() -> Base:
+    """Tiny Llama with the ChatML tokenizer."""
+    return tiny_base("llama")
+
+
+@pytest.fixture(scope="session")
+def qwen3() -> Base:
+    """Tiny Qwen3 with the tokenizer without a chat template."""
+    return tiny_base("qwen3")
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> Base:
+    """Tiny Gemma 3 with the Gemma-like tokenizer."""
+    return tiny_base("gemma3")
+
+
+@pytest.fixture(scope="session", params=MODELS)
+def base(request: pytest.FixtureRequest) -> Base:
+    """Each tiny base in turn."""
+    return tiny_base(request.param)
+
+
+@pytest.fixture(scope="session", params=TOKENIZERS)
+def tokenizer(request: pytest.FixtureRequest) -> object:
+    """Each tiny tokenizer in turn."""
+    return tiny_tokenizer(request.param)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Base:
+    """The built-in base in float32, from the user's cache, made on first use (for tests marked slow)."""
+    return load_base(ModelConfig(dtype="float32", device="cpu"))
