@@ -168,13 +168,13 @@ class Template:
         return tuple(dict.fromkeys(self.slot_sequence))
 
     def fill(self, values: Mapping[str, str]) -> str | list[dict[str, str]]:
-        """The prompt for one example: a string, or messages for ``apply_chat_template``; KeyError for a missing value."""
+        """One prompt: a string, or messages for ``apply_chat_template``. Raises KeyError for a missing value."""
         if self.is_chat:
             return [{"role": m.role, "content": fill_source(m.content, values)} for m in self.messages]
         return fill_source(self.text or "", values)
 
     def leading_static(self) -> tuple[str, ...]:
-        """What ``scope: leading`` replaces: for each field, the source before the first slot ("" for fields after it)."""
+        """What ``scope: leading`` replaces: each field's source before the first slot ("" for fields after it)."""
         leading, found = [], False
         for field in self.fields:
             parts = parse(field)
@@ -192,6 +192,20 @@ class Template:
         if self.is_chat:
             return Template(messages=tuple(Message(m.role, bare(m.content)) for m in self.messages if bare(m.content)))
         return Template(text=bare(self.text or ""))
+
+    def without_trailing_static(self) -> Template:
+        """The same template without the static text behind the first slot: later slots follow it, each on its own line."""
+        fields, found = [], False
+        for field in self.fields:
+            parts = parse(field)
+            first = next((i for i, part in enumerate(parts) if isinstance(part, Slot)), len(parts))
+            lead = "" if found else unparse(parts[:first])
+            fields.append(lead + "\n".join("{{" + p.name + "}}" for p in parts[first:] if isinstance(p, Slot)))
+            found = found or first < len(parts)
+        if not self.is_chat:
+            return Template(text=fields[0])
+        messages = zip(self.messages, fields, strict=True)
+        return Template(messages=tuple(Message(m.role, f) for m, f in messages if f))
 
     def to_json(self) -> dict[str, Any]:
         """``{"messages": [...]}`` or ``{"text": ...}``, what :meth:`from_json` reads."""

@@ -1,0 +1,130 @@
+"""From a row's columns to an example's slot values and output, by column name, by path, or out of chat ``messages``.
+
+A path names a column, or a place inside one: ``meta.title``, ``messages.0.content``, ``messages.user`` (the last user
+message before the output), ``messages.system``, ``messages.assistant`` (the last assistant message).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MESSAGES = "messages"
+DEFAULT_OUTPUT = "output"
+
+
+class NoValue(Exception):
+    """A row that does not give what is asked of it; the text says why, without the place."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where the values of ``slots`` and the output are found in a row.
+
+    Attributes:
+        slots: the template's slot names.
+        paths: slot name → path; a slot that is not in it has a column of its own name.
+        output: path of the output.
+    """
+
+    slots: tuple[str, ...]
+    paths: Mapping[str, str]
+    output: str
+
+    def values(self, fields: Mapping[str, Any]) -> dict[str, str]:
+        """The slot values of one row. Raises NoValue."""
+        return {slot: self._value(slot, fields) for slot in self.slots}
+
+    def gold(self, fields: Mapping[str, Any]) -> str:
+        """The output of one row, not blank. Raises NoValue."""
+        path = self.output
+        if path == DEFAULT_OUTPUT and path not in fields and MESSAGES in fields:
+            path = f"{MESSAGES}.assistant"
+            messages = fields[MESSAGES]
+            if isinstance(messages, list) and messages and _role(messages[-1]) != "assistant":
+                raise NoValue("the last of the messages is not the assistant's, so there is no output")
+        text = as_text(find(fields, path, "the output"), f"the output ({path!r})")
+        if not text.strip():
+            raise NoValue("the output is empty")
+        return text
+
+    def used(self, fields: Mapping[str, Any]) -> set[str]:
+        """The top-level columns that a row's values and output come from."""
+        paths = [self._path(slot, fields) for slot in self.slots] + [self.output, MESSAGES]
+        used = {path if path in fields else path.split(".")[0] for path in paths}
+        from_messages = self.output not in fields or any(path.startswith(f"{MESSAGES}.") for path in paths)
+        return used if from_messages else used - {MESSAGES}
+
+    def _path(self, slot: str, fields: Mapping[str, Any]) -> str:
+        if slot in self.paths:
+            return self.paths[slot]
+        implicit = slot not in fields and len(self.slots) == 1 and MESSAGES in fields
+        return f"{MESSAGES}.user" if implicit else slot
+
+    def _value(self, slot: str, fields: Mapping[str, Any]) -> str:
+        path = self._path(slot, fields)
+        return as_text(find(fields, path, f"slot {slot!r}"), f"slot {slot!r} ({path!r})")
+
+
+def find(fields: Mapping[str, Any], path: str, what: str) -> Any:
+    """The value at ``path``. Raises NoValue, naming ``what`` the value is for, when there is none."""
+    if path in fields:
+        return fields[path]
+    value: Any = fields
+    for step in path.split("."):
+        if isinstance(value, Mapping) and step in value:
+            value = value[step]
+        elif isinstance(value, list) and step.lstrip("-").isdigit() and -len(value) <= int(step) < len(value):
+            value = value[int(step)]
+        elif isinstance(value, list) and _last_message(value, step) is not None:
+            value = _last_message(value, step)
+        else:
+            there = f" (the row has: {', '.join(list(fields)[:8])})"
+            raise NoValue(f"{what} has no column {path!r}{there}")
+    return _content(value)
+
+
+def as_text(value: Any, what: str) -> str:
+    """Text as it is, numbers and booleans in their JSON spelling. Raises NoValue for anything else."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise NoValue(f"{what} holds half of a surrogate pair, which is no character") from None
+        return value
+    if value is None:
+        raise NoValue(f"{what} is null")
+    kind = "a list" if isinstance(value, list) else "an object" if isinstance(value, Mapping) else type(value).__name__
+    raise NoValue(f"{what} is {kind}, not text; serialise it, e.g. with json.dumps")
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, Mapping) else None
+
+
+def _last_message(messages: list[Any], role: str) -> Any:
+    """The last message of ``role``; of other roles than the assistant's only what comes before its last message."""
+    answers = [i for i, message in enumerate(messages) if _role(message) == "assistant"]
+    upto = len(messages) if role == "assistant" or not answers else answers[-1]
+    return next((m for m in reversed(messages[:upto]) if _role(m) == role), None)
+
+
+def _content(value: Any) -> Any:
+    """The text of a chat message or of its list of text parts; any other value as it is."""
+    if isinstance(value, Mapping) and "role" in value and "content" in value:
+        value = value["content"]
+    if isinstance(value, list) and value and all(isinstance(p, Mapping) and p.get("type") == "text" for p in value):
+        return "".join(str(part.get("text", "")) for part in value)
+    return value
+
+
+def unseen_turns(fields: Mapping[str, Any], columns: Columns) -> bool:
+    """Whether a conversation has user or assistant turns that neither a slot nor the output takes."""
+    messages = fields.get(MESSAGES)
+    if not isinstance(messages, list) or MESSAGES not in columns.used(fields):
+        return False
+    turns = sum(_role(message) in ("user", "assistant") for message in messages)
+    return turns > len(columns.slots) + 1
