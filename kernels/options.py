@@ -16,7 +16,7 @@ DIVERGENCES = ("forward", "reverse", "jsd")
 FORMS = ("auto", "direct", "difference", "moments")
 BACKENDS = ("auto", "reference", "torch", "triton")
 ROWS = ("auto", "eager", "compiled")
-PRODUCTS = ("auto", "input", "float32")
+PRODUCTS = ("auto", "float32")
 REDUCTIONS = ("mean", "sum")
 
 
@@ -118,10 +118,10 @@ class KLOptions:
         temperature: T > 0. No T² factor is folded in.
         chunk_bytes: budget for the logit-sized buffers of one chunk, ≥ 1 MiB; None picks 96 MiB on a CPU, and on a GPU
             512 MiB with never fewer than 1,024 rows.
-        rows: row-wise work on a CPU: "eager" (blocked, in place), "compiled" (torch.compile; falls back to eager once,
-            with a warning, where there is no compiler), "auto".
-        products: dtype of the head products. "input": the dtype of the hidden states and head; "float32"; "auto": see
-            the README (float32 where rounding the logits would break the precision contract).
+        rows: row-wise work of the torch backend: "eager" (on a CPU blocked and in place), "compiled" (torch.compile;
+            falls back to eager for good, with a warning, where compiling fails), "auto" (eager; it was the faster one).
+        products: "float32" computes every product in float32. "auto" uses 16-bit products where they keep the
+            precision contract and are faster: the difference form, 16-bit inputs, on hardware that has them.
         reduction: how ``result.loss`` reduces: "mean" (Σ w·kl / Σ w over unmasked tokens) or "sum".
     """
 

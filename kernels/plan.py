@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,14 +22,17 @@ class Plan:
     Args:
         form: "direct", "difference" or "moments".
         backend: "reference", "torch" or "triton".
-        accumulate: dtype of the reference logits and of all row-wise work: float32, or float64 for float64 inputs.
-        product: dtype of the difference logits and of the gradient product; 16-bit only in the difference form.
+        accumulate: dtype of all row-wise work: float32, or float64 for float64 inputs.
+        logits: dtype in which products are kept between product and row-wise work. 16-bit only on a CPU, whose 16-bit
+            products cannot return float32; the likeliest tokens are then refined (refine.py).
+        product: dtype of the operands of the difference and gradient products; 16-bit only in the difference form.
         rows_per_chunk: tokens whose logits exist at the same time.
     """
 
     form: str
     backend: str
     accumulate: torch.dtype
+    logits: torch.dtype
     product: torch.dtype
     rows_per_chunk: int
     options: KLOptions
@@ -67,8 +71,9 @@ def make_plan(
     accumulate = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     product = _product_dtype(candidate_hidden, head, form, accumulate, options)
     backend = choose_backend(candidate_hidden, form, head, options)
-    rows = rows_per_chunk(candidate_hidden.device, head.size, accumulate, product, options)
-    return Plan(form, backend, accumulate, product, rows, options, head, reference_head)
+    logits = product if candidate_hidden.device.type == "cpu" else accumulate
+    rows = rows_per_chunk(candidate_hidden.device, head.size, logits, product, options)
+    return Plan(form, backend, accumulate, logits, product, rows, options, head, reference_head)
 
 
 def _check_hidden(hidden: Tensor, head: Head, name: str, head_name: str) -> None:
@@ -123,20 +128,31 @@ def choose_backend(hidden: Tensor, form: str, head: Head, options: KLOptions) ->
 
 
 def _product_dtype(hidden: Tensor, head: Head, form: str, accumulate: torch.dtype, options: KLOptions) -> torch.dtype:
-    """16-bit products of the difference keep the contract; those of direct logits do not (and fp16 on a CPU is slow)."""
-    if options.products == "float32" or form != "difference" or hidden.dtype != head.weight.dtype:
+    """16-bit products of the difference keep the contract; those of direct logits do not (and fp16 is slow on CPUs)."""
+    if options.products == "float32" or form != "difference" or accumulate == torch.float64:
         return accumulate
-    if hidden.dtype == torch.float16 and hidden.device.type == "cpu":
+    if hidden.dtype != head.weight.dtype or hidden.dtype not in (torch.bfloat16, torch.float16):
         return accumulate
-    return hidden.dtype if hidden.dtype in (torch.bfloat16, torch.float16) else accumulate
+    if hidden.device.type == "cpu" and not (hidden.dtype == torch.bfloat16 and cpu_has_bfloat16_products()):
+        return accumulate
+    return hidden.dtype
+
+
+@lru_cache
+def cpu_has_bfloat16_products() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones (AVX512-BF16, AMX, Arm BF16)."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if capabilities:
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
 
 
 def rows_per_chunk(
-    device: torch.device, vocabulary: int, accumulate: torch.dtype, product: torch.dtype, options: KLOptions
+    device: torch.device, vocabulary: int, logits: torch.dtype, product: torch.dtype, options: KLOptions
 ) -> int:
     """Tokens per chunk so that both logit buffers fit the budget; by default at least 16 on a CPU, 1,024 on a GPU."""
     on_cpu = device.type == "cpu"
     budget = options.chunk_bytes or (CPU_CHUNK_BYTES if on_cpu else GPU_CHUNK_BYTES)
-    rows = budget // (vocabulary * (accumulate.itemsize + product.itemsize))
+    rows = budget // (vocabulary * (2 * logits.itemsize + (product.itemsize if product != logits else 0)))
     floor = 1 if options.chunk_bytes else 16 if on_cpu else GPU_MIN_ROWS
     return max(floor, rows)

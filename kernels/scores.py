@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvopt.kernels.options import Head, KernelInputError, KLOptions
 from kvopt.kernels.plan import make_plan
-from kvopt.kernels.rows import divergence_rows, dot
+from kvopt.kernels.rows import divergence_rows
 from kvopt.kernels.torch_backend import LogitChunks
 
 
@@ -60,7 +60,7 @@ def linear_scores(
         chunks = LogitChunks(plan, candidate_hidden.device, count)
         for start in range(0, count, plan.rows_per_chunk):
             part = slice(start, start + plan.rows_per_chunk)
-            z_t, u = chunks.fill(candidate_hidden[part], reference_hidden[part])
+            z_t, u, _ = chunks.fill(candidate_hidden[part], reference_hidden[part])
             for rows, block_z, block_u, _ in chunks.blocks(z_t, u):
                 where = slice(start + rows.start, min(start + rows.stop, start + len(z_t)))
                 scores = _score_rows(block_z, block_u, gold_ids[where], options)
@@ -77,7 +77,7 @@ def _score_rows(z_t: Tensor, u: Tensor, gold: Tensor, options: KLOptions) -> dic
     nll = torch.logsumexp(z_s, -1) - z_s.gather(1, gold)[:, 0]
     agree = z_s.argmax(-1) == z_t.argmax(-1)
     log_p = torch.log_softmax(z_t, -1)
-    entropy = -dot(log_p.exp(), log_p)
+    entropy = -(log_p.exp() * log_p).sum(-1)
     reference_nll = -log_p.gather(1, gold)[:, 0]
     kl, _ = divergence_rows(z_t, u, options.divergence, options.beta, False)
     return {"kl": kl, "nll": nll, "reference_nll": reference_nll, "agree": agree, "entropy": entropy}

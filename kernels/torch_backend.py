@@ -3,65 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from kvopt.kernels.options import Head
+from kvopt.kernels.options import Head, KLOptions
 from kvopt.kernels.plan import Plan
 from kvopt.kernels.products import gradient_product, logits_product
-from kvopt.kernels.rows import divergence_rows
+from kvopt.kernels.refine import exact_logits, top_tokens
+from kvopt.kernels.rows import row_function
 
-BLOCK_BYTES = 4 * 2**20
+BLOCK_BYTES = 3 * 2**19
 """float32 bytes of logits whose row-wise work is done at a time on a CPU: a few such blocks fit its cache."""
+
+ROUNDED_LIMIT = 0.25
+"""Forward KL in nats beyond which 16-bit rounding of the difference logits may break the precision contract."""
 
 
 class LogitChunks:
-    """Computes logits chunk by chunk into two buffers that are allocated once: z_t, and u = z_s − z_t."""
+    """Computes logits chunk by chunk into buffers that are allocated once: z_t, u = z_s − z_t, and dL/dz_s."""
 
     def __init__(self, plan: Plan, device: torch.device, tokens: int):
         self.plan = plan
         rows, vocabulary = min(plan.rows_per_chunk, tokens), plan.head.size
-        self.z_t = torch.empty(rows, vocabulary, dtype=plan.accumulate, device=device)
-        self.u = torch.empty(rows, vocabulary, dtype=plan.product, device=device)
-        self.block = max(1, BLOCK_BYTES // (4 * vocabulary)) if device.type == "cpu" else rows
-        self.shared = plan.head.same_as(plan.reference_head)
+        self.z_t = torch.empty(rows, vocabulary, dtype=plan.logits, device=device)
+        self.u = torch.empty_like(self.z_t)
+        self.gradient = self.u if plan.product == plan.logits else torch.empty_like(self.u, dtype=plan.product)
+        on_cpu = device.type == "cpu"
+        self.block = max(torch.get_num_threads(), BLOCK_BYTES // (4 * vocabulary)) if on_cpu else rows
+        self._refined: tuple[Tensor, list[Tensor]] | None = None
 
-    def fill(self, candidate: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw head products of a chunk: (reference product, candidate product or its difference to the reference)."""
-        z_t, u = self.z_t[: len(candidate)], self.u[: len(candidate)]
-        logits_product(reference, self.plan.reference_head.rows, z_t)
-        if self.plan.form == "difference":
-            difference = candidate.to(self.plan.accumulate) - reference.to(self.plan.accumulate)
-            logits_product(difference.to(self.plan.product), self.plan.head.rows, u)
-        else:
-            logits_product(candidate, self.plan.head.rows, u)
-        return z_t, u
+    def fill(self, candidate: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw head products of a chunk: (reference, candidate or difference to it, room for the gradient)."""
+        plan, count = self.plan, len(candidate)
+        z_t, u = self.z_t[:count], self.u[:count]
+        if plan.form != "difference":
+            logits_product(reference, plan.reference_head.rows, z_t)
+            logits_product(candidate, plan.head.rows, u)
+            return z_t, u, self.gradient[:count]
+        weight = plan.head.rows
+        difference = candidate.to(plan.accumulate) - reference.to(plan.accumulate)
+        if plan.logits != plan.accumulate:
+            reference = reference.to(plan.product)
+        logits_product(reference, weight, z_t)
+        logits_product(difference.to(plan.product), weight, u)
+        if plan.logits != plan.accumulate:
+            tokens = top_tokens(z_t)
+            self._refined = tokens, exact_logits(tokens, weight, reference, difference)
+        return z_t, u, self.gradient[:count]
 
     def blocks(self, z_t: Tensor, u: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
         """Blocks of rows of a filled chunk: (rows, z_t, z_s − z_t, d(z_s)/d(raw product) or None), all final logits."""
         for start in range(0, len(z_t), self.block):
-            rows = slice(start, start + self.block)
-            block_u = u[rows].to(self.plan.accumulate)
-            yield rows, *self._finish(z_t[rows], block_u)
+            rows = slice(start, min(start + self.block, len(z_t)))
+            block_z, block_u = z_t[rows].to(self.plan.accumulate), u[rows].to(self.plan.accumulate)
+            if self._refined is not None:
+                tokens, (exact_z, exact_u) = self._refined
+                block_z.scatter_(1, tokens[rows], exact_z[rows])
+                block_u.scatter_(1, tokens[rows], exact_u[rows])
+            yield rows, *self._finish(block_z, block_u)
 
     def _finish(self, x_t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """From raw products to final logits; bias, scale, softcap and temperature are applied here, and only here."""
         plan, head, temperature = self.plan, self.plan.head, self.plan.options.temperature
-        if plan.form == "difference":
-            x_t = affine_(x_t, head)
-            x = x.mul_(head.scale) if head.scale != 1.0 else x
-            if head.softcap is None:
-                if temperature == 1.0:
-                    return x_t, x, None
-                return x_t.div_(temperature), x.div_(temperature), None
-            cap = head.softcap
-            tanh_s, tanh_t = torch.tanh((x_t + x) / cap), torch.tanh(x_t / cap)
-            u = torch.tanh(x / cap) * (1 - tanh_t * tanh_s)
-            return tanh_t * (cap / temperature), u * (cap / temperature), 1 - tanh_s * tanh_s
-        z_t, _ = final_logits(x_t, plan.reference_head, temperature)
-        z_s, slope = final_logits(x, head, temperature)
-        return z_t, z_s - z_t, slope
+        if plan.form != "difference":
+            z_t, _ = final_logits(x_t, plan.reference_head, temperature)
+            z_s, slope = final_logits(x, head, temperature)
+            return z_t, z_s - z_t, slope
+        x_t, x = affine_(x_t, head), x.mul_(head.scale) if head.scale != 1.0 else x
+        if head.softcap is None:
+            return (x_t, x, None) if temperature == 1.0 else (x_t.div_(temperature), x.div_(temperature), None)
+        # tanh a − tanh b = tanh(a − b) · (1 − tanh a · tanh b): the difference survives the cap without cancellation.
+        cap = head.softcap
+        tanh_s, tanh_t = torch.tanh((x_t + x) / cap), torch.tanh(x_t / cap)
+        u = torch.tanh(x / cap) * (1 - tanh_t * tanh_s)
+        return tanh_t * (cap / temperature), u * (cap / temperature), 1 - tanh_s * tanh_s
 
 
 def affine_(x: Tensor, head: Head) -> Tensor:
@@ -84,33 +101,75 @@ def final_logits(x: Tensor, head: Head, temperature: float) -> tuple[Tensor, Ten
 def value_and_hidden_gradient(
     plan: Plan, candidate: Tensor, reference: Tensor, want_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Per-token divergence [N] and its gradient by the candidate's hidden states [N, D] (both ``plan.accumulate``)."""
+    """Per-token divergence [N] and its gradient by the candidate's hidden states [N, D] (both ``plan.accumulate``).
+
+    Where logits are kept in 16 bits, rows whose divergence is large are computed again with float32 products.
+    """
     value = torch.empty(len(candidate), dtype=plan.accumulate, device=candidate.device)
     gradient = torch.empty(candidate.shape, dtype=plan.accumulate, device=candidate.device) if want_gradient else None
-    options, factor = plan.options, plan.head.scale / plan.options.temperature
     if len(candidate) == 0:
         return value, gradient
-    chunks = LogitChunks(plan, candidate.device, len(candidate))
-    for start in range(0, len(candidate), plan.rows_per_chunk):
-        part = slice(start, start + plan.rows_per_chunk)
-        z_t, u = chunks.fill(candidate[part], reference[part])
-        rescale = None
-        if want_gradient and plan.product == torch.float16:
-            rescale = torch.empty(len(u), 1, dtype=plan.accumulate, device=u.device)
-        for rows, block_z, block_u, slope in chunks.blocks(z_t, u):
-            value[part][rows], block_gradient = divergence_rows(
-                block_z, block_u, options.divergence, options.beta, want_gradient
-            )
-            if block_gradient is not None:
-                _store_gradient(block_gradient, slope, u[rows], None if rescale is None else rescale[rows])
-        if gradient is not None:
-            product = gradient_product(u, plan.head.rows)
-            gradient[part] = (product if rescale is None else product * rescale) * factor
+    if plan.logits == plan.accumulate:
+        _fill_rows(plan, candidate, reference, value, gradient)
+        return value, gradient
+    # The first 64 tokens say whether most rows are large: then 16-bit products would be wasted.
+    probe = min(64, len(candidate))
+    _fill_rows(
+        plan, candidate[:probe], reference[:probe], value[:probe], None if gradient is None else gradient[:probe]
+    )
+    limit = rounded_limit(plan.options)
+    precise = replace(plan, logits=plan.accumulate, product=plan.accumulate)
+    rest_plan = precise if bool((value[:probe] > limit).float().mean() > 0.5) else plan
+    if len(candidate) > probe:
+        rest_gradient = None if gradient is None else gradient[probe:]
+        _fill_rows(rest_plan, candidate[probe:], reference[probe:], value[probe:], rest_gradient)
+    again = value > limit
+    if rest_plan is precise:
+        again[probe:] = False
+    rows = again.nonzero()[:, 0]
+    if len(rows):
+        new_value, new_gradient = value_and_hidden_gradient(precise, candidate[rows], reference[rows], want_gradient)
+        value[rows] = new_value
+        if gradient is not None and new_gradient is not None:
+            gradient[rows] = new_gradient
     return value, gradient
 
 
+def rounded_limit(options: KLOptions) -> float:
+    """ROUNDED_LIMIT in the units of the divergence: JSD_β is about β (1−β) times the KL where both are small."""
+    return ROUNDED_LIMIT * (options.beta * (1 - options.beta) if options.divergence == "jsd" else 1.0)
+
+
+def _fill_rows(plan: Plan, candidate: Tensor, reference: Tensor, value: Tensor, gradient: Tensor | None) -> None:
+    """Writes value [N] and, unless None, gradient [N, D], chunk by chunk."""
+    options, factor = plan.options, plan.head.scale / plan.options.temperature
+    chunks, row_work = LogitChunks(plan, candidate.device, len(candidate)), row_function(plan.options.rows)
+    rows_per_chunk = balanced(len(candidate), plan.rows_per_chunk)
+    for start in range(0, len(candidate), rows_per_chunk):
+        part = slice(start, start + rows_per_chunk)
+        z_t, u, out = chunks.fill(candidate[part], reference[part])
+        rescale = None
+        if gradient is not None and plan.product == torch.float16:
+            rescale = torch.empty(len(u), 1, dtype=plan.accumulate, device=u.device)
+        for rows, block_z, block_u, slope in chunks.blocks(z_t, u):
+            value[part][rows], by_logits = row_work(
+                block_z, block_u, options.divergence, options.beta, gradient is not None
+            )
+            if by_logits is not None:
+                _store_gradient(by_logits, slope, out[rows], None if rescale is None else rescale[rows])
+        if gradient is not None:
+            product = gradient_product(out, plan.head.rows)
+            gradient[part] = (product if rescale is None else product * rescale) * factor
+
+
+def balanced(tokens: int, most: int) -> int:
+    """Rows per chunk, at most ``most``, so that no small remainder is left over."""
+    chunks = -(-tokens // most)
+    return -(-tokens // chunks)
+
+
 def _store_gradient(gradient: Tensor, slope: Tensor | None, out: Tensor, rescale: Tensor | None) -> None:
-    """Writes dL/d(raw product) over the logits; float16 rows are stored relative to their largest entry."""
+    """Writes dL/d(raw product); float16 rows are stored relative to their largest entry, or they would underflow."""
     if slope is not None:
         gradient = gradient * slope
     if rescale is not None:
@@ -122,25 +181,29 @@ def _store_gradient(gradient: Tensor, slope: Tensor | None, out: Tensor, rescale
 def all_gradients(
     plan: Plan, candidate: Tensor, reference: Tensor, upstream: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of Σ upstream · divergence by hidden states [N, D], weight [V', D] and bias [V'] (padding rows 0)."""
+    """Gradients of Σ upstream · divergence by hidden states [N, D], weight [V', D] and bias [V'] (padding rows 0).
+
+    Logits and their gradients are float32 throughout.
+    """
+    plan = replace(plan, logits=plan.accumulate, product=plan.accumulate)
     options, head = plan.options, plan.head
     by_hidden = torch.zeros(candidate.shape, dtype=plan.accumulate, device=candidate.device)
     by_weight = torch.zeros(head.weight.shape, dtype=plan.accumulate, device=candidate.device)
     by_bias = None if head.bias is None else torch.zeros_like(head.bias, dtype=plan.accumulate)
     if len(candidate) == 0:
         return by_hidden, by_weight, by_bias
-    chunks = LogitChunks(plan, candidate.device, len(candidate))
+    chunks, row_work = LogitChunks(plan, candidate.device, len(candidate)), row_function(options.rows)
     factor = head.scale / options.temperature
     for start in range(0, len(candidate), plan.rows_per_chunk):
         part = slice(start, start + plan.rows_per_chunk)
-        z_t, u = chunks.fill(candidate[part], reference[part])
+        z_t, u, out = chunks.fill(candidate[part], reference[part])
         weights = (upstream[part] * factor).to(plan.accumulate)[:, None]
         for rows, block_z, block_u, slope in chunks.blocks(z_t, u):
-            _, gradient = divergence_rows(block_z, block_u, options.divergence, options.beta, True)
+            _, gradient = row_work(block_z, block_u, options.divergence, options.beta, True)
             assert gradient is not None
-            z_t[rows] = (gradient if slope is None else gradient * slope) * weights[rows]
-        by_hidden[part] = gradient_product(z_t, head.rows)
-        by_weight[: head.size].addmm_(z_t.T, candidate[part].to(plan.accumulate))
+            out[rows] = (gradient if slope is None else gradient * slope) * weights[rows]
+        by_hidden[part] = gradient_product(out, head.rows)
+        by_weight[: head.size].addmm_(out.T, candidate[part].to(plan.accumulate))
         if by_bias is not None:
-            by_bias[: head.size] += z_t.sum(0)
+            by_bias[: head.size] += out.sum(0)
     return by_hidden, by_weight, by_bias
