@@ -1,0 +1,73 @@
+"""Reading files of rendered prompts, for ``kvopt init --infer FILE``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kvopt.columns import NoValue, as_text
+from kvopt.errors import InputError
+from kvopt.infer import Inferred, Prompt, infer_template
+from kvopt.records import Record, read_records
+
+SEPARATOR = re.compile(r"^---[ \t]*\r?(?:\n|\Z)", re.MULTILINE)
+OUTPUT_COLUMNS = ("output", "completion")
+
+
+def infer_file(path: Path) -> Inferred:
+    """The template and the rows of a file of rendered prompts.
+
+    Args:
+        path: rows with ``prompt`` (text or messages) or ``messages`` and, if they like, ``output`` or ``completion``
+            (``.jsonl``, ``.json``, ``.csv``); a last message from the assistant is the output. Or a ``.txt`` file with
+            prompts divided by lines ``---``; the line break before such a line is not part of the prompt.
+
+    Raises:
+        InputError: what :func:`kvopt.infer.infer_template` and the readers refuse.
+    """
+    if path.suffix.lower() == ".txt":
+        prompts, names = _text_prompts(path)
+        return infer_template(prompts, names)
+    read = [_prompt(record) for record in read_records(path.name, path.parent, "train")]
+    names = [name for _, _, name in read]
+    outputs = [output for _, output, _ in read]
+    missing = [name for name, output in zip(names, outputs, strict=True) if output is None]
+    if missing and len(missing) < len(outputs):
+        raise InputError("the row has no output, but others do", where=missing[0])
+    inferred = infer_template([prompt for prompt, _, _ in read], names)
+    return inferred if missing or not read else replace(inferred, outputs=tuple(o for o in outputs if o is not None))
+
+
+def _text_prompts(path: Path) -> tuple[list[str], list[str]]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot be read as UTF-8 text: {error}", where=path.name) from None
+    prompts, names, start = [], [], 0
+    ends = [(match.start(), match.end()) for match in SEPARATOR.finditer(text)] + [(len(text), len(text))]
+    for end, following in ends:
+        piece = re.sub(r"\r?\n\Z", "", text[start:end])
+        if piece.strip():
+            prompts.append(piece)
+            names.append(f"{path.name}:{text.count(chr(10), 0, start) + 1}")
+        start = following
+    return prompts, names
+
+
+def _prompt(record: Record) -> tuple[Prompt, str | None, str]:
+    fields, where = record.fields, record.where
+    prompt: Any = fields.get("prompt", fields.get("messages"))
+    output: Any = next((fields[name] for name in OUTPUT_COLUMNS if fields.get(name) is not None), None)
+    if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
+        if prompt and prompt[-1].get("role") == "assistant" and output is None:
+            output, prompt = prompt[-1].get("content"), prompt[:-1]
+    elif not isinstance(prompt, str):
+        raise InputError("the row has no prompt", where=where, mend="give prompt (text or messages) or messages")
+    if isinstance(output, list) and output and isinstance(output[-1], dict):
+        output = output[-1].get("content")
+    try:
+        return prompt, None if output is None else as_text(output, "the output"), where
+    except NoValue as error:
+        raise InputError(str(error), where=where) from None
