@@ -140,7 +140,8 @@ class Encoder:
         shared = min(min(leading), min(map(len, prompts)) - 1)
         shared = len(os.path.commonprefix([ids[:shared] for ids in prompts]))
         rows = tuple(
-            Row(example.id, tuple(ids[shared:]), target) for example, ids, target in zip(examples, prompts, golds, strict=True)
+            Row(example.id, tuple(ids[shared:]), target)
+            for example, ids, target in zip(examples, prompts, golds, strict=True)
         )
         if window is not None:
             _check_window(rows, shared, examples, window)
@@ -160,7 +161,11 @@ class Encoder:
 
 
 def _check_window(rows: Sequence[Row], prefix: int, examples: Sequence[Example], window: int) -> None:
-    too_long = [(example.source, prefix + len(row)) for example, row in zip(examples, rows, strict=True) if prefix + len(row) > window]
+    too_long = [
+        (example.source, prefix + len(row))
+        for example, row in zip(examples, rows, strict=True)
+        if prefix + len(row) > window
+    ]
     if too_long:
         more = f" and {len(too_long) - 1} more rows" if len(too_long) > 1 else ""
         raise InputError(
@@ -189,7 +194,9 @@ class Batch:
     gold: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.index, self.ids.to(device), self.mask.to(device), self.predicts.to(device), self.gold.to(device))
+        return Batch(
+            self.index, self.ids.to(device), self.mask.to(device), self.predicts.to(device), self.gold.to(device)
+        )
 
     @property
     def tokens(self) -> int:

@@ -29,7 +29,7 @@ from kvopt.identity import chat_template_sha256, config_sha256, tokenizer_sha256
 from kvopt.kernels import Head
 from kvopt.rope import Pairing, rotary, rotate_keys
 
-__all__ = ["Base", "Geometry", "ModelConfig", "load_base", "rotary", "rotate_keys"]
+__all__ = ["Base", "Geometry", "ModelConfig", "load_base", "load_tokenizer", "rotary", "rotate_keys"]
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -119,10 +119,10 @@ def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) 
         tokenizer = _load_tokenizer(folder, config)
         model = _load_model(folder, config, settings, torch_dtype).to(device)
     model.requires_grad_(False).eval()
-    if config.gradient_checkpointing:
-        enable_checkpointing(model)
     _check_vocabulary(model, tokenizer, config.base)
     found = probe(model, _ordinary_ids(model, tokenizer), config.base)
+    if config.gradient_checkpointing:
+        enable_checkpointing(model)
     identity = {
         "weights": weights_sha256(hub.weight_files(folder)),
         "config": config_sha256(folder),
@@ -135,6 +135,14 @@ def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) 
 
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def load_tokenizer(config: ModelConfig, *, say: Callable[[str], None] | None = None) -> tuple[Any, int]:
+    """The tokenizer of ``config.base`` and its context window in tokens, without its weights. Raises InputError as :func:`load_base` does."""
+    folder = locate(config.base, config.revision, say or _to_stderr)
+    with _quiet():
+        settings = text_config(_load_config(folder, config))
+        return _load_tokenizer(folder, config), int(settings.max_position_embeddings)
 
 
 def locate(base: str, revision: str | None, say: Callable[[str], None]) -> Path:
@@ -268,7 +276,7 @@ def _load_model(folder: Path, config: ModelConfig, settings: Any, dtype: torch.d
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
+    except Exception as error:  # a broken or unknown folder fails in as many ways as there are formats
         what = f"cannot be loaded as a causal LM{_quantisation(method)}"
         raise _fault(config, what, error) from error
     if missing := sorted(info["missing_keys"]):

@@ -42,7 +42,9 @@ class ContextConfig(BaseModel):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder name under contexts/")
     kind: Literal["kv", "soft"] = Field("kv", description="a KV cache, or a soft prompt (input embeddings)")
-    tokens: int | None = Field(None, ge=1, description="slots; default: all tokens of the text (or context) that it starts from")
+    tokens: int | None = Field(
+        None, ge=1, description="slots; default: all tokens of the text (or context) that it starts from"
+    )
     init: str = Field(
         "template",
         description="template, strided, matched, random-text, random, text:FILE, mutation:NAME, best-mutation, or context:NAME",
@@ -50,7 +52,9 @@ class ContextConfig(BaseModel):
     steps: int = Field(200, ge=0, description="optimizer steps")
     batch_size: int = Field(16, ge=1, description="examples a step")
     learning_rate: float = Field(0.005, gt=0, description="peak learning rate of AdamW")
-    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps with a rising learning rate; a cosine to 0 follows")
+    warmup: float = Field(
+        0.05, ge=0, le=1, description="share of the steps with a rising learning rate; a cosine to 0 follows"
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     frozen: int = Field(1, ge=0, description="leading slots that stay as they are (slot 0 is the attention sink)")
@@ -233,7 +237,11 @@ def _step(job: _Job, state: _State, checkpoint: Path | None) -> float:
     (gradient,) = torch.autograd.grad(loss, trainable)
     norm = float(gradient.norm())
     if not (math.isfinite(float(loss)) and math.isfinite(norm)):
-        kept = f"the state of step {state.best_step} is kept in {checkpoint}" if checkpoint and checkpoint.is_file() else "nothing was saved"
+        kept = (
+            f"the state of step {state.best_step} is kept in {checkpoint}"
+            if checkpoint and checkpoint.is_file()
+            else "nothing was saved"
+        )
         raise KvoptError(
             f"contexts.{config.name}: loss {float(loss)} with gradient norm {norm} at step {state.step}; {kept}; lower learning_rate"
         )
@@ -265,7 +273,9 @@ def _measure(job: _Job, state: _State) -> None:
     scores = score_prefix(job.base, prefix, job.held_out, job.reference, batch_size=job.config.batch_size)
     held_out = float(scores.kl.double().mean())
     if not math.isfinite(held_out):
-        raise KvoptError(f"contexts.{job.config.name}: held-out KL is {held_out} at step {state.step}; lower learning_rate")
+        raise KvoptError(
+            f"contexts.{job.config.name}: held-out KL is {held_out} at step {state.step}; lower learning_rate"
+        )
     train = sum(state.recent) / len(state.recent) if state.recent else None
     state.history.append({"step": state.step, "train_kl": train, "held_out_kl": held_out})
     state.recent = []

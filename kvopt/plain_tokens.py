@@ -29,20 +29,26 @@ class PlainTokens:
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
             raise InputError(
-                f"{type(self.tokenizer).__name__} gives no character offsets", where="model.base", mend="use a base with a fast tokenizer"
+                f"{type(self.tokenizer).__name__} gives no character offsets",
+                where="model.base",
+                mend="use a base with a fast tokenizer",
             )
         self.control = _control_tokens(self.tokenizer)
 
     def encode(self, text: str, data: Sequence[Span], *, add_special_tokens: bool) -> tuple[list[int], list[Span]]:
         """Token ids of ``text`` and each token's (start, end) characters; no token of ``control`` overlaps a span of ``data``."""
-        encoding = self.tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
+        encoding = self.tokenizer(
+            text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False
+        )
         ids: list[int] = list(encoding["input_ids"])
         offsets: list[Span] = [tuple(pair) for pair in encoding["offset_mapping"]]
         if any(i in self.control and _overlaps(span, data) for i, span in zip(ids, offsets, strict=True)):
             return self._encode_cut(text, ids, offsets, data)
         return ids, offsets
 
-    def _encode_cut(self, text: str, ids: list[int], offsets: list[Span], data: Sequence[Span]) -> tuple[list[int], list[Span]]:
+    def _encode_cut(
+        self, text: str, ids: list[int], offsets: list[Span], data: Sequence[Span]
+    ) -> tuple[list[int], list[Span]]:
         result: list[int] = []
         spans: list[Span] = []
         start = 0

@@ -29,7 +29,9 @@ Progress = Callable[[int], None]
 
 def reference_key(base: Base, encoded: Encoded, batch_size: int) -> str:
     """Identity of all that the reference depends on: base, dtype, token stream, batching."""
-    return sha256_json([base.identity, str(base.dtype), str(base.device.type), encoded.sha256(), batch_size, ROWS_PER_SHARD])
+    return sha256_json(
+        [base.identity, str(base.dtype), str(base.device.type), encoded.sha256(), batch_size, ROWS_PER_SHARD]
+    )
 
 
 @dataclass
@@ -63,7 +65,13 @@ def shard_name(shard: int) -> str:
 
 
 def build_reference(
-    base: Base, prefix: Prefix, encoded: Encoded, folder: Path, *, batch_size: int = 16, progress: Progress | None = None
+    base: Base,
+    prefix: Prefix,
+    encoded: Encoded,
+    folder: Path,
+    *,
+    batch_size: int = 16,
+    progress: Progress | None = None,
 ) -> Reference:
     """Compute what is missing of the reference in ``folder`` and open it.
 
@@ -99,9 +107,13 @@ def open_reference(folder: Path, key: str) -> Reference:
     try:
         stored = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"the reference cannot be read: {error}", where=str(path), mend="run kvopt run again") from None
+        raise InputError(
+            f"the reference cannot be read: {error}", where=str(path), mend="run kvopt run again"
+        ) from None
     if stored["key"] != key:
-        raise InputError("the reference belongs to another base, template or data set", where=str(folder), mend="run kvopt run again")
+        raise InputError(
+            "the reference belongs to another base, template or data set", where=str(folder), mend="run kvopt run again"
+        )
     index: dict[str, tuple[int, int, int]] = {}
     position = 0
     for number, (example_id, count) in enumerate(stored["rows"]):
@@ -112,7 +124,9 @@ def open_reference(folder: Path, key: str) -> Reference:
     shards = range(-(-len(stored["rows"]) // stored["rows_per_shard"]))
     for shard in shards:
         if _shard_key(folder / shard_name(shard)) != key:
-            raise InputError("a shard of the reference is missing, damaged or another's", where=str(folder / shard_name(shard)))
+            raise InputError(
+                "a shard of the reference is missing, damaged or another's", where=str(folder / shard_name(shard))
+            )
     return Reference(folder, key, index, stored["hidden_size"])
 
 
@@ -135,7 +149,9 @@ def _hidden_of(base: Base, prefix: Prefix, rows: Sequence[Row], batch_size: int,
         with torch.no_grad():
             states = gold_hidden(base, prefix, batch).cpu()
         if not torch.isfinite(states).all():
-            raise KvoptError(f"the base gives values that are not finite on {rows[index[0]].example_id} or its batch; try float32")
+            raise KvoptError(
+                f"the base gives values that are not finite on {rows[index[0]].example_id} or its batch; try float32"
+            )
         start = 0
         for i in index:
             hidden[offsets[i] : offsets[i] + counts[i]] = states[start : start + counts[i]]

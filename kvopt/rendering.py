@@ -69,7 +69,11 @@ class Renderer:
                 after = self._apply(messages, add_generation_prompt=False).rpartition(mark)[2]
             except InputError:
                 after = ""
-            specials = [re.escape(token) for token in sorted(set(self.tokenizer.all_special_tokens), key=len, reverse=True) if token]
+            specials = [
+                re.escape(token)
+                for token in sorted(set(self.tokenizer.all_special_tokens), key=len, reverse=True)
+                if token
+            ]
             found = re.match(rf"\s*?(?:{'|'.join(specials)})", after) if specials else None
             self._ends[roles] = found[0] if found else eos
         return self._ends[roles]
@@ -86,7 +90,9 @@ class Renderer:
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self.chat_kwargs
             )
         except Exception as error:  # Jinja templates raise whatever they like
-            raise InputError(f"the base's chat template refuses these messages: {error}", where="template.messages") from error
+            raise InputError(
+                f"the base's chat template refuses these messages: {error}", where="template.messages"
+            ) from error
 
     def _skeleton(self, template: Template) -> tuple[list[str], list[str]]:
         """Static texts around the slots (one more than slots) and the slot names in order, of the rendered prompt."""

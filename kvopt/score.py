@@ -101,7 +101,13 @@ def score_tokens(
     """
     with torch.no_grad():
         return score_prefix(
-            base, context.prefix(base), context.bodies(original).rows, reference, batch_size=batch_size, options=options, progress=progress
+            base,
+            context.prefix(base),
+            context.bodies(original).rows,
+            reference,
+            batch_size=batch_size,
+            options=options,
+            progress=progress,
         )
 
 
@@ -156,12 +162,20 @@ def _interval(scores: TokenScores, values: Tensor, seed: int, resamples: int) ->
         return total.sum(axis=axis) / tokens.sum(axis=axis)
 
     result = bootstrap(
-        (sums, counts), ratio, paired=True, vectorized=True, method="percentile", n_resamples=resamples, rng=np.random.default_rng(seed)
+        (sums, counts),
+        ratio,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=resamples,
+        rng=np.random.default_rng(seed),
     )
     return Interval(mean, (float(result.confidence_interval.low), float(result.confidence_interval.high)))
 
 
-def naive_scores(base: Base, prompts: Sequence[tuple[Sequence[int], Sequence[int]]], reference: Sequence[Tensor]) -> TokenScores:
+def naive_scores(
+    base: Base, prompts: Sequence[tuple[Sequence[int], Sequence[int]]], reference: Sequence[Tensor]
+) -> TokenScores:
     """The test oracle and the speed baseline: the whole prompt of each pair through the model, one at a time, and all of its logits in float64.
 
     Args:
@@ -176,7 +190,9 @@ def naive_scores(base: Base, prompts: Sequence[tuple[Sequence[int], Sequence[int
         kl.append((log_p.exp() * (log_p - log_q)).sum(-1).float())
         nll.append(-log_q.gather(-1, torch.tensor(gold, device=log_q.device)[:, None])[:, 0].float())
         agree.append(log_q.argmax(-1) == log_p.argmax(-1))
-    return TokenScores(torch.cat(kl), torch.cat(nll), torch.cat(agree), torch.tensor([len(gold) for _, gold in prompts]))
+    return TokenScores(
+        torch.cat(kl), torch.cat(nll), torch.cat(agree), torch.tensor([len(gold) for _, gold in prompts])
+    )
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from peft import CartridgeConfig, PromptTuningConfig
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 import kvopt
@@ -30,7 +30,9 @@ Learned = KVContext | SoftContext
 _KV_TYPES = ("CARTRIDGE", "PREFIX_TUNING")
 
 
-def save_context(context: Learned, folder: Path, base: Base, *, frozen: int = 0, record: dict[str, Any] | None = None) -> None:
+def save_context(
+    context: Learned, folder: Path, base: Base, *, frozen: int = 0, record: dict[str, Any] | None = None
+) -> None:
     """Write a learned context atomically.
 
     Args:
@@ -70,7 +72,8 @@ def save_context(context: Learned, folder: Path, base: Base, *, frozen: int = 0,
         raise ValueError(f"context {context.name} has values that are not finite; refusing to write {folder}")
     with replacing_directory(folder) as place:
         config.save_pretrained(str(place))
-        save_file({TENSOR: tensor.detach().to("cpu", torch.float32).contiguous()}, str(place / "adapter_model.safetensors"))
+        data = save({TENSOR: tensor.detach().to("cpu", torch.float32).contiguous()}, metadata={"format": "pt"})
+        (place / "adapter_model.safetensors").write_bytes(data)
         write_json(
             place / "kvopt.json",
             {
@@ -95,11 +98,11 @@ def load_context(folder: Path, base: Base, *, name: str | None = None) -> Learne
     Raises:
         InputError: not a context, another base, a wrong shape or dtype, a value that is not finite, or a damaged file.
     """
-    config = _adapter_config(folder)
+    config = adapter_config(folder)
     record = read_record(folder)
     if record is not None:
         _check_base(record, base, folder)
-    tensor = _tensor(folder)
+    tensor = read_tensor(folder)
     kind = "kv" if config["peft_type"] in _KV_TYPES else "soft"
     g = base.geometry
     width = g.layers * 2 * g.kv_heads * g.head_dim if kind == "kv" else g.hidden_size
@@ -108,7 +111,9 @@ def load_context(folder: Path, base: Base, *, name: str | None = None) -> Learne
         raise InputError(f"kvopt.json says {record.get('kind')!r}, the adapter is {kind!r}", where=str(folder))
     name = name or (record or {}).get("name") or folder.name
     if record is not None and tensor.dtype != torch.float32:
-        raise InputError(f"{TENSOR} is {tensor.dtype}, kvopt writes float32", where=str(folder), mend="restore or rebuild it")
+        raise InputError(
+            f"{TENSOR} is {tensor.dtype}, kvopt writes float32", where=str(folder), mend="restore or rebuild it"
+        )
     tensor = tensor.float()
     context: Learned
     if kind == "kv":
@@ -117,7 +122,9 @@ def load_context(folder: Path, base: Base, *, name: str | None = None) -> Learne
     else:
         context = SoftContext(name, tensor)
     if record is not None and record.get("content_sha256") != context.sha256():
-        raise InputError("the tensor is not the one that kvopt.json describes", where=str(folder), mend="restore or rebuild it")
+        raise InputError(
+            "the tensor is not the one that kvopt.json describes", where=str(folder), mend="restore or rebuild it"
+        )
     return context
 
 
@@ -129,7 +136,9 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     record = _json(path)
     if record.get("format_version") != FORMAT_VERSION:
         raise InputError(
-            f"format version {record.get('format_version')!r}, this kvopt reads {FORMAT_VERSION}", where=str(path), mend="update kvopt"
+            f"format version {record.get('format_version')!r}, this kvopt reads {FORMAT_VERSION}",
+            where=str(path),
+            mend="update kvopt",
         )
     return record
 
@@ -144,15 +153,22 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _adapter_config(folder: Path) -> dict[str, Any]:
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The PEFT config of a context folder. Raises InputError for a folder that is no context."""
     path = folder / "adapter_config.json"
     if not folder.is_dir() or not path.is_file():
-        raise InputError("is not a context folder", where=str(folder), mend="it has no adapter_config.json; give a folder from contexts/")
+        raise InputError(
+            "is not a context folder",
+            where=str(folder),
+            mend="it has no adapter_config.json; give a folder from contexts/",
+        )
     config = _json(path)
     peft_type = config.get("peft_type")
     if peft_type not in (*_KV_TYPES, "PROMPT_TUNING"):
         raise InputError(
-            f"a PEFT adapter of type {peft_type} is not a context", where=str(folder), mend="CARTRIDGE, PREFIX_TUNING or PROMPT_TUNING is"
+            f"a PEFT adapter of type {peft_type} is not a context",
+            where=str(folder),
+            mend="CARTRIDGE, PREFIX_TUNING or PROMPT_TUNING is",
         )
     if config.get("prefix_projection"):
         raise InputError("PREFIX_TUNING with a projection is not a KV cache", where=str(folder))
@@ -170,7 +186,8 @@ def _check_base(record: dict[str, Any], base: Base, folder: Path) -> None:
             )
 
 
-def _tensor(folder: Path) -> Tensor:
+def read_tensor(folder: Path) -> Tensor:
+    """``prompt_embeddings`` of a context folder. Raises InputError for a missing, damaged or truncated file."""
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise InputError("has no adapter_model.safetensors", where=str(folder))

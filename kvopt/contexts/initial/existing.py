@@ -16,7 +16,9 @@ def existing(task: InitialTask) -> Tensor:
     if source is None:
         raise InputError("init: context:NAME names no context", where=where)
     if source.tokens != task.tokens:
-        raise InputError(f"{source.name} has {source.tokens} slots, {task.tokens} wanted", where=where, mend="leave tokens out")
+        raise InputError(
+            f"{source.name} has {source.tokens} slots, {task.tokens} wanted", where=where, mend="leave tokens out"
+        )
     if isinstance(source, KVContext):
         if task.kind == "soft":
             raise InputError("a KV cache cannot be turned into a soft prompt", where=where, mend="start it from text")

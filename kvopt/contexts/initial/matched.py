@@ -45,7 +45,11 @@ class _Statistics:
 def matched(task: InitialTask) -> Tensor:
     """Keys kept per layer and head (slot 0 always), values refitted, keys re-rotated by T − P. Raises InputError for soft prompts."""
     if task.kind != "kv":
-        raise InputError("init: matched works on keys and values", where=f"contexts.{task.name}", mend="use kind: kv, or another init")
+        raise InputError(
+            "init: matched works on keys and values",
+            where=f"contexts.{task.name}",
+            mend="use kind: kv, or another init",
+        )
     if not task.rows:
         raise ValueError("attention matching needs training rows")
     prefix = task.text_prefix()
@@ -77,7 +81,9 @@ def _match_layer(keys: Tensor, values: Tensor, seen: _Statistics, slots: int) ->
     residual = target - (body - total).exp() * body_read - weights @ kept_values
     gram = weights.transpose(1, 2) @ weights
     ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] + 1e-6
-    correction = torch.linalg.solve(gram + ridge * torch.eye(slots, device=gram.device), weights.transpose(1, 2) @ residual)
+    correction = torch.linalg.solve(
+        gram + ridge * torch.eye(slots, device=gram.device), weights.transpose(1, 2) @ residual
+    )
     kept_keys = keys.gather(1, keep[..., None].expand(-1, -1, keys.shape[-1]))
     return kept_keys, kept_values + correction
 
@@ -90,7 +96,9 @@ def _observe(task: InitialTask, prefix: Prefix) -> list[_Statistics]:
 
     def observe(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> None:
         heads = key.shape[1]
-        logits = rearrange(query, "b (h g) q d -> b h g q d", h=heads).float() @ key.float()[:, :, None].transpose(-1, -2)
+        logits = rearrange(query, "b (h g) q d -> b h g q d", h=heads).float() @ key.float()[:, :, None].transpose(
+            -1, -2
+        )
         logits = logits * (scaling if scaling is not None else query.shape[-1] ** -0.5)
         allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         logits = logits.masked_fill(~allowed[:, :, None], -torch.inf)

@@ -1,0 +1,1 @@
+"""Reports of a run: the leaderboard as JSON, CSV and a terminal table."""

@@ -1,0 +1,149 @@
+"""The run directory: manifest, ledger, lock, and the rule that a stage whose inputs did not change is not run again.
+
+Everything in it but ``ledger.jsonl`` (which holds times) is a function of the inputs, so an interrupted run that is continued ends in the same
+bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import kvopt
+from kvopt.errors import InputError
+from kvopt.files import canonical_json, remove_partials, write_json
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class RunDirectory:
+    """One run's folder. Use it inside ``with run.locked():``."""
+
+    path: Path
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Create the folder, clear what a killed process left half-written, and keep other kvopt processes out. Raises InputError."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("a")
+        except OSError as error:
+            raise InputError(
+                f"cannot write here: {error.strerror}", where=str(self.path), mend="choose another --out folder"
+            ) from None
+        with lock:
+            _lock(lock, self.path)
+            remove_partials(self.path)
+            self._read_manifest()
+            yield
+
+    def _read_manifest(self) -> None:
+        path = self / "manifest.json"
+        if not path.is_file():
+            return
+        try:
+            self.manifest = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise InputError(
+                f"is damaged: {error}", where=str(path), mend="delete it; finished work is found again"
+            ) from None
+        if self.manifest.get("format_version") != FORMAT_VERSION:
+            raise InputError(
+                "was written by another version of kvopt", where=str(path), mend="choose another --out folder"
+            )
+
+    def describe(self, **facts: Any) -> None:
+        """Record what the run stands on: hashes, versions, seed, device."""
+        self.manifest = {
+            "format_version": FORMAT_VERSION,
+            "kvopt_version": kvopt.__version__,
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "transformers", "peft", "tokenizers", "safetensors")},
+            },
+            **facts,
+            "stages": self.manifest.get("stages", {}),
+        }
+        self.write_manifest()
+
+    def write_manifest(self) -> None:
+        write_json(self / "manifest.json", self.manifest)
+
+    def begin(self, stage: str, key: str, *artefacts: str) -> None:
+        """Before a stage works: when its key changed, its old artefacts go, so that nothing of another job is taken up."""
+        stages = self.manifest.setdefault("stages", {})
+        if stages.get(stage) != key:
+            for name in artefacts:
+                target = self / name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                else:
+                    target.unlink(missing_ok=True)
+            stages[stage] = key
+            self.write_manifest()
+
+    def keep_stages(self, names: set[str]) -> None:
+        """Forget stages that the config no longer has."""
+        stages = self.manifest.get("stages", {})
+        self.manifest["stages"] = {name: stages[name] for name in sorted(stages) if name in names}
+        self.write_manifest()
+
+    @contextlib.contextmanager
+    def ledger(self, stage: str, **facts: Any) -> Iterator[dict[str, Any]]:
+        """Time a stage; the block may add counts (tokens_in, tokens_out, model_calls) to the entry, which is written at its end."""
+        entry: dict[str, Any] = {"stage": stage, **facts}
+        start = time.perf_counter()
+        outcome = "interrupted"
+        try:
+            yield entry
+            outcome = "done"
+        except Exception:
+            outcome = "failed"
+            raise
+        finally:
+            entry |= {
+                "outcome": outcome,
+                "seconds": round(time.perf_counter() - start, 3),
+                "peak_memory_bytes": peak_memory(),
+            }
+            with contextlib.suppress(OSError), (self / "ledger.jsonl").open("a", encoding="utf-8") as file:
+                file.write(canonical_json(entry) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def peak_memory() -> int:
+    """The process's peak resident memory so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _lock(lock: Any, path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # no such lock on Windows
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(
+            "another kvopt is working in this run directory",
+            where=str(path),
+            mend="wait for it, or choose another --out",
+        ) from None
