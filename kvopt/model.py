@@ -138,7 +138,8 @@ def _to_stderr(line: str) -> None:
 
 
 def load_tokenizer(config: ModelConfig, *, say: Callable[[str], None] | None = None) -> tuple[Any, int]:
-    """The tokenizer of ``config.base`` and its context window in tokens, without its weights. Raises InputError as :func:`load_base` does."""
+    """The tokenizer of ``config.base`` and its context window in tokens, without its weights. Raises InputError as
+    :func:`load_base` does."""
     folder = locate(config.base, config.revision, say or _to_stderr)
     with _quiet():
         settings = text_config(_load_config(folder, config))
