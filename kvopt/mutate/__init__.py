@@ -1,0 +1,1 @@
+"""Text mutations of a template: operators, generators, validity, search."""

@@ -1,0 +1,116 @@
+"""The ``mutations`` part of a config: how many, by which operators, with which paraphraser."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from kvopt.errors import InputError
+from kvopt.mutate.operators import FAMILIES, operators
+from kvopt.mutate.spans import compile_protect
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NoGenerator(_Strict):
+    """Rules only."""
+
+    kind: Literal["none"] = "none"
+
+
+class LocalGenerator(_Strict):
+    """The base model rewrites single sentences."""
+
+    kind: Literal["local"] = "local"
+    samples: int = Field(default=6, ge=1, le=64, description="paraphrases asked for each sentence or list item")
+    temperature: float = Field(default=0.8, gt=0, le=2)
+
+
+class EndpointGenerator(_Strict):
+    """Any OpenAI-compatible endpoint rewrites whole messages."""
+
+    kind: Literal["endpoint"]
+    base_url: str = Field(description="up to and with /v1, e.g. http://localhost:8000/v1")
+    model: str
+    api_key_env: str | None = Field(
+        None, description="environment variable that holds the key; the key itself is never stored"
+    )
+    temperature: float = Field(1.0, ge=0, le=2)
+    timeout: float = Field(120.0, gt=0, description="seconds for one request")
+    retries: int = Field(4, ge=0, le=20, description="repeats after a timeout, a lost connection, 429 or 5xx")
+    concurrency: int = Field(4, ge=1, le=32, description="requests at the same time")
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_http(cls, value: str) -> str:
+        if not value.startswith(("http://", "https://")):
+            raise ValueError("must begin with http:// or https://")
+        return value.rstrip("/")
+
+
+class FileGenerator(_Strict):
+    """Hand-written variants: a JSONL file, a text file with ``---`` between variants, or a folder of .txt files."""
+
+    kind: Literal["file"]
+    path: Path
+
+
+GeneratorConfig = Annotated[
+    NoGenerator | LocalGenerator | EndpointGenerator | FileGenerator, Field(discriminator="kind")
+]
+
+
+class MutationsConfig(_Strict):
+    """The ``mutations`` section.
+
+    Attributes:
+        count: accepted mutations wanted.
+        operators: families (structure, syntax, lexical, paraphrase) or names of single operators.
+        generator: what makes paraphrases; used when ``operators`` has paraphrase.
+        protect: literals that must not change, plain or ``re:PATTERN``, beside those found by themselves.
+        max_depth: most operators in an ordinary attempt; every eighth attempt takes up to twice as many.
+        max_attempts: when to stop with fewer; default 25 for each wanted one.
+        paraphrase_share: share of attempts that begin with a paraphrase; default an equal share for each family.
+    """
+
+    count: int = Field(32, ge=0, le=100_000)
+    operators: tuple[str, ...] = FAMILIES
+    generator: GeneratorConfig = LocalGenerator()
+    protect: tuple[str, ...] = ()
+    max_depth: int = Field(3, ge=1, le=16)
+    max_attempts: int | None = Field(None, ge=1)
+    paraphrase_share: float | None = Field(None, ge=0, le=1)
+
+    @field_validator("operators")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        known = [*FAMILIES, *operators()]
+        for name in value:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                raise ValueError(
+                    f"unknown operator {name!r}"
+                    + (f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}")
+                )
+        if not value:
+            raise ValueError("no operators")
+        return value
+
+    @field_validator("protect")
+    @classmethod
+    def _compiles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            compile_protect(value)
+        except InputError as error:
+            raise ValueError(error.what) from None
+        return value
+
+    @property
+    def attempts(self) -> int:
+        """The most attempts."""
+        return self.max_attempts if self.max_attempts is not None else 25 * self.count

@@ -1,0 +1,114 @@
+"""Hand-written variants of the template, each taken once, in the file's order."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvopt.errors import InputError
+from kvopt.mutate.generators.base import Proposal, Request
+from kvopt.mutate.validity import Rejection
+from kvopt.template import SLOT, Template
+
+BETWEEN = re.compile(r"^---[ \t]*(?:\r?\n|\Z)", re.M)
+
+
+class FileVariants:
+    """Variants of ``original`` read from ``path``.
+
+    ``.jsonl``: one a line, ``{"template": {…}}``, ``{"messages": […]}``, ``{"text": "…"}`` or a string. Any other file:
+    texts with a line ``---``
+    between them. A folder: its ``.txt`` files by name. For a chat template a bare text replaces the only message that
+    it can: the one with the same
+    slots, or the one without any. Raises InputError for what cannot be read.
+    """
+
+    name = "file"
+    batch = 1
+
+    def __init__(self, path: Path, original: Template):
+        self._original = original
+        self._variants = [(where, self._sources(value, where)) for where, value in _entries(Path(path))]
+        if not self._variants:
+            raise InputError("no variants", where=str(path), mend="write at least one")
+        self.limit: int | None = len(self._variants)
+
+    def propose(self, requests: Sequence[Request]) -> list[Proposal]:
+        return [self._one(request.turn) for request in requests]
+
+    def _one(self, turn: int) -> Proposal:
+        if turn >= len(self._variants):
+            return Proposal(rejection=Rejection("generation-failed", "no more variants in the file"))
+        where, sources = self._variants[turn]
+        return Proposal(self._original.with_fields(sources), detail=where)
+
+    def _sources(self, value: Any, where: str) -> list[str]:
+        if isinstance(value, dict) and isinstance(value.get("template"), dict | str):
+            value = value["template"]
+        if isinstance(value, dict) and isinstance(value.get("messages"), list):
+            return self._messages(value["messages"], where)
+        if isinstance(value, dict):
+            value = value.get("text")
+        if not isinstance(value, str):
+            raise InputError("no template, messages or text", where=where)
+        if not self._original.is_chat:
+            return [value]
+        slots = [m[2] for m in SLOT.finditer(value) if not m[1]]
+        fits = [
+            i
+            for i, field in enumerate(self._original.fields)
+            if [m[2] for m in SLOT.finditer(field) if not m[1]] == slots
+        ]
+        if len(fits) != 1:
+            raise InputError(
+                "a bare text does not say which message it replaces",
+                where=where,
+                mend="write messages with their roles",
+            )
+        return [value if i == fits[0] else field for i, field in enumerate(self._original.fields)]
+
+    def _messages(self, messages: list[Any], where: str) -> list[str]:
+        roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+        if not self._original.is_chat or roles != [m.role for m in self._original.messages]:
+            raise InputError(
+                "other messages than the template's", where=where, mend="same number and roles in the same order"
+            )
+        contents = [message.get("content") for message in messages]
+        if not all(isinstance(content, str) for content in contents):
+            raise InputError("a message without content", where=where)
+        return contents
+
+
+def _entries(path: Path) -> list[tuple[str, Any]]:
+    """``(where, value)`` of each variant."""
+    if path.is_dir():
+        return [(str(file), _without_last_newline(_read(file))) for file in sorted(path.glob("*.txt"))]
+    text = _read(path)
+    if path.suffix != ".jsonl":
+        parts = [_without_last_newline(part) for part in BETWEEN.split(text)]
+        return [(f"{path}, variant {i + 1}", part) for i, part in enumerate(parts) if part.strip()]
+    entries = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                entries.append((f"{path}:{number}", json.loads(line)))
+            except ValueError as error:
+                raise InputError(f"not JSON: {error}", where=f"{path}:{number}") from None
+    return entries
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError("no such file", where=str(path), mend="paths are relative to the config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot be read as UTF-8 text: {error}", where=str(path)) from None
+
+
+def _without_last_newline(text: str) -> str:
+    """Editors end a file with a newline that is no part of the prompt."""
+    return re.sub(r"\r?\n\Z", "", text)

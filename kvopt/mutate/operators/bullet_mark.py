@@ -1,0 +1,23 @@
+"""Another mark in front of list items."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+from kvopt.mutate.operators.registry import operator
+from kvopt.mutate.spans import Field
+from kvopt.mutate.text import blocks, items, join, list_block
+
+
+@operator("bullet-mark", "syntax")
+def bullet_mark(field: Field, rng: Random) -> str | None:
+    """``-`` ↔ ``*`` ↔ ``•`` ↔ ``+`` in every bulleted list."""
+    found = blocks(field.text)
+    lists = [i for i, block in enumerate(found) if block.kind == "list" and not items(block)[0].numbered]
+    if not lists:
+        return None
+    mark = rng.choice([m for m in "-*•+–" if m != items(found[lists[0]])[0].marker])
+    for i in lists:
+        found[i] = list_block([replace(item, marker=mark) for item in items(found[i])])
+    return join(found)

@@ -1,0 +1,31 @@
+"""Bulleted lists become numbered ones and the other way round."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+from kvopt.mutate.operators.registry import operator
+from kvopt.mutate.spans import Field
+from kvopt.mutate.text import Block, blocks, items, join, list_block, renumber, some
+from kvopt.mutate.vocabulary import REFERS_TO_NUMBER
+
+
+@operator("bullets-numbers", "structure")
+def bullets_numbers(field: Field, rng: Random) -> str | None:
+    """``- item`` ↔ ``1. item``; numbers stay where the text refers to them."""
+    found = blocks(field.text)
+    lists = [i for i, block in enumerate(found) if block.kind == "list" and len(items(block)) > 1]
+    if REFERS_TO_NUMBER.search(field.text):
+        lists = [i for i in lists if not items(found[i])[0].numbered]
+    style, bullet = rng.choice(["1.", "1.", "1)", "(1)"]), rng.choice("-*•")
+    for i in some(rng, lists):
+        found[i] = _switched(found[i], style, bullet)
+    return join(found) if lists else None
+
+
+def _switched(block: Block, style: str, bullet: str) -> Block:
+    parts = items(block)
+    if parts[0].numbered:
+        return list_block([replace(item, marker=bullet) for item in parts])
+    return list_block(renumber(parts, style))

@@ -1,0 +1,44 @@
+"""The mark between a label and its explanation changes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from random import Random
+
+from kvopt.mutate.operators.registry import operator
+from kvopt.mutate.spans import MARK, Field
+from kvopt.mutate.text import blocks, items, join, list_block
+
+LABEL = re.compile(rf"((?:\*\*)?(?:{MARK}|[A-Za-z]+(?: [A-Za-z]+){{0,2}})(?:\*\*)?)(: | - | – | — | = )(?=\S)")
+MARKS = (": ", " - ", " – ", " — ")
+
+
+@operator("colon-dash", "syntax")
+def colon_dash(field: Field, rng: Random) -> str | None:
+    """``label: text`` ↔ ``label - text`` ↔ ``label — text`` in all items of a list that are made so."""
+    found = blocks(field.text)
+    sites = []
+    for i, block in enumerate(found):
+        if block.kind == "list" and len(items(block)) > 1:
+            matches = [LABEL.match(item.body) for item in items(block)]
+            if all(matches) and not field.holds_slot(block.text):
+                sites.append(i)
+    if not sites:
+        return None
+    at = rng.choice(sites)
+    parts = items(found[at])
+    first = LABEL.match(parts[0].body)
+    mark = rng.choice([m for m in MARKS if first and m != first[2]])
+    found[at] = list_block([replace(item, body=LABEL.sub(lambda m: m[1] + mark, item.body, count=1)) for item in parts])
+    return join(found)
+
+
+@operator("dashes", "syntax")
+def dashes(field: Field, rng: Random) -> str | None:
+    """`` – `` ↔ `` — `` ↔ `` - `` inside sentences."""
+    present = re.findall(r"(?<=[\w.)]) [-–—] (?=\S)", field.text)
+    if not present:
+        return None
+    mark = rng.choice([m for m in (" - ", " – ", " — ") if m != present[0]])
+    return re.sub(r"(?<=[\w.)]) [-–—] (?=\S)", mark, field.text)

@@ -1,0 +1,38 @@
+"""List items gain or lose their final period."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+from kvopt.mutate.operators.registry import operator
+from kvopt.mutate.spans import Field
+from kvopt.mutate.text import Item, blocks, items, join, list_block, sentences
+
+
+@operator("final-periods", "syntax")
+def final_periods(field: Field, rng: Random) -> str | None:
+    """``- item.`` ↔ ``- item`` ↔ ``- item;`` for all items of a list of single sentences."""
+    found = blocks(field.text)
+    lists = [i for i, block in enumerate(found) if block.kind == "list" and _simple(items(block), field)]
+    if not lists:
+        return None
+    at = rng.choice(lists)
+    parts = items(found[at])
+    present = parts[0].body[-1] if parts[0].body[-1] in ".;" else ""
+    mark = rng.choice([m for m in ("", ".", ";") if m != present])
+    ends = [mark] * (len(parts) - 1) + ["." if mark == ";" else mark]
+    made = [replace(item, body=item.body.rstrip(".;") + end) for item, end in zip(parts, ends, strict=True)]
+    found[at] = list_block(made)
+    return join(found)
+
+
+def _simple(parts: list[Item], field: Field) -> bool:
+    return all(
+        len(item.body.split()) > 1
+        and len(sentences(item.body)) == 1
+        and item.body[-1] not in "!?:,…"
+        and not item.body.endswith(("..", "etc."))
+        and not field.holds_slot(item.body)
+        for item in parts
+    )

@@ -1,0 +1,23 @@
+"""List items are set in or out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+from kvopt.mutate.operators.registry import operator
+from kvopt.mutate.spans import Field
+from kvopt.mutate.text import blocks, items, join, list_block
+
+
+@operator("indentation", "syntax")
+def indentation(field: Field, rng: Random) -> str | None:
+    """Every list of one-line items moves by two spaces."""
+    found = blocks(field.text)
+    lists = [i for i, b in enumerate(found) if b.kind == "list" and all("\n" not in item.body for item in items(b))]
+    if not lists:
+        return None
+    width = rng.choice([w for w in ("", "  ", " ") if w != items(found[lists[0]])[0].indent])
+    for i in lists:
+        found[i] = list_block([replace(item, indent=width) for item in items(found[i])])
+    return join(found)

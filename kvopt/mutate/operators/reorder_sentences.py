@@ -1,0 +1,46 @@
+"""Independent neighbouring sentences change places."""
+
+from __future__ import annotations
+
+import re
+from random import Random
+
+from kvopt.mutate.operators.registry import operator
+from kvopt.mutate.spans import Field
+from kvopt.mutate.text import blocks, join, sentences
+from kvopt.mutate.vocabulary import ANAPHORA, starts_imperative
+
+PREFIX = re.compile(r"^(please |always |never |do not |don't |only |you must |you should )", re.I)
+DEFINITE = re.compile(r"\b(?:the|that|each|every) ([a-z]+)")
+INDEFINITE = re.compile(r"\b(?:a|an|one|single|two) (?:[a-z-]+ )?([a-z]+)")
+
+
+@operator("reorder-sentences", "structure")
+def reorder_sentences(field: Field, rng: Random) -> str | None:
+    """Two neighbouring instructions swap, when neither points to anything that the other one introduces."""
+    found = blocks(field.text)
+    sites = []
+    for at, block in enumerate(found):
+        if block.kind == "paragraph" and not field.holds_slot(block.text):
+            parts = sentences(block.body)
+            sites += [(at, i) for i in range(len(parts) - 1) if _swappable(parts[i][0], parts[i + 1][0])]
+    if not sites:
+        return None
+    at, i = rng.choice(sites)
+    parts = sentences(found[at].body)
+    parts[i], parts[i + 1] = (parts[i + 1][0], parts[i][1]), (parts[i][0], parts[i + 1][1])
+    found[at] = found[at].with_body("".join(sentence + space for sentence, space in parts))
+    return join(found)
+
+
+def _swappable(first: str, second: str) -> bool:
+    return _alone(first) and _alone(second) and not set(INDEFINITE.findall(first)) & set(DEFINITE.findall(second))
+
+
+def _alone(sentence: str) -> bool:
+    plain = PREFIX.sub("", sentence)
+    return (
+        sentence.rstrip()[-1:] in ".!"
+        and not ANAPHORA.search(sentence)
+        and starts_imperative(plain[:1].upper() + plain[1:])
+    )
