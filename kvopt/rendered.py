@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,27 @@ SEPARATOR = re.compile(r"^---[ \t]*\r?(?:\n|\Z)", re.MULTILINE)
 OUTPUT_COLUMNS = ("output", "completion")
 
 
+@dataclass(frozen=True)
+class Rendered:
+    """Prompts, what to call each in messages (``"prompts.jsonl:3"``), and the gold outputs if the file has them."""
+
+    prompts: tuple[Prompt, ...]
+    names: tuple[str, ...]
+    outputs: tuple[str, ...] | None
+
+
 def infer_file(path: Path) -> Inferred:
     """The template and the rows of a file of rendered prompts.
+
+    Raises:
+        InputError: what :func:`read_rendered` and :func:`kvopt.infer.infer_template` refuse.
+    """
+    rendered = read_rendered(path)
+    return replace(infer_template(rendered.prompts, rendered.names), outputs=rendered.outputs)
+
+
+def read_rendered(path: Path) -> Rendered:
+    """Read a file of rendered prompts.
 
     Args:
         path: rows with ``prompt`` (text or messages) or ``messages`` and, if they like, ``output`` or ``completion``
@@ -25,19 +44,17 @@ def infer_file(path: Path) -> Inferred:
             prompts divided by lines ``---``; the line break before such a line is not part of the prompt.
 
     Raises:
-        InputError: what :func:`kvopt.infer.infer_template` and the readers refuse.
+        InputError: naming file and line of the first row that is no prompt, or lacks the output that others have.
     """
     if path.suffix.lower() == ".txt":
         prompts, names = _text_prompts(path)
-        return infer_template(prompts, names)
+        return Rendered(tuple(prompts), tuple(names), None)
     read = [_prompt(record) for record in read_records(path.name, path.parent, "train")]
-    names = [name for _, _, name in read]
-    outputs = [output for _, output, _ in read]
-    missing = [name for name, output in zip(names, outputs, strict=True) if output is None]
-    if missing and len(missing) < len(outputs):
+    missing = [name for _, output, name in read if output is None]
+    if missing and len(missing) < len(read):
         raise InputError("the row has no output, but others do", where=missing[0])
-    inferred = infer_template([prompt for prompt, _, _ in read], names)
-    return inferred if missing or not read else replace(inferred, outputs=tuple(o for o in outputs if o is not None))
+    outputs = None if missing or not read else tuple(output for _, output, _ in read if output is not None)
+    return Rendered(tuple(prompt for prompt, _, _ in read), tuple(name for _, _, name in read), outputs)
 
 
 def _text_prompts(path: Path) -> tuple[list[str], list[str]]:
