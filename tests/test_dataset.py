@@ -94,7 +94,9 @@ def test_validation_is_set_aside_by_content_and_not_by_place(load):
     second = load([{"question": "new", "output": "a"}, *reversed(rows(200))], validation_fraction=0.2)
     assert 20 <= len(first.validation) <= 60
     assert {e.key for e in first.validation} <= {e.key for e in second.validation}
-    assert {e.key for e in first.validation} != {e.key for e in load(rows(200), seed=1).validation}
+    assert {e.key for e in first.validation} != {
+        e.key for e in load(rows(200), validation_fraction=0.2, seed=1).validation
+    }
 
 
 def test_the_three_parts_share_no_values(load):
