@@ -1,9 +1,12 @@
-"""Running bodies against a shared prefix: the one way in which scoring, optimizing, training and serving look at a context.
+"""Running bodies against a shared prefix: the one way in which scoring, optimizing, training and serving look at a
+context.
 
-A prefix holds keys (after RoPE) and values for every layer once; each layer joins them in front of a batch's own keys and values inside the
-stock attention code, and stores nothing, so one prefix serves any number of batches, forward and backward.
+A prefix holds keys (after RoPE) and values for every layer once; each layer joins them in front of a batch's own keys
+and values inside the stock attention code, and stores nothing, so one prefix serves any number of batches, forward and
+backward.
 
-Symbols: L layers, H key/value heads, T prefix slots, d head dimension, B rows, n body positions, G gold tokens, D hidden size.
+Symbols: L layers, H key/value heads, T prefix slots, d head dimension, B rows, n body positions, G gold tokens, D
+hidden size.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from kvopt.model import Base
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values that a body attends to, one pair [H, T, d] a layer, in the model's dtype; bodies start at position T."""
+    """Keys and values that a body attends to, one pair [H, T, d] a layer, in the model's dtype; bodies start at
+    position T.
+    """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -64,12 +69,15 @@ class PrefixLayer(DynamicLayer):
 class CaptureLayer(DynamicLayer):
     """One layer of a prefill: hands the states back and remembers the latest.
 
-    It never grows, so that computing a checkpointed layer a second time changes nothing, and it is never cut to a sliding window.
+    It never grows, so that computing a checkpointed layer a second time changes nothing, and it is never cut to a
+    sliding window.
     """
 
+    seen: bool = False
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.keys, self.values, self.is_initialized = key_states, value_states, True
+        if not self.seen:
+            self.keys, self.values, self.seen = key_states, value_states, True
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -82,7 +90,8 @@ def prefix_cache(prefix: Prefix) -> Cache:
 
 
 def prefill(base: Base, *, ids: Tensor | None = None, embeddings: Tensor | None = None) -> Prefix:
-    """The prefix that token ``ids`` [T] or input ``embeddings`` [T, D] leave behind, at positions 0 … T−1; differentiable in the embeddings.
+    """The prefix that token ``ids`` [T] or input ``embeddings`` [T, D] leave behind, at positions 0 … T−1;
+    differentiable in the embeddings.
 
     Sliding-window layers keep all T slots (the attention mask decides what a body still sees).
     """
@@ -118,6 +127,8 @@ def run_bodies(base: Base, prefix: Prefix, batch: Batch) -> Tensor:
 
 
 def gold_hidden(base: Base, prefix: Prefix, batch: Batch) -> Tensor:
-    """Hidden states [G, D] of the positions that predict the batch's gold tokens, row by row; no other position is ever scored."""
+    """Hidden states [G, D] of the positions that predict the batch's gold tokens, row by row; no other position is
+    ever scored.
+    """
     hidden = run_bodies(base, prefix, batch)
     return hidden[batch.predicts[:, 0], batch.predicts[:, 1]]

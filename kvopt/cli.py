@@ -149,7 +149,9 @@ def validate(config: ConfigPath, sets: Sets = None, as_json: Json = False) -> No
 
 @app.command("run")
 def run_all(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json = False) -> None:
-    """All stages: reference, mutations, learned contexts, scores, leaderboard. Run it again to go on after an interruption."""
+    """All stages: reference, mutations, learned contexts, scores, leaderboard. Run it again to go on after an
+    interruption.
+    """
     run = _run(config, sets, out)
     with run.opened():
         board = run.run()
@@ -219,9 +221,9 @@ def optimize(
         _print_json({"contexts": rows})
         return
     for row in rows:
-        print(
-            f"{row['name']}: {row['tokens']} {row['kind']} slots, forward KL {row['kl_forward']['mean']:.4f}, {run.directory / 'contexts' / row['name']}"
-        )
+        folder = run.directory / "contexts" / row["name"]
+        kl = row["kl_forward"]["mean"]
+        print(f"{row['name']}: {row['tokens']} {row['kind']} slots, forward KL {kl:.4f}, {folder}")
 
 
 @app.command()

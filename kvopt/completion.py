@@ -14,7 +14,8 @@ Messages = list[dict[str, str]]
 def local_completion(
     base: Base, usage: dict[str, int] | None = None
 ) -> Callable[[Sequence[Messages], int, int, float], list[str]]:
-    """``complete(prompts, seed, max_tokens, temperature)``: one sampled answer for each prompt, a function of its arguments alone.
+    """``complete(prompts, seed, max_tokens, temperature)``: one sampled answer for each prompt, a function of its
+    arguments alone.
 
     Args:
         base: with a chat template, each prompt is rendered by it; without one, contents are joined by newlines.

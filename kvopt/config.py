@@ -94,12 +94,12 @@ class Config(_Section):
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run directory, runs/NAME")
     seed: int = Field(0, ge=0, lt=2**31, description="of everything random")
-    model: ModelConfig = Field(default_factory=ModelConfig)
+    model: ModelConfig = ModelConfig()
     template: TemplateConfig
     data: DataConfig
-    reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
-    mutations: MutationsConfig = Field(default_factory=MutationsConfig)
-    score: ScoreConfig = Field(default_factory=ScoreConfig)
+    reference: ReferenceConfig = ReferenceConfig()
+    mutations: MutationsConfig = MutationsConfig()
+    score: ScoreConfig = ScoreConfig()
     contexts: list[ContextConfig] = Field(default_factory=list, description="contexts to learn, in order")
     students: list[StudentConfig] = Field(
         default_factory=list, description="students to train (read and checked, not yet trained)"
@@ -124,7 +124,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Path
 
     Args:
         path: a YAML file.
-        overrides: ``a.b=value`` assignments, values in YAML; ``contexts.NAME.steps=5`` finds list items by their name or position.
+        overrides: ``a.b=value`` assignments, values in YAML; ``contexts.NAME.steps=5`` finds list items by their name
+            or position.
 
     Raises:
         InputError: the file cannot be read, or something in it is wrong.

@@ -1,13 +1,12 @@
 """The token seam: every example as context | body | gold token ids, and batches of bodies.
 
-The prompt is tokenized as production does. The context is the longest token prefix that all examples share and that ends before the first slot
-character; a token that straddles the seam belongs to the body. Gold ids are what follows the prompt's ids when prompt and output are tokenized
-together, and must not depend on the context.
+The prompt is tokenized as production does. The context is the longest token prefix that all examples share and that
+ends before the first slot character; a token that straddles the seam belongs to the body. Gold ids are what follows
+the prompt's ids when prompt and output are tokenized together, and must not depend on the context.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,12 +23,16 @@ from kvopt.template import Template
 
 
 class SeamError(InputError):
-    """The prompt's ids are not a prefix of prompt + gold, or gold ids differ from the original's: the template does not fit the row."""
+    """The prompt's ids are not a prefix of prompt + gold, or gold ids differ from the original's: the template does
+    not fit the row.
+    """
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example after the seam: ``body`` ids end where the answer begins; ``gold`` ids are the answer with its end token."""
+    """One example after the seam: ``body`` ids end where the answer begins; ``gold`` ids are the answer with its end
+    token.
+    """
 
     example_id: str
     body: tuple[int, ...]
@@ -89,7 +92,9 @@ class Encoder:
         return ids, leading
 
     def gold_ids(self, template: Template, example: Example, prompt: Sequence[int]) -> tuple[int, ...]:
-        """Ids of the output (with its end token) after ``prompt``. Raises SeamError when the prompt's ids change with the output behind them."""
+        """Ids of the output (with its end token) after ``prompt``. Raises SeamError when the prompt's ids change with
+        the output behind them.
+        """
         rendered = self.renderer.render(template, example.values, where=example.source)
         end = self.renderer.end_of_answer(template) if self.end_token else ""
         full, _ = self.plain.encode(
@@ -101,7 +106,7 @@ class Encoder:
             raise SeamError(
                 "the prompt's last token merges with the output's first characters",
                 where=example.source,
-                mend="let the template end with a newline or a chat turn, and start outputs without the character it ends with",
+                mend="end the template with a newline or a chat turn, and outputs without that first character",
             )
         return tuple(full[len(prompt) :])
 
@@ -138,7 +143,7 @@ class Encoder:
             leading.append(n)
         # A body keeps at least one token: something has to predict the first gold token.
         shared = min(min(leading), min(map(len, prompts)) - 1)
-        shared = len(os.path.commonprefix([ids[:shared] for ids in prompts]))
+        shared = _common_prefix(prompts, shared)
         rows = tuple(
             Row(example.id, tuple(ids[shared:]), target)
             for example, ids, target in zip(examples, prompts, golds, strict=True)
@@ -154,10 +159,18 @@ class Encoder:
         return tuple(ids[: len(ids) - len(bare)]) if ids[-len(bare) :] == bare else ()
 
     def _without_final_eos(self, ids: list[int], text: str) -> list[int]:
-        """Drop an EOS that the tokenizer itself appends to a text (add_eos_token), which no prompt has in production."""
+        """Drop an EOS that the tokenizer itself appends (add_eos_token), which no prompt has in production."""
         eos = self.tokenizer.eos_token_id
         appended = self.tokenizer("x", add_special_tokens=True)["input_ids"][-1] == eos and eos is not None
         return ids[:-1] if appended and ids and ids[-1] == eos else ids
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]], limit: int) -> int:
+    """How many leading ids, at most ``limit``, all sequences share."""
+    first = sequences[0]
+    for ids in sequences:
+        limit = next((i for i in range(limit) if ids[i] != first[i]), limit)
+    return limit
 
 
 def _check_window(rows: Sequence[Row], prefix: int, examples: Sequence[Example], window: int) -> None:

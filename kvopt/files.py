@@ -1,4 +1,6 @@
-"""Writing and hashing files: everything is written beside its place, fsynced and renamed, so no reader sees half a file."""
+"""Writing and hashing files: everything is written beside its place, fsynced and renamed, so no reader sees half a
+file.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Gradient descent on a context: a soft prompt or a KV cache that makes the frozen base behave as it does under the template.
+"""Gradient descent on a context: a soft prompt or a KV cache that makes the frozen base behave as it does under the
+template.
 
-The loss is the forward KL per gold token to the stored reference, exact over the whole vocabulary (``kvopt.kernels``). Masters are fp32; the model
-sees them in its own dtype. Everything random is a function of the seed and the step, so a resumed run ends in the same bytes.
+The loss is the forward KL per gold token to the stored reference, exact over the whole vocabulary (``kvopt.kernels``).
+Masters are fp32; the model sees them in its own dtype. Everything random is a function of the seed and the step, so a
+resumed run ends in the same bytes.
 
 Symbols: T slots, F of them frozen.
 """
@@ -47,7 +49,8 @@ class ContextConfig(BaseModel):
     )
     init: str = Field(
         "template",
-        description="template, strided, matched, random-text, random, text:FILE, mutation:NAME, best-mutation, or context:NAME",
+        description="template, strided, matched, random-text, random, text:FILE, mutation:NAME, best-mutation, "
+        "or context:NAME",
     )
     steps: int = Field(200, ge=0, description="optimizer steps")
     batch_size: int = Field(16, ge=1, description="examples a step")
@@ -76,7 +79,8 @@ class Learned:
     Attributes:
         tensor: fp32, kv [T, L, 2, H, d] or soft [T, D].
         step: the step that it was measured at (0 = the initial state).
-        history: ``{"step", "held_out_kl", "train_kl"}`` at every measurement; train_kl is the mean since the last one (None at step 0).
+        history: ``{"step", "held_out_kl", "train_kl"}`` at every measurement; train_kl is the mean since the last one
+            (None at step 0).
         steps: optimizer steps done.
     """
 
@@ -235,21 +239,22 @@ def _step(job: _Job, state: _State, checkpoint: Path | None) -> float:
     rows = [job.train[i] for i in batch_at(state.step, len(job.train), config.batch_size, job.seed)]
     loss = context_loss(job.base, config.kind, torch.cat([job.frozen, trainable]), rows, job.reference)
     (gradient,) = torch.autograd.grad(loss, trainable)
-    norm = float(gradient.norm())
-    if not (math.isfinite(float(loss)) and math.isfinite(norm)):
+    value, norm = float(loss.detach()), float(gradient.norm())
+    if not (math.isfinite(value) and math.isfinite(norm)):
         kept = (
             f"the state of step {state.best_step} is kept in {checkpoint}"
             if checkpoint and checkpoint.is_file()
             else "nothing was saved"
         )
         raise KvoptError(
-            f"contexts.{config.name}: loss {float(loss)} with gradient norm {norm} at step {state.step}; {kept}; lower learning_rate"
+            f"contexts.{config.name}: loss {value} with gradient norm {norm} at step {state.step}; {kept};"
+            " lower learning_rate"
         )
     gradient = gradient * min(1.0, config.clip / (norm + 1e-12))
     state.trainable = _adamw(trainable.detach(), gradient, state, config)
     state.step += 1
-    state.recent.append(float(loss))
-    return float(loss)
+    state.recent.append(value)
+    return value
 
 
 def _adamw(value: Tensor, gradient: Tensor, state: _State, config: ContextConfig) -> Tensor:

@@ -1,8 +1,9 @@
-"""Tokenizing text in which some stretches are data: control tokens written there (``<|im_end|>``, ``</s>``, ``<tool_call>``) stay text.
+"""Tokenizing text in which some stretches are data: control tokens written there (``<|im_end|>``, ``</s>``,
+``<tool_call>``) stay text.
 
-Production code tokenizes the whole prompt, and so does this module as long as no data stretch holds the spelling of a control token. When one
-does, the text is cut at the genuine control tokens, and the stretches between them go through a copy of the tokenizer that knows no control
-tokens.
+Production code tokenizes the whole prompt, and so does this module as long as no data stretch holds the spelling of a
+control token. When one does, the text is cut at the genuine control tokens, and the stretches between them go through
+a copy of the tokenizer that knows no control tokens.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ class PlainTokens:
                 where="model.base",
                 mend="use a base with a fast tokenizer",
             )
-        self.control = _control_tokens(self.tokenizer)
+        self.control = control_tokens(self.tokenizer)
 
     def encode(self, text: str, data: Sequence[Span], *, add_special_tokens: bool) -> tuple[list[int], list[Span]]:
-        """Token ids of ``text`` and each token's (start, end) characters; no token of ``control`` overlaps a span of ``data``."""
+        """Token ids of ``text`` and each token's (start, end) characters; no token of ``control`` overlaps a span of
+        ``data``.
+        """
         encoding = self.tokenizer(
             text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False
         )
@@ -65,7 +68,9 @@ class PlainTokens:
         return result, spans
 
     def _copy(self, *, first: bool) -> Tokenizer:
-        """The tokenizer without control tokens; ``first`` says whether the stretch begins the text (some tokenizers mark that)."""
+        """The tokenizer without control tokens; ``first`` says whether the stretch begins the text (some tokenizers
+        mark that).
+        """
         if first not in self._copies:
             state = json.loads(self.tokenizer.backend_tokenizer.to_str())
             names = {name for name, i in self.tokenizer.get_vocab().items() if i in self.control}
@@ -82,8 +87,10 @@ def _overlaps(span: Span, data: Sequence[Span]) -> bool:
     return any(span[0] < end and start < span[1] for start, end in data)
 
 
-def _control_tokens(tokenizer: Any) -> frozenset[int]:
-    """Ids of special tokens and of added tokens that are markup (``<…>``, ``[…]``, ``<|…|>``), not of added white space or words."""
+def control_tokens(tokenizer: Any) -> frozenset[int]:
+    """Ids of special tokens and of added tokens that are markup (``<…>``, ``[…]``, ``<|…|>``), not of added white
+    space or words.
+    """
     control = set(tokenizer.all_special_ids)
     for i, token in tokenizer.added_tokens_decoder.items():
         text = token.content.strip()
@@ -93,7 +100,9 @@ def _control_tokens(tokenizer: Any) -> frozenset[int]:
 
 
 def _forget(model: dict[str, Any], names: set[str]) -> None:
-    """Rename the control tokens inside the model's own vocabulary, so that no text can reach them (ids and scores stay)."""
+    """Rename the control tokens inside the model's own vocabulary, so that no text can reach them (ids and scores
+    stay).
+    """
     vocab = model.get("vocab")
     if isinstance(vocab, dict):
         needed = {part for merge in model.get("merges", ()) for part in _merge_parts(merge)}
@@ -113,7 +122,7 @@ def _merge_parts(merge: Any) -> tuple[str, str, str]:
 
 
 def _no_mark_at_start(node: Any) -> None:
-    """Metaspace with ``prepend_scheme: first`` marks only the start of the text; a later stretch must not get the mark."""
+    """Metaspace with ``prepend_scheme: first`` marks the start of the text alone; a later stretch gets no mark."""
     if isinstance(node, dict):
         if node.get("type") == "Metaspace" and node.get("prepend_scheme") == "first":
             node["prepend_scheme"] = "never"

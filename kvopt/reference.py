@@ -1,7 +1,9 @@
-"""The reference p(·|V,C): hidden states of the base under the original template at every position that predicts a gold token.
+"""The reference p(·|V,C): hidden states of the base under the original template at every position that predicts a gold
+token.
 
-Kept as safetensors shards of some hundred examples, in the model's dtype, with the key of everything they depend on; read back row by row
-through a memory map. Logits are never stored: the head is applied when they are needed (``kvopt.kernels``).
+Kept as safetensors shards of some hundred examples, in the model's dtype, with the key of everything they depend on;
+read back row by row through a memory map. Logits are never stored: the head is applied when they are needed
+(``kvopt.kernels``).
 """
 
 from __future__ import annotations
@@ -75,8 +77,8 @@ def build_reference(
 ) -> Reference:
     """Compute what is missing of the reference in ``folder`` and open it.
 
-    Shards with the right key are kept, so an interrupted build goes on where it stopped and ends in the same bytes. ``progress`` is called with
-    the number of rows finished.
+    Shards with the right key are kept, so an interrupted build goes on where it stopped and ends in the same bytes.
+    ``progress`` is called with the number of rows finished.
     """
     key = reference_key(base, encoded, batch_size)
     rows = encoded.rows
@@ -85,7 +87,7 @@ def build_reference(
         path = folder / shard_name(shard)
         if _shard_key(path) != key:
             hidden = _hidden_of(base, prefix, part, batch_size, progress)
-            write_bytes(path, save({"hidden": hidden.cpu()}, metadata={"key": key, "format": "pt"}))
+            write_bytes(path, save({"hidden": hidden.cpu()}, metadata={"key": key}))
         elif progress:
             progress(len(part))
     write_json(

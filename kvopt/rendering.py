@@ -1,4 +1,6 @@
-"""From a template and slot values to the prompt's text, as production renders it, with the characters that each slot value occupies."""
+"""From a template and slot values to the prompt's text, as production renders it, with the characters that each slot
+value occupies.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvopt.errors import InputError
+from kvopt.plain_tokens import control_tokens
 from kvopt.template import Slot, Static, Template, parse
 
 _SENTINEL = "kvoptSlot{}Mark"
@@ -30,8 +33,9 @@ class Rendered:
 class Renderer:
     """Renders a template for one tokenizer.
 
-    A chat template may trim a message; the slot values found in the text are then the trimmed ones. Any other change of a value (escaping,
-    rewording, dropping it) is an error, because the seam between context and body could not be placed.
+    A chat template may trim a message; the slot values found in the text are then the trimmed ones. Any other change
+    of a value (escaping, rewording, dropping it) is an error, because the seam between context and body could not be
+    placed.
 
     Args:
         tokenizer: its chat template is used for chat templates; text templates are rendered without it.
@@ -46,7 +50,9 @@ class Renderer:
         self._ends: dict[tuple[str, ...], str] = {}
 
     def render(self, template: Template, values: Mapping[str, str], *, where: str = "") -> Rendered:
-        """The prompt up to where the model's answer begins. Raises InputError with ``where`` when a value cannot be found in it."""
+        """The prompt up to where the model's answer begins. Raises InputError with ``where`` when a value cannot be
+        found in it.
+        """
         statics, names = self._skeleton(template)
         if not template.is_chat:
             return _interleave(statics, [values[name] for name in names])
@@ -57,7 +63,9 @@ class Renderer:
         return _locate(text, statics, [values[name] for name in names], where)
 
     def end_of_answer(self, template: Template) -> str:
-        """What follows a finished answer, up to and with the token that ends it: the chat template's end of turn, or the EOS token."""
+        """What follows a finished answer, up to and with the token that ends it: the chat template's end of turn, or
+        the EOS token.
+        """
         eos = self.tokenizer.eos_token or ""
         if not template.is_chat:
             return eos
@@ -69,12 +77,8 @@ class Renderer:
                 after = self._apply(messages, add_generation_prompt=False).rpartition(mark)[2]
             except InputError:
                 after = ""
-            specials = [
-                re.escape(token)
-                for token in sorted(set(self.tokenizer.all_special_tokens), key=len, reverse=True)
-                if token
-            ]
-            found = re.match(rf"\s*?(?:{'|'.join(specials)})", after) if specials else None
+            ends = sorted(self.tokenizer.convert_ids_to_tokens(sorted(control_tokens(self.tokenizer))), key=len)
+            found = re.match(rf"\s*?(?:{'|'.join(map(re.escape, reversed(ends)))})", after) if ends else None
             self._ends[roles] = found[0] if found else eos
         return self._ends[roles]
 

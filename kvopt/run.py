@@ -1,4 +1,6 @@
-"""All stages of a run: inputs, reference, mutations, learned contexts, scores, leaderboard. Each can be killed and taken up again."""
+"""All stages of a run: inputs, reference, mutations, learned contexts, scores, leaderboard. Each can be killed and
+taken up again.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +116,8 @@ class Run:
     def encoded(self) -> Encoded:
         """All examples under the original template, train, selection and validation in this order.
 
-        With ``scope: all`` the bodies of learned contexts keep the slots alone; the reference still sees the whole template.
+        With ``scope: all`` the bodies of learned contexts keep the slots alone; the reference still sees the whole
+            template.
         """
         return self.encoder.encode(self.template, self.examples, window=self.base.geometry.window)
 
@@ -127,7 +130,9 @@ class Run:
         return self.encoded.select([example.id for example in getattr(self.dataset, split)])
 
     def behind(self, split: str) -> Encoded:
-        """The rows that soft and KV contexts (and ``none``) stand in front of: the original's, or with ``scope: all`` the slots' own."""
+        """The rows that soft and KV contexts (and ``none``) stand in front of: the original's, or with ``scope: all``
+        the slots' own.
+        """
         return self._bare.select([example.id for example in getattr(self.dataset, split)])
 
     @cached_property
@@ -160,7 +165,9 @@ class Run:
         )
 
     def named_context(self, spec: str) -> list[Context]:
-        """The contexts that a ``--context`` names: original, none, text:FILE, mutations:FILE, a mutation, a learned context, or a folder."""
+        """The contexts that a ``--context`` names: original, none, text:FILE, mutations:FILE, a mutation, a learned
+        context, or a folder.
+        """
         if spec == "original":
             return [self.original]
         if spec == "none":
@@ -209,7 +216,7 @@ class Run:
                 self.encoded,
                 self.directory / "reference",
                 batch_size=batch_size,
-                progress=bar.update,
+                progress=lambda rows: _advance(bar, rows),
             )
             entry |= {
                 "tokens_in": len(self.encoded.prefix) + sum(map(len, self.encoded.rows)),
@@ -243,7 +250,7 @@ class Run:
                     config.generator, self.template, complete=local_completion(self.base, usage), folder=self.base_dir
                 ),
                 journal=self.directory / "mutations.jsonl",
-                progress=lambda mutation: bar.update(int(mutation.accepted)),
+                progress=lambda mutation: _advance(bar, int(mutation.accepted)),
             )
             entry |= {"accepted": sum(m.accepted for m in found), "tried": len(found), **usage}
         self.say(summary(found, config))
@@ -377,7 +384,9 @@ class Run:
     # ---- scores
 
     def score(self, context: Context, split: str = "validation") -> Score:
-        """A context's score on a split; per-token arrays are kept in ``scores/`` and taken from there when nothing changed."""
+        """A context's score on a split; per-token arrays are kept in ``scores/`` and taken from there when nothing
+        changed.
+        """
         return summarize(
             self.token_scores(context, split, self.config.score.batch_size),
             seed=self.config.seed,
@@ -396,7 +405,7 @@ class Run:
         with self.directory.ledger(f"scores/{name}.{split}", tokens_in=context.tokens + sum(map(len, rows.rows))):
             scores = score_tokens(self.base, context, rows, self.reference, batch_size=batch_size)
         tensors = {"kl": scores.kl, "nll": scores.nll, "agree": scores.agree, "counts": scores.counts}
-        write_bytes(path, save(tensors, metadata={"key": key, "context": context.name, "split": split}))
+        write_bytes(path, save(tensors, metadata={"key": key}))
         return scores
 
     def noise_floor(self) -> dict[str, Any]:
@@ -489,6 +498,10 @@ class Run:
             for item in items:
                 yield item
                 bar.update(1)
+
+
+def _advance(bar: tqdm, by: int) -> None:
+    bar.update(by)
 
 
 def _reporter(bar: tqdm) -> Callable[[int, float | None, float | None], None]:

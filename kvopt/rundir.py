@@ -1,7 +1,7 @@
 """The run directory: manifest, ledger, lock, and the rule that a stage whose inputs did not change is not run again.
 
-Everything in it but ``ledger.jsonl`` (which holds times) is a function of the inputs, so an interrupted run that is continued ends in the same
-bytes as one that was not.
+Everything in it but ``ledger.jsonl`` (which holds times) is a function of the inputs, so an interrupted run that is
+continued ends in the same bytes as one that was not.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the folder, clear what a killed process left half-written, and keep other kvopt processes out. Raises InputError."""
+        """Create the folder, clear what a killed process left half-written, and keep other kvopt processes out. Raises
+        InputError.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a")
@@ -106,7 +108,9 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def ledger(self, stage: str, **facts: Any) -> Iterator[dict[str, Any]]:
-        """Time a stage; the block may add counts (tokens_in, tokens_out, model_calls) to the entry, which is written at its end."""
+        """Time a stage; the block may add counts (tokens_in, tokens_out, model_calls) to the entry, which is written
+        at its end.
+        """
         entry: dict[str, Any] = {"stage": stage, **facts}
         start = time.perf_counter()
         outcome = "interrupted"

@@ -1,7 +1,8 @@
 """Scores of a context: how far the base behind it is from the base behind the original template, on gold tokens.
 
-Forward KL is KL[p(·|V,C) ‖ p(·|V,C')] in nats per gold token; gold NLL is −log p(Y|V,C') in nats per gold token, SAPO's pre-update loss. The
-same code scores text, soft and KV contexts: one prefix, then bodies in length-bucketed batches.
+Forward KL is KL[p(·|V,C) ‖ p(·|V,C')] in nats per gold token; gold NLL is −log p(Y|V,C') in nats per gold token,
+SAPO's pre-update loss. The same code scores text, soft and KV contexts: one prefix, then bodies in length-bucketed
+batches.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ Progress = Callable[[int], None]
 class TokenScores:
     """Per gold token, [G] each, in the order of the rows; ``counts`` [N] int64 are the gold tokens of each row.
 
-    kl: forward KL, float32 nats. nll: −log q of the gold token, float32 nats. agree: bool, same most likely token as the reference.
+    kl: forward KL, float32 nats. nll: −log q of the gold token, float32 nats. agree: bool, same most likely token as
+        the reference.
     """
 
     kl: Tensor
@@ -176,7 +178,8 @@ def _interval(scores: TokenScores, values: Tensor, seed: int, resamples: int) ->
 def naive_scores(
     base: Base, prompts: Sequence[tuple[Sequence[int], Sequence[int]]], reference: Sequence[Tensor]
 ) -> TokenScores:
-    """The test oracle and the speed baseline: the whole prompt of each pair through the model, one at a time, and all of its logits in float64.
+    """The test oracle and the speed baseline: the whole prompt of each pair through the model, one at a time, and all
+    of its logits in float64.
 
     Args:
         base: the frozen model.

@@ -15,7 +15,9 @@ CONFIG = "kvopt.yaml"
 
 
 def write_starter(folder: Path, force: bool = False) -> list[Path]:
-    """Copy the starter config and its small data files. Raises InputError when a file is there and ``force`` is not set."""
+    """Copy the starter config and its small data files. Raises InputError when a file is there and ``force`` is not
+    set.
+    """
     source = resources.files("kvopt") / "configs"
     files = {CONFIG: (source / "template.yaml").read_bytes()}
     files |= {f"{part}.jsonl": (source / f"template-{part}.jsonl").read_bytes() for part in ("train", "validation")}

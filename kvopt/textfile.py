@@ -13,8 +13,9 @@ from kvopt.template import Slot, Template, parse, unparse
 def template_from_file(path: Path, original: Template) -> Template:
     """The template that a file stands for.
 
-    ``.json``, ``.yaml`` and ``.yml`` hold ``messages`` or ``text``. Any other file is plain text: with the original's slots it is the whole prompt
-    (one user message for a chat template); without slots it takes the place of the static text before the first slot.
+    ``.json``, ``.yaml`` and ``.yml`` hold ``messages`` or ``text``. Any other file is plain text: with the original's
+    slots it is the whole prompt (one user message for a chat template); without slots it takes the place of the static
+    text before the first slot.
 
     Raises:
         InputError: the file cannot be read, or its slots are not the original's.

@@ -12,7 +12,9 @@ from kvopt.model import load_tokenizer
 
 
 def check(config: Config, base_dir: Path) -> dict[str, Any]:
-    """Read template and data, place the seam on every row, and say what there is. Raises InputError for the first fault."""
+    """Read template and data, place the seam on every row, and say what there is. Raises InputError for the first
+    fault.
+    """
     template = config.template.build(base_dir)
     dataset = load_dataset(config.data, template, base_dir, config.seed)
     tokenizer, window = load_tokenizer(config.model)

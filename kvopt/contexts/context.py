@@ -1,4 +1,5 @@
-"""The kinds of context. Each says which token ids its bodies have and what prefix they attend to; nothing else differs between them.
+"""The kinds of context. Each says which token ids its bodies have and what prefix they attend to; nothing else differs
+between them.
 
 Symbols: T slots, L layers, H key/value heads, d head dimension, D hidden size.
 """

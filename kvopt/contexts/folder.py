@@ -1,7 +1,8 @@
-"""A learned context on disk: a folder that PEFT loads as an adapter, with ``kvopt.json`` for what PEFT has no field for and does not check.
+"""A learned context on disk: a folder that PEFT loads as an adapter, with ``kvopt.json`` for what PEFT has no field
+for and does not check.
 
-kv is a ``CARTRIDGE`` (one tensor ``prompt_embeddings`` [T, L·2·H·d], order k0, v0, k1, v1, …), soft a ``PROMPT_TUNING`` adapter
-(``prompt_embeddings`` [T, D]). Both are stored in fp32.
+kv is a ``CARTRIDGE`` (one tensor ``prompt_embeddings`` [T, L·2·H·d], order k0, v0, k1, v1, …), soft a
+``PROMPT_TUNING`` adapter (``prompt_embeddings`` [T, D]). Both are stored in fp32.
 """
 
 from __future__ import annotations

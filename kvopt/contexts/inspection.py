@@ -36,12 +36,14 @@ def describe(folder: Path) -> dict[str, Any]:
 def describe_text(facts: dict[str, Any]) -> str:
     """The facts as a few lines for people, with the Python that uses the context."""
     lines = [
-        f"{facts['name']}: a {facts['kind']} context of {facts['tokens']} slots ({facts['bytes'] / 2**20:.1f} MiB, PEFT {facts['peft_type']})",
+        f"{facts['name']}: a {facts['kind']} context of {facts['tokens']} slots"
+        f" ({facts['bytes'] / 2**20:.1f} MiB, PEFT {facts['peft_type']})",
         f"base: {facts['base']['name']}; written by {facts['written_by']}",
     ]
     if facts["best"]:
         lines.append(
-            f"held-out forward KL {facts['best']['held_out_kl']:.4f} nats per gold token at step {facts['best']['step']}"
+            f"held-out forward KL {facts['best']['held_out_kl']:.4f} nats per gold token"
+            f" at step {facts['best']['step']}"
             f" (start: {facts['start']['held_out_kl']:.4f}, init {facts['settings']['init']})"
         )
     lines += [

@@ -19,14 +19,26 @@ from kvopt.files import write_json, write_text
 from kvopt.score import Score
 
 COLUMNS = (
-    "name", "kind", "tokens", "kl_forward", "kl_forward_low", "kl_forward_high", "kl_forward_p95", "gold_nll", "top1_agreement",
-    "selection_kl_forward", "separable_from_best", "operators",
-)  # fmt: skip
+    "name",
+    "kind",
+    "tokens",
+    "kl_forward",
+    "kl_forward_low",
+    "kl_forward_high",
+    "kl_forward_p95",
+    "gold_nll",
+    "top1_agreement",
+    "selection_kl_forward",
+    "separable_from_best",
+    "operators",
+)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One context: ``score`` on the validation rows (None for mutations that were not selected), ``selection`` on the rows it was chosen on."""
+    """One context: ``score`` on the validation rows (None for mutations that were not selected), ``selection`` on the
+    rows it was chosen on.
+    """
 
     name: str
     kind: str
@@ -56,7 +68,8 @@ def build_leaderboard(
 ) -> dict[str, Any]:
     """The document of ``leaderboard.json``: contexts by forward KL, lowest first.
 
-    ``separable_from_best`` says whether a context's interval lies wholly above that of the best one (the original is not compared with).
+    ``separable_from_best`` says whether a context's interval lies wholly above that of the best one (the original is
+    not compared with).
     """
     reported = sorted((e for e in entries if e.score is not None), key=lambda e: (e.score.kl_forward.mean, e.name))  # type: ignore[union-attr]
     rivals = [e for e in reported if e.name != "original"]
@@ -111,7 +124,10 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 def table(board: dict[str, Any]) -> Table:
     """The leaderboard for a terminal."""
     floor = board["noise_floor"]
-    caption = f"{board['rows']['validation']} validation rows; nats per gold token; noise floor {floor['kl_forward']:.1e} ({floor['dtype']})"
+    caption = (
+        f"{board['rows']['validation']} validation rows; nats per gold token;"
+        f" noise floor {floor['kl_forward']:.1e} ({floor['dtype']})"
+    )
     if any(row.get("separable_from_best") is False for row in board["contexts"]):
         caption += "; ~ not separable from the best"
     view = Table(

@@ -1,6 +1,8 @@
-"""Where a learned context starts. One small file an initialiser; :func:`initial_tensor` finds it by its name in the config.
+"""Where a learned context starts. One small file an initialiser; :func:`initial_tensor` finds it by its name in the
+config.
 
-Real text beats noise (Cartridges, arXiv 2506.06266, ablation of initialisations), and attention matching beats plain text.
+Real text beats noise (Cartridges, arXiv 2506.06266, ablation of initialisations), and attention matching beats plain
+text.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ __all__ = ["INITIALISERS", "WITH_ARGUMENT", "InitialTask", "initial_tensor", "sp
 
 
 def split_spec(spec: str, where: str = "init") -> tuple[str, str]:
-    """``"text:FILE"`` → ``("text", "FILE")``. Raises InputError for an unknown initialiser or a missing or needless argument."""
+    """``"text:FILE"`` → ``("text", "FILE")``. Raises InputError for an unknown initialiser or a missing or needless
+    argument.
+    """
     name, _, argument = spec.partition(":")
     if name not in INITIALISERS:
         raise InputError(f"unknown init {spec!r}", where=where, mend="one of " + ", ".join(INITIALISERS))

@@ -10,7 +10,9 @@ from kvopt.errors import InputError
 
 
 def existing(task: InitialTask) -> Tensor:
-    """The source's own tensor, or the keys and values that a soft source leaves behind. Raises InputError when lengths or kinds do not fit."""
+    """The source's own tensor, or the keys and values that a soft source leaves behind. Raises InputError when lengths
+    or kinds do not fit.
+    """
     source = task.source
     where = f"contexts.{task.name}"
     if source is None:

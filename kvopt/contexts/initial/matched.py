@@ -1,8 +1,9 @@
-"""Start from attention matching: per layer and key/value head, the T keys that the task's own queries attend to most, and values refitted so
-that attention with the few slots gives what attention with the whole text gave.
+"""Start from attention matching: per layer and key/value head, the T keys that the task's own queries attend to most,
+and values refitted so that attention with the few slots gives what attention with the whole text gave.
 
-Source: the closed-form compaction of "Fast KV Compaction via Attention Matching" (2026), without its per-slot biases, which no cache can hold.
-Here the bodies' own keys stay in the softmax, and the fit is a ridge regression towards the kept slots' own values.
+Source: the closed-form compaction of "Fast KV Compaction via Attention Matching" (2026), without its per-slot biases,
+which no cache can hold. Here the bodies' own keys stay in the softmax, and the fit is a ridge regression towards the
+kept slots' own values.
 
 Symbols: P text tokens, T slots kept, Q queries, n keys of the body, d head dimension.
 """
@@ -35,7 +36,7 @@ RIDGE = 0.1  # relative to the mean squared attention weight of a slot, times th
 
 @dataclass
 class _Statistics:
-    """What is kept of one layer's attention, for the queries chosen: scores over prefix and body, and what they read."""
+    """Of one layer's attention, for the queries chosen: scores over prefix and body, and values read."""
 
     scores: list[Tensor] = field(default_factory=list)  # [H, Q, P] unnormalized logits over the text
     body_lse: list[Tensor] = field(default_factory=list)  # [H, Q] log sum exp of the logits over the body
@@ -43,7 +44,9 @@ class _Statistics:
 
 
 def matched(task: InitialTask) -> Tensor:
-    """Keys kept per layer and head (slot 0 always), values refitted, keys re-rotated by T − P. Raises InputError for soft prompts."""
+    """Keys kept per layer and head (slot 0 always), values refitted, keys re-rotated by T − P. Raises InputError for
+    soft prompts.
+    """
     if task.kind != "kv":
         raise InputError(
             "init: matched works on keys and values",

@@ -8,7 +8,9 @@ from kvopt.contexts.initial.task import InitialTask
 
 
 def noise(task: InitialTask) -> Tensor:
-    """Normal numbers with the standard deviation of the text's states, per layer for keys and for values (kv) or overall (soft)."""
+    """Normal numbers with the standard deviation of the text's states, per layer for keys and for values (kv) or
+    overall (soft).
+    """
     ids = torch.tensor(list(task.ids), dtype=torch.int64, device=task.base.device)
     like = task.from_ids(ids).float()
     if task.kind == "kv":

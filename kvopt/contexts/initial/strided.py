@@ -9,7 +9,9 @@ from kvopt.rope import rotate_keys
 
 
 def strided(task: InitialTask) -> Tensor:
-    """Every (P/T)-th of P tokens; kept keys are re-rotated by T − P, so that bodies at position T see them at their old distances."""
+    """Every (P/T)-th of P tokens; kept keys are re-rotated by T − P, so that bodies at position T see them at their
+    old distances.
+    """
     ids = task.full_ids()
     keep = torch.linspace(0, len(ids) - 1, task.tokens).round().long().to(ids.device)
     if task.kind == "soft":

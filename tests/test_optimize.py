@@ -1,0 +1,144 @@
+"""Optimizing a context: right gradients, falling KL, exact resume, and nothing else touched."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvopt.contexts.initial import InitialTask, initial_tensor
+from kvopt.errors import KvoptError
+from kvopt.model import Base, enable_checkpointing
+from kvopt.optimize import ContextConfig, Learned, batch_at, context_loss, learning_rate_at, optimize
+from tests.tasks import Task, make_task
+from tests.tiny import MODELS, tiny_base
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def task(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return make_task(tiny_base(request.param), tmp_path_factory.mktemp(request.param))
+
+
+def start(task: Task, kind: str, tokens: int = 6) -> Tensor:
+    return initial_tensor("strided", InitialTask(task.base, "c", kind, tokens, task.encoded.prefix))  # type: ignore[arg-type]
+
+
+def learn(task: Task, config: ContextConfig, **more: object) -> Learned:
+    rows = task.encoded.rows
+    return optimize(task.base, start(task, config.kind), config, rows[:8], rows[8:], task.reference, **more)  # type: ignore[arg-type]
+
+
+def loss(task: Task, kind: str, tensor: Tensor) -> Tensor:
+    return context_loss(task.base, kind, tensor, task.encoded.rows[:5], task.reference)
+
+
+def gradient(task: Task, kind: str, tensor: Tensor) -> Tensor:
+    tensor = tensor.clone().requires_grad_(True)
+    return torch.autograd.grad(loss(task, kind, tensor), tensor)[0]
+
+
+@pytest.mark.parametrize("kind", ["kv", "soft"])
+def test_the_gradient_is_that_of_finite_differences(task: Task, kind: str) -> None:
+    tensor = start(task, kind)
+    slope = gradient(task, kind, tensor)
+    generator = torch.Generator().manual_seed(3)
+    for direction in (slope / slope.norm(), slope.sign() * torch.rand(slope.shape, generator=generator)):
+        unit = direction / direction.norm()
+        step = 0.02 * float(tensor.norm()) / math.sqrt(tensor.numel())
+        ahead, behind = (float(loss(task, kind, tensor + s * step * unit)) for s in (1, -1))
+        expected = float((slope * unit).sum())
+        assert expected > 0
+        assert (ahead - behind) / (2 * step) == pytest.approx(expected, rel=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["kv", "soft"])
+def test_gradient_checkpointing_changes_no_gradient(task: Task, kind: str) -> None:
+    tensor = start(task, kind)
+    plain = gradient(task, kind, tensor)
+    model = task.base.model
+    enable_checkpointing(model)
+    try:
+        assert any(getattr(m, "gradient_checkpointing", False) and m.training for m in model.modules())
+        checkpointed = gradient(task, kind, tensor)
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval()
+    torch.testing.assert_close(checkpointed, plain, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["kv", "soft"])
+def test_kl_falls_frozen_slots_stay_and_the_base_does_not_change(task: Task, kind: str) -> None:
+    before = {name: p.clone() for name, p in task.base.model.named_parameters()}
+    config = ContextConfig(
+        name="c", kind=kind, tokens=6, steps=30, batch_size=4, learning_rate=0.02, eval_every=5, frozen=2
+    )  # type: ignore[arg-type]
+    learned = learn(task, config)
+    curve = [point["held_out_kl"] for point in learned.history]
+    assert min(curve) < 0.95 * curve[0]
+    assert learned.history[0]["step"] == 0
+    assert [point["step"] for point in learned.history] == list(range(0, 31, 5))
+    assert torch.equal(learned.tensor[:2], start(task, kind)[:2])
+    assert not torch.equal(learned.tensor[2:], start(task, kind)[2:])
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in task.base.model.named_parameters())
+
+
+def test_the_state_kept_is_the_best_on_held_out_rows(llama: Base, tmp_path: Path) -> None:
+    task = make_task(llama, tmp_path)
+    config = ContextConfig(name="c", tokens=6, steps=40, batch_size=2, learning_rate=300, eval_every=4, patience=1)
+    learned = learn(task, config)
+    best = min(learned.history, key=lambda point: point["held_out_kl"])
+    assert learned.step == best["step"]
+    assert learned.steps < 40  # patience ended it
+    kept = context_loss(llama, "kv", learned.tensor, task.encoded.rows[8:], task.reference)
+    assert float(kept) == pytest.approx(best["held_out_kl"], rel=1e-4)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 7])
+def test_a_run_that_is_cut_and_continued_ends_in_the_same_bytes(llama: Base, tmp_path: Path, stop: int) -> None:
+    task = make_task(llama, tmp_path / "reference")
+    config = ContextConfig(name="c", tokens=6, steps=8, batch_size=5, learning_rate=0.02, eval_every=2)
+    whole = learn(task, config, seed=5)
+
+    class Cut(Exception):
+        pass
+
+    def cut(step: int, train: float | None, held_out: float | None) -> None:
+        if step == stop:
+            raise Cut
+
+    checkpoint = tmp_path / "state.safetensors"
+    with pytest.raises(Cut):
+        learn(task, config, seed=5, checkpoint=checkpoint, key="k", report=cut)
+    seen: list[int] = []
+    resumed = learn(task, config, seed=5, checkpoint=checkpoint, key="k", report=lambda step, *_: seen.append(step))
+    assert seen[0] == (stop // 2) * 2 + 1 if stop >= 2 else seen[0] == 0
+    assert torch.equal(resumed.tensor, whole.tensor)
+    assert resumed.history == whole.history
+    seen.clear()
+    learn(task, config, seed=5, checkpoint=checkpoint, key="another job", report=lambda step, *_: seen.append(step))
+    assert seen[0] == 0
+
+
+def test_a_diverging_run_stops_with_the_step_and_what_is_kept(llama: Base, tmp_path: Path) -> None:
+    task = make_task(llama, tmp_path / "reference")
+    config = ContextConfig(name="wild", tokens=6, steps=50, batch_size=4, learning_rate=1e20, eval_every=1, warmup=0)
+    with pytest.raises(KvoptError, match=r"contexts\.wild: .* at step \d+.*lower learning_rate"):
+        learn(task, config, checkpoint=tmp_path / "state.safetensors", key="k")
+
+
+def test_every_epoch_visits_every_row_once() -> None:
+    order = [row for step in range(7) for row in batch_at(step, 7, 3, seed=1)]
+    assert sorted(order[:7]) == sorted(order[7:14]) == sorted(order[14:]) == list(range(7))
+    assert order[:7] != order[7:14]
+
+
+def test_the_learning_rate_rises_then_falls_to_nothing() -> None:
+    config = ContextConfig(name="c", steps=100, learning_rate=1.0, warmup=0.1)
+    rates = [learning_rate_at(step, config) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert max(rates) == rates[10] == 1.0
+    assert rates == sorted(rates[:11]) + sorted(rates[11:], reverse=True)
+    assert rates[-1] < 1e-3

@@ -1,0 +1,143 @@
+"""Scores equal plain transformers on full prompts, and nothing about batching changes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvopt.attention import gold_hidden, prefill
+from kvopt.contexts import KVContext, NoContext, SoftContext
+from kvopt.encoding import Encoded, make_batch
+from kvopt.kernels import KLOptions
+from kvopt.model import Base
+from kvopt.score import TokenScores, naive_logits, naive_scores, score_prefix, score_tokens, summarize
+from tests.tasks import OTHER, Task, make_task, template_for
+from tests.tiny import MODELS, tiny_base
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def task(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return make_task(tiny_base(request.param), tmp_path_factory.mktemp(request.param))
+
+
+def pairs(encoded: Encoded) -> list[tuple[list[int], tuple[int, ...]]]:
+    return [([*encoded.prefix, *row.body], row.gold) for row in encoded.rows]
+
+
+def original_logits(task: Task) -> list[torch.Tensor]:
+    return [naive_logits(task.base, prompt, gold) for prompt, gold in pairs(task.encoded)]
+
+
+def test_a_text_context_scores_as_a_float64_loop_over_full_prompts(task: Task) -> None:
+    other = task.text("other", template_for(task.base, OTHER))
+    ours = score_tokens(task.base, other, task.encoded, task.reference)
+    naive = naive_scores(task.base, pairs(other.encoded), original_logits(task))
+    assert naive.kl.mean() > 1e-4
+    torch.testing.assert_close(ours.kl.mean(), naive.kl.mean(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(ours.kl, naive.kl, rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(ours.nll, naive.nll, rtol=1e-4, atol=1e-5)
+    assert torch.equal(ours.agree, naive.agree)
+    assert ours.counts.tolist() == [len(row.gold) for row in task.encoded.rows]
+
+
+def test_the_original_is_at_no_distance_from_itself_through_any_batching(task: Task) -> None:
+    for batch_size in (1, 3, 12):
+        scores = score_tokens(task.base, task.original, task.encoded, task.reference, batch_size=batch_size)
+        assert scores.kl.abs().max() <= 1e-6
+        assert scores.agree.all()
+
+
+def test_scores_do_not_depend_on_batch_size_order_padding_or_chunks(task: Task) -> None:
+    other = task.text("other", template_for(task.base, OTHER))
+    prefix, rows = other.prefix(task.base), other.encoded.rows
+    first = score_prefix(task.base, prefix, rows, task.reference, batch_size=5)
+    for batch_size, options in ((1, None), (12, None), (5, KLOptions(chunk_bytes=2**20))):
+        again = score_prefix(task.base, prefix, rows, task.reference, batch_size=batch_size, options=options)
+        torch.testing.assert_close(again.kl, first.kl, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(again.nll, first.nll, rtol=1e-5, atol=1e-6)
+    backwards = score_prefix(task.base, prefix, rows[::-1], task.reference, batch_size=5)
+    parts = list(backwards.kl.split(backwards.counts.tolist()))[::-1]
+    torch.testing.assert_close(torch.cat(parts), first.kl, rtol=1e-3, atol=1e-7)
+
+
+def test_changing_a_token_of_v_behind_the_scored_positions_changes_nothing_and_padding_is_never_seen(
+    task: Task,
+) -> None:
+    rows = task.encoded.rows
+    batch = make_batch(rows, range(len(rows)))
+    prefix = task.original.prefix(task.base)
+    with torch.no_grad():
+        clean = gold_hidden(task.base, prefix, batch)
+        batch.ids[~batch.mask] = 7
+        dirty = gold_hidden(task.base, prefix, batch)
+    torch.testing.assert_close(dirty, clean, rtol=0, atol=1e-6)
+
+
+def test_a_context_of_the_templates_own_states_or_embeddings_scores_zero(task: Task) -> None:
+    ids = torch.tensor(task.encoded.prefix)
+    with torch.no_grad():
+        kv = KVContext("kv", prefill(task.base, ids=ids).stack())
+        soft = SoftContext("soft", task.base.embed(ids))
+    for context in (kv, soft):
+        scores = score_tokens(task.base, context, task.encoded, task.reference)
+        assert scores.kl.abs().max() <= 1e-6, context.kind
+
+
+def test_no_context_runs_the_bodies_alone(task: Task) -> None:
+    none = NoContext("none", task.encoder.bos())
+    ours = score_tokens(task.base, none, task.encoded, task.reference)
+    alone = [([*task.encoder.bos(), *row.body], row.gold) for row in task.encoded.rows]
+    naive = naive_scores(task.base, alone, original_logits(task))
+    torch.testing.assert_close(ours.kl.mean(), naive.kl.mean(), rtol=1e-3, atol=0)
+
+
+def test_intervals_hold_the_mean_and_narrow_with_more_examples() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def scores(examples: int) -> TokenScores:
+        counts = torch.randint(2, 9, (examples,), generator=generator)
+        kl = torch.rand(int(counts.sum()), generator=generator)
+        return TokenScores(kl, kl + 1, kl > 0.1, counts)
+
+    few, many = summarize(scores(10)), summarize(scores(1000))
+    for score in (few, many):
+        low, high = score.kl_forward.ci95 or (1.0, 0.0)
+        assert low < score.kl_forward.mean < high
+        assert score.gold_nll.mean == pytest.approx(score.kl_forward.mean + 1)
+        assert score.kl_forward_p95 == pytest.approx(0.95, abs=0.06)
+    width = [s.kl_forward.ci95[1] - s.kl_forward.ci95[0] for s in (few, many) if s.kl_forward.ci95]
+    assert width[1] < width[0] / 4
+    assert summarize(scores(1)).kl_forward.ci95 is None
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    hits = 0
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        counts = torch.full((40,), 3)
+        kl = torch.rand(40, generator=generator).repeat_interleave(3)
+        interval = summarize(TokenScores(kl, kl, kl > 0, counts), seed=seed, resamples=300).kl_forward.ci95
+        assert interval is not None
+        hits += interval[0] < 0.5 < interval[1]
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_reference_refuses_another_key_and_is_resumed_shard_by_shard(tmp_path: Path, llama: Base) -> None:
+    from kvopt.errors import InputError
+    from kvopt.reference import build_reference, open_reference, shard_name
+
+    task = make_task(llama, tmp_path)
+    shard = tmp_path / shard_name(0)
+    before, stamp = shard.read_bytes(), shard.stat().st_mtime_ns
+    prefix = task.original.prefix(llama)
+    build_reference(llama, prefix, task.encoded, tmp_path, batch_size=4)
+    assert shard.stat().st_mtime_ns == stamp
+    shard.write_bytes(before[:-9])
+    with pytest.raises(InputError, match="damaged"):
+        open_reference(tmp_path, task.reference.key)
+    build_reference(llama, prefix, task.encoded, tmp_path, batch_size=4)
+    assert shard.read_bytes() == before
+    with pytest.raises(InputError, match="another base"):
+        open_reference(tmp_path, "0" * 64)
