@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvopt.errors import InputError, KvoptError
-from kvopt.template import Template
+from kvopt.template import Message, Template
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Mutation:
     def from_json(cls, value: Mapping[str, Any], *, where: str = "mutation") -> Mutation:
         """The mutation of :meth:`to_json`. Raises InputError for anything else."""
         try:
-            template = Template.from_json(value["template"], where=where) if value["template"] else None
+            template = _template(value["template"]) if value["template"] else None
             return cls(
                 id=value["id"],
                 name=value["name"],
@@ -84,6 +84,13 @@ class Mutation:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"not a mutation: {error!r}", where=where) from None
+
+
+def _template(value: Mapping[str, Any]) -> Template:
+    """A recorded candidate, whatever is wrong with it: a rejected one may have lost its slots."""
+    if "text" in value:
+        return Template(text=value["text"])
+    return Template(messages=tuple(Message(m["role"], m["content"]) for m in value["messages"]))
 
 
 def counts_by_reason(mutations: Sequence[Mutation]) -> dict[str, int]:

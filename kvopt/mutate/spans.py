@@ -44,8 +44,9 @@ PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     ]
 )  # fmt: skip
 LISTED = re.compile(
-    r"\b(?:one of|either|labels?|categor(?:y|ies)|class(?:es)?|options|choices|values|tags|intents?|keys|fields)\b[^:\n.]{0,40}:[ \t]*"  # noqa: E501
-    r"([\w-]+(?: [\w-]+)?(?:, (?:or |and )?[\w-]+(?: [\w-]+)?)+(?:,? (?:or|and) [\w-]+(?: [\w-]+)?)?)(?=[.;\s]|$)",
+    r"\b(?:one of|either|labels?|categor(?:y|ies)|class(?:es)?|options|choices|values|tags|intents?|keys|fields)\b[^:\n.\"]{0,40}:[ \t]*"  # noqa: E501
+    r"([\w-]+(?: (?!or\b|and\b)[\w-]+)?(?:, (?:or |and )?[\w-]+(?: (?!or\b|and\b)[\w-]+)?)+"
+    r"(?:,? (?:or|and) [\w-]+(?: [\w-]+)?)?)(?=[.;\s]|$)",
     re.I,
 )
 QUOTES = re.compile(
@@ -206,6 +207,11 @@ class Field:
     def unmasked(self, mark: str) -> str:
         """The literal behind one mark."""
         return self.literals[ord(mark) - FIRST_MARK]
+
+    def ends_sentence(self, text: str) -> bool:
+        """Whether masked ``text``, quotes and what is behind its marks included, ends with a full stop or the like."""
+        plain = re.sub(MARK, lambda match: self.unmasked(match[0]), text)
+        return plain.rstrip().rstrip("\"'”’»)*`").endswith((".", "!", "?"))
 
     def unmask(self, text: str) -> str:
         """The template source of a changed masked text. Raises MarkError unless each mark is there exactly once (and

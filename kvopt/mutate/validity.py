@@ -32,6 +32,8 @@ from kvopt.template import SLOT, Slot, Template, parse
 Scope = Literal["leading", "all"]
 TokenIds = Callable[[Template], tuple[int, ...]]
 
+PLAIN_WORDS = re.compile(r"[a-z ]+")
+"""Literals that ordinary sentences use too: they may come more often."""
 HARD_KINDS = frozenset(
     {"user", "code", "fence", "url", "path", "tag", "format", "number", "identifier", "caps", "json", "brace", "quoted"}
 )
@@ -168,11 +170,15 @@ class Checker:
             known = Counter(before[s.start : s.end] for s in find_spans(before, self.protect))
             for literal in known:
                 had, has = _occurrences(before, literal), _occurrences(after, literal)
-                if has < had or (has > had and not re.fullmatch(r"[a-z ]+", literal)):
+                if has < had or (has > had and not PLAIN_WORDS.fullmatch(literal)):
                     return Rejection("changed-literal", f"{literal!r} is there {has} times instead of {had}")
             for span in find_spans(after, self.protect):
                 literal = after[span.start : span.end]
-                if span.kind in HARD_KINDS and _occurrences(before, literal) < _occurrences(after, literal):
+                if (
+                    span.kind in HARD_KINDS
+                    and not PLAIN_WORDS.fullmatch(literal)
+                    and _occurrences(before, literal) < _occurrences(after, literal)
+                ):
                     return Rejection("changed-literal", f"{literal!r} is new")
             for character in "{}%$\\`":
                 if before.count(character) != after.count(character):

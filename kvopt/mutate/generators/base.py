@@ -85,7 +85,7 @@ class Marked:
         """The masked form of a model's answer, or why it is refused: each marker must be there exactly once, in any
         order.
         """
-        found = Counter(re.findall(rf"\[{self.prefix}\d+\]", answer))
+        found = Counter(re.findall(r"\[K\d+\]", answer))
         for marker in self.markers:
             if found[marker] != 1:
                 return Rejection("lost-marker" if not found[marker] else "duplicated-marker", marker)
@@ -97,16 +97,10 @@ class Marked:
             answer = answer.replace(marker, mark)
         return answer
 
-    @property
-    def prefix(self) -> str:
-        return next(iter(self.markers))[1] if self.markers else "K"
-
 
 def marked(masked: str) -> Marked:
-    """Put markers in the place of marks; their letter is one that the text does not use so."""
-    prefix = next((p for p in "KXQZVWJY" if not re.search(rf"\[{p}\d", masked)), "K")
-    marks = re.findall(MARK, masked)
-    markers = {f"[{prefix}{i + 1}]": mark for i, mark in enumerate(marks)}
+    """Put markers in the place of marks. Digits are always behind marks, so the text itself holds no such marker."""
+    markers = {f"[K{i + 1}]": mark for i, mark in enumerate(re.findall(MARK, masked))}
     text = masked
     for marker, mark in markers.items():
         text = text.replace(mark, marker)

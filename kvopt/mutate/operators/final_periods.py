@@ -31,6 +31,7 @@ def _simple(parts: list[Item], field: Field) -> bool:
     return all(
         len(item.body.split()) > 1
         and len(sentences(item.body)) == 1
+        and (item.body[-1] in ".;" or not field.ends_sentence(item.body))
         and item.body[-1] not in "!?:,…"
         and not item.body.endswith(("..", "etc."))
         and not field.holds_slot(item.body)

@@ -36,6 +36,7 @@ def framing(field: Field, rng: Random) -> str | None:
         sum(1 for _ in units(field.text)) < 4
         or not found
         or found[0].kind != "paragraph"
+        or found[0].text.startswith("<")
         or field.holds_slot(found[0].text)
     ):
         return None

@@ -9,7 +9,7 @@ from kvopt.mutate.spans import MARK, Field
 from kvopt.mutate.text import blocks, capitalize, heading_of, join
 from kvopt.mutate.vocabulary import HEADINGS
 
-SHAPES = ("{}:", "## {}", "# {}", "### {}", "**{}**", "**{}:**", "__{}__")
+SHAPES = ("{}:", "## {}", "# {}", "### {}", "**{}**", "**{}:**")
 
 
 @operator("heading-style", "syntax")

@@ -25,7 +25,7 @@ def list_to_prose(field: Field, rng: Random) -> str | None:
     lead = found[at - 1] if at and found[at - 1].kind == "paragraph" else None
     end = parts[-1].end
     if all(_is_sentence(item.body) for item in parts):
-        prose = " ".join(capitalize(item.body if item.body[-1] in ".!?" else item.body + ".") for item in parts)
+        prose = " ".join(capitalize(item.body if field.ends_sentence(item.body) else item.body + ".") for item in parts)
         found[at] = Block("paragraph", prose + end)
     elif lead and lead.body.rstrip().endswith(":"):
         bodies = [item.body.rstrip(".;,") for item in parts]
