@@ -27,8 +27,8 @@ class LocalGenerator(_Strict):
     """The base model rewrites single sentences."""
 
     kind: Literal["local"] = "local"
-    samples: int = Field(default=6, ge=1, le=64, description="paraphrases asked for each sentence or list item")
-    temperature: float = Field(default=0.8, gt=0, le=2)
+    samples: int = Field(default=4, ge=1, le=64, description="paraphrases asked for each sentence or list item")
+    temperature: float = Field(default=0.7, gt=0, le=2)
 
 
 class EndpointGenerator(_Strict):

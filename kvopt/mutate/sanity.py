@@ -8,11 +8,24 @@ import re
 from collections import Counter
 
 from kvopt.mutate.validity import Rejection
+from kvopt.mutate.vocabulary import starts_imperative
 
 SHORTEST, LONGEST = 0.4, 2.5
 """Allowed length of a paraphrase, relative to the original."""
 LEAST_SHARED = 0.25
 """Share of the original's content words (first five letters) that must come back."""
+LEAST_SHARED_CLOSE, MOST_NEW_CLOSE = 0.6, 0.4
+"""For rewrites by a small model: more must come back, and new content words are at most this share of the original's.
+SmolLM2-135M turns "Use at most fifteen words" into "You can use a lot of words", and instructions into statements
+about the function that they speak of; these limits refuse both.
+"""
+BOUNDS = {
+    "upper": re.compile(
+        r"\b(at most|(no|not) more than|up to|fewer than|less than|under|below|maximum|no longer than)\b", re.I
+    ),
+    "lower": re.compile(r"\b(at least|(no|not) (fewer|less) than|(?<!no )(?<!not )more than|minimum)\b", re.I),
+    "exact": re.compile(r"\b(exactly|precisely)\b", re.I),
+}
 
 CHATTER = re.compile(
     r"^\W*(here (is|are|'s)|here’s|sure\b|certainly|of course|okay|ok[,.! ]|i (can|will|would|have|am|'m)\b|i['’]m|as an ai|rewritten|rewrite|paraphrased?|sentence|output:|"  # noqa: E501
@@ -27,7 +40,7 @@ NEGATION = re.compile(
 )
 RESTRICTS = {"only", "just", "solely", "exclusively", "alone"}
 NUMBER_WORDS = re.compile(
-    r"\b(two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|hundred|single|once|twice|first|second|third|both|half)\b",
+    r"\b(two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|eighteen|twenty|thirty|fifty|hundred|single|once|twice|first|second|third|both|half)\b",
     re.I,
 )
 SMALL = frozenset(re.findall(r"\w+", """
@@ -39,11 +52,14 @@ SMALL = frozenset(re.findall(r"\w+", """
 
 def content_words(text: str) -> set[str]:
     """The first five letters of words that carry meaning."""
-    return {word[:5] for word in re.findall(r"[a-z]{3,}", text.lower()) if word not in SMALL}
+    return {word.removesuffix("s")[:5] for word in re.findall(r"[a-z]{3,}", text.lower()) if word not in SMALL}
 
 
-def sanity(original: str, paraphrase: str) -> Rejection | None:
-    """None, or why the paraphrase of a sentence or text is refused. Marks are compared elsewhere."""
+def sanity(original: str, paraphrase: str, *, close: bool = False) -> Rejection | None:
+    """None, or why the paraphrase of a sentence or text is refused; ``close`` asks for more, as a small model needs.
+
+    Marks are compared elsewhere.
+    """
     text = paraphrase.strip()
     if not text:
         return Rejection("empty", "no paraphrase")
@@ -52,7 +68,7 @@ def sanity(original: str, paraphrase: str) -> Rejection | None:
         return Rejection("sanity-length", f"{ratio:.2f} times the original's length")
     if (match := CHATTER.search(text)) and not CHATTER.search(original):
         return Rejection("sanity-chatter", match[0].strip())
-    return _repetition(original, text) or _meaning(original, text) or _shape(original, text)
+    return _repetition(original, text) or _meaning(original, text, close) or _shape(original, text)
 
 
 def _repetition(original: str, text: str) -> Rejection | None:
@@ -78,7 +94,7 @@ def _polarity(text: str) -> tuple[int, bool]:
     return len(negating), len(negating) < len(words)
 
 
-def _meaning(original: str, text: str) -> Rejection | None:
+def _meaning(original: str, text: str, close: bool) -> Rejection | None:
     (before, restricted), (after, still) = _polarity(original), _polarity(text)
     if before != after:
         return Rejection("sanity-negation", f"{after} negations instead of {before}")
@@ -87,9 +103,16 @@ def _meaning(original: str, text: str) -> Rejection | None:
     numbers, others = ({w.lower() for w in NUMBER_WORDS.findall(t)} for t in (original, text))
     if numbers - {"single"} != others - {"single"}:
         return Rejection("sanity-numbers", ", ".join(sorted(numbers ^ others)))
-    words = content_words(original)
-    if words and len(words & content_words(text)) / len(words) < LEAST_SHARED:
-        return Rejection("sanity-drift", "hardly a word of the original is left")
+    for name, bound in BOUNDS.items():
+        if bool(bound.search(original)) != bool(bound.search(text)):
+            return Rejection("sanity-numbers", f"another {name} bound")
+    words, now = content_words(original), content_words(text)
+    if words and len(words & now) / len(words) < (LEAST_SHARED_CLOSE if close else LEAST_SHARED):
+        return Rejection("sanity-drift", "too few words of the original are left")
+    if close and len(now - words) > max(1, MOST_NEW_CLOSE * len(words)):
+        return Rejection("sanity-drift", "too many new words")
+    if close and starts_imperative(original) and re.match(r"(the|this|that|it|there|a|an)\b", text, re.I):
+        return Rejection("sanity-drift", "a statement instead of an instruction")
     return None
 
 

@@ -185,7 +185,7 @@ def fake_model(prompts: list[list[dict[str, str]]], seed: int, max_tokens: int, 
 
 
 def test_local_paraphrases_keep_good_rewrites_only() -> None:
-    generator = LocalParaphraser(fake_model)
+    generator = LocalParaphraser(fake_model, samples=6)
     fields = {p.template.fields[0] for turn in range(12) if (p := generator.propose([request(turn)])[0]).template}
     first, second = SYSTEM.split(" Never")
     good, better = (

@@ -137,3 +137,23 @@ def test_a_brace_in_a_candidate_never_costs_the_users_input() -> None:
 def test_sanity_of_a_paraphrase(original: str, paraphrase: str, expected: str | None) -> None:
     rejection = sanity(original, paraphrase)
     assert (rejection.reason if rejection else None) == expected
+
+
+@pytest.mark.parametrize(
+    ("original", "paraphrase", "expected"),
+    [
+        ("Use at most fifteen words.", "Use at least fifteen words.", "sanity-numbers"),
+        ("Use at most fifteen words.", "You can use a lot of words.", "sanity-numbers"),
+        ("Do not use backticks or Markdown.", "You are not allowed to use backslashes or Markdown.", "sanity-drift"),
+        (
+            "Read the function and write its first line.",
+            "The function reads and writes its first line.",
+            "sanity-drift",
+        ),
+        ("Do not repeat the signature.", "Do not repeat the signature in the answer, text or code.", "sanity-drift"),
+        ("Do not repeat the signature.", "Never repeat the signature.", None),
+    ],
+)
+def test_a_small_models_rewrite_must_stay_close(original: str, paraphrase: str, expected: str | None) -> None:
+    rejection = sanity(original, paraphrase, close=True)
+    assert (rejection.reason if rejection else None) == expected

@@ -50,8 +50,8 @@ class LocalParaphraser:
     """
 
     complete: Complete
-    samples: int = 6
-    temperature: float = 0.8
+    samples: int = 4
+    temperature: float = 0.7
     name: str = "local"
     batch: int = 1
     limit: int | None = None
@@ -94,7 +94,7 @@ class LocalParaphraser:
         key = (seed, form.text)
         if key not in self._bank:
             digest = hashlib.sha256(f"{seed}:{form.text}".encode()).digest()
-            limit = 24 + 2 * len(form.text.split()) + 8 * len(form.markers)
+            limit = 12 + 2 * len(form.text.split()) + 8 * len(form.markers)
             asked = [prompt(form.text)] * self.samples
             answers = self.complete(asked, int.from_bytes(digest[:4], "big"), limit, self.temperature)
             self._bank[key] = _sorted_out(form, answers)
@@ -113,7 +113,7 @@ def _sorted_out(form: Marked, answers: Sequence[str]) -> tuple[list[str], list[R
         if form.text[:1].isupper():
             text = capitalize(text)
         restored = form.restore(text)
-        rejection = restored if isinstance(restored, Rejection) else sanity(form.text, text)
+        rejection = restored if isinstance(restored, Rejection) else sanity(form.text, text, close=True)
         if rejection is None and _same(text, form.text):
             rejection = Rejection("equal-to-original", "same words")
         if rejection:
