@@ -15,9 +15,12 @@ import typer
 
 import kvopt
 from kvopt.errors import KvoptError
+from kvopt.files import write_error
 
 if TYPE_CHECKING:
     from kvopt.run import Run
+
+WIDTH_OF_FILES = 120  # columns of a table that goes to a file or a pipe
 
 app = typer.Typer(
     name="kvopt",
@@ -50,6 +53,8 @@ def main() -> None:
         sys.exit(1)
     except typer.Abort:
         _interrupted()
+    except OSError as error:
+        _fail(str(write_error(error, error.filename or "a file")), 1)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong usage, as typer reports it
             error.show()
@@ -59,12 +64,12 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print("error: " + " ".join(message.split("\n")), file=sys.stderr)
+    print("error: " + " ".join(line.strip() for line in message.splitlines()), file=sys.stderr)
     sys.exit(code)
 
 
 def _interrupted() -> None:
-    print("\ninterrupted; finished work is kept: run the same command again to go on", file=sys.stderr)
+    print("interrupted; finished work is kept: run the same command again to go on", file=sys.stderr)
     sys.exit(130)
 
 
@@ -81,7 +86,8 @@ def _run(config: Path, sets: list[str] | None, out: Path | None) -> Run:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+    print(json.dumps(value, indent=2, ensure_ascii=not unicode, allow_nan=False))
 
 
 def _show(board: dict[str, Any], folder: Path, as_json: bool) -> None:
@@ -92,7 +98,7 @@ def _show(board: dict[str, Any], folder: Path, as_json: bool) -> None:
     if as_json:
         _print_json(board)
     else:
-        Console().print(table(board))
+        Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES).print(table(board))
         print(f"run directory: {folder}")
 
 

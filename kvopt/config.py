@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from kvopt.builtin_base import NAME as BUILTIN_BASE
 from kvopt.dataset import DataConfig
 from kvopt.errors import InputError
 from kvopt.model import ModelConfig
@@ -110,8 +111,11 @@ class Config(_Section):
         names = [context.name for context in self.contexts]
         for name in {n for n in names if names.count(n) > 1}:
             raise ValueError(f"two contexts are named {name!r}")
-        for name in {"original", "none"} & set(names):
-            raise ValueError(f"{name!r} is the name of a built-in context")
+        for name in names:
+            if name in ("original", "none"):
+                raise ValueError(f"{name!r} is the name of a built-in context")
+            if re.fullmatch(r"m\d{3,}", name):
+                raise ValueError(f"{name!r} is the name of a mutation; name the context otherwise")
         for context in self.contexts:
             kind, _, argument = context.init.partition(":")
             if kind == "context" and argument in names and names.index(argument) >= names.index(context.name):
@@ -134,14 +138,25 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Path
         text = path.read_text("utf-8-sig")
     except FileNotFoundError:
         raise InputError("no such file", where=str(path), mend="kvopt init writes a starter config") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read: {error}", where=str(path)) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"is not UTF-8 text (at byte {error.start})", where=str(path)) from None
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise InputError("is not a mapping of sections", where=str(path), mend="kvopt init writes a starter config")
     for override in overrides:
         _assign(tree, override)
-    return build_config(tree, str(path)), path.resolve().parent
+    config, base_dir = build_config(tree, str(path)), path.resolve().parent
+    return _with_local_base(config, base_dir), base_dir
+
+
+def _with_local_base(config: Config, base_dir: Path) -> Config:
+    """A base in a folder or file beside the config, by its whole path (hub ids and the built-in name stay)."""
+    place = base_dir / config.model.base
+    if config.model.base == BUILTIN_BASE or Path(config.model.base).is_absolute() or not place.exists():
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"base": str(place.resolve())})})
 
 
 def build_config(tree: dict[str, Any], where: str) -> Config:
@@ -159,6 +174,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands here twice", key_node.start_mark)
             seen.add(key)
@@ -173,7 +190,10 @@ def _parse_yaml(text: str, where: str) -> Any:
         line = f":{mark.line + 1}" if mark else ""
         raise InputError(f"not valid YAML: {error.problem}", where=f"{where}{line}") from None
     except yaml.YAMLError as error:
-        raise InputError(f"not valid YAML: {error}", where=where) from None
+        raise InputError(f"not valid YAML: {str(error).splitlines()[0]}", where=where) from None
+    except (RecursionError, ValueError) as error:  # ValueError: dates that do not exist
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InputError(f"not valid YAML: {reason}", where=where) from None
 
 
 def _assign(tree: dict[str, Any], override: str) -> None:
@@ -182,14 +202,27 @@ def _assign(tree: dict[str, Any], override: str) -> None:
         raise InputError(f"{override!r} is not an assignment", where="--set", mend="write --set a.b=value")
     node: Any = tree
     keys = path.split(".")
-    for key in keys[:-1]:
-        node = _child(node, key, path)
+    while len(keys) > 1:
+        if isinstance(node, list):
+            keys = _joined_name(node, keys)
+            if len(keys) == 1:
+                break
+        node = _child(node, keys.pop(0), path)
     if isinstance(node, list):
         node[_position(node, keys[-1], path)] = _parse_yaml(value, f"--set {path}")
     elif isinstance(node, dict):
         node[keys[-1]] = _parse_yaml(value, f"--set {path}")
     else:
         raise InputError(f"{path} leads into a plain value", where="--set")
+
+
+def _joined_name(items: list[Any], keys: list[str]) -> list[str]:
+    """Names of list items may hold dots: the leading keys that together are one are joined."""
+    names = {item["name"] for item in items if isinstance(item, dict) and isinstance(item.get("name"), str)}
+    for end in range(len(keys), 1, -1):
+        if ".".join(keys[:end]) in names:
+            return [".".join(keys[:end]), *keys[end:]]
+    return keys
 
 
 def _child(node: Any, key: str, path: str) -> Any:
@@ -209,31 +242,64 @@ def _position(items: list[Any], key: str, path: str) -> int:
     raise InputError(f"{path}: no item {key!r}", where="--set", mend="use an item's name or its position from 0")
 
 
+_PLAIN = {
+    "missing": "is missing",
+    "model_type": "is not a mapping of keys",
+    "model_attributes_type": "is not a mapping of keys",
+    "dict_type": "is not a mapping of keys",
+    "list_type": "is not a list",
+    "tuple_type": "is not a list",
+    "string_type": "is not text (write it in quotes)",
+}
+
+
 def _input_error(error: ValidationError, where: str) -> InputError:
-    first = error.errors()[0]
-    location = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
-    key = ".".join(str(part) for part in location)
-    more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
+    """One line about the first fault; unknown keys come first, because a missing key is often a misspelt one."""
+    faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
+    first = faults[0]
+    place = _place(first["loc"])
+    key = ".".join(str(part) for part, _ in place)
+    more = f"; and {len(faults) - 1} more" if len(faults) > 1 else ""
     if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(str(location[-1]), list(_keys_at(location[:-1])), n=1)
-        mend = f"did you mean {close[0]!r}?" if close else "known here: " + ", ".join(_keys_at(location[:-1]))
+        known = list(place[-1][1])
+        close = difflib.get_close_matches(str(place[-1][0]), known, n=1)
+        mend = f"did you mean {close[0]!r}?" if close else "known here: " + ", ".join(known)
         return InputError(f"unknown key {key!r}{more}", where=where, mend=mend)
-    message = re.sub(r"^Value error, ", "", first["msg"])
+    if first["type"].startswith("union_tag"):
+        context = first.get("ctx", {})
+        key += "." + context.get("discriminator", "kind").strip("'")
+        given = f"unknown value {context['tag']!r}" if "tag" in context else "is missing"
+        return InputError(f"{key}: {given}{more}", where=where, mend=f"one of {context.get('expected_tags', _TAGS)}")
     given = (
-        "" if first["type"] == "missing" or isinstance(first["input"], dict | list) else f" (given: {first['input']!r})"
+        "" if first["type"] == "missing" or isinstance(first["input"], dict | list) else f" (given: {_short(first)})"
     )
+    message = _PLAIN.get(first["type"]) or re.sub(r"^Value error, ", "", first["msg"])
     return InputError(f"{key + ': ' if key else ''}{message}{given}{more}", where=where)
 
 
-def _keys_at(location: Iterable[int | str]) -> list[str]:
-    """The keys that the section at ``location`` may have."""
-    model: Any = Config
+_TAGS = "none, local, endpoint, file"
+
+
+def _short(fault: Any) -> str:
+    text = repr(fault["input"])
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _place(location: Sequence[int | str]) -> list[tuple[int | str, tuple[str, ...]]]:
+    """Each part of the way to a fault with the keys known there; what pydantic adds (tags of unions) is left out."""
+    place: list[tuple[int | str, tuple[str, ...]]] = []
+    models: list[Any] = [Config]
     for part in location:
-        if isinstance(part, int) or not hasattr(model, "model_fields"):
+        fields: dict[str, Any] = {}
+        for model in models:
+            fields |= model.model_fields
+        if part in fields:
+            models = list(_models_in(fields[part].annotation))
+        elif len(models) > 1:  # the tag that says which of several models it is
+            models = [m for m in models if str(part) in getattr(m.model_fields["kind"].annotation, "__args__", ())]
             continue
-        field = model.model_fields.get(part)
-        model = next((a for a in _models_in(field.annotation)), None) if field else None
-    return list(model.model_fields) if model is not None and hasattr(model, "model_fields") else []
+        place.append((part, tuple(fields)))
+    return place
 
 
 def _models_in(annotation: Any) -> Iterable[Any]:

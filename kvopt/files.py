@@ -5,6 +5,7 @@ file.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -17,14 +18,26 @@ from typing import Any
 from kvopt.errors import InputError, KvoptError
 
 
-def _raise_for(error: OSError, path: Path) -> None:
-    if isinstance(error, PermissionError) or error.errno in (30,):  # EROFS
-        raise InputError("no permission to write", where=str(path), mend="choose another --out folder") from error
-    if error.errno in (28, 122):  # ENOSPC, EDQUOT
-        raise KvoptError(
-            f"{path}: the disk is full; nothing half-written was kept; free space and run again"
-        ) from error
-    raise error
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than this system allows",
+}
+_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT, errno.ELOOP)
+
+
+def write_error(error: OSError, path: Path | str) -> KvoptError:
+    """What to raise for an error of the operating system while ``path`` was written: one line, never a traceback."""
+    if error.errno in _FULL:
+        return KvoptError(
+            f"{path}: {_FULL[error.errno]}; nothing half-written was kept; free space and run the same command again"
+        )
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        return InputError("no permission to write", where=str(path), mend="choose another folder")
+    reason = error.strerror or str(error)
+    if error.errno in _PLACE:
+        return InputError(f"cannot be written: {reason}", where=str(path), mend="choose another folder")
+    return KvoptError(f"{path}: cannot be written: {reason}")
 
 
 def fsync_directory(directory: Path) -> None:
@@ -56,7 +69,7 @@ def write_bytes(path: Path | str, data: bytes) -> None:
             raise
         fsync_directory(path.parent)
     except OSError as error:
-        _raise_for(error, path)
+        raise write_error(error, path) from error
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -87,8 +100,7 @@ def replacing_directory(path: Path | str) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     except OSError as error:
-        _raise_for(error, path)
-        raise
+        raise write_error(error, path) from error
     try:
         yield temporary
         for file in temporary.rglob("*"):
@@ -96,23 +108,32 @@ def replacing_directory(path: Path | str) -> Iterator[Path]:
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         os.chmod(temporary, 0o755)
-        if path.exists():
-            old = temporary.with_name(temporary.name + ".old")
-            os.rename(path, old)
-            os.rename(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.rename(temporary, path)
+        _put_in_place(temporary, path)
         fsync_directory(path.parent)
     except OSError as error:
-        _raise_for(error, path)
+        raise write_error(error, path) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a folder to ``path``; what was there before goes, or comes back when the rename fails."""
+    if not path.exists():
+        os.rename(temporary, path)
+        return
+    old = temporary.with_name(temporary.name + ".old")
+    os.rename(path, old)
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old)
+
+
 def remove_partials(directory: Path | str) -> None:
     """Delete what a killed process left half-written under ``directory``."""
-    for leftover in Path(directory).rglob(".*.partial*"):
+    for leftover in list(Path(directory).rglob(".*.partial*")):
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 

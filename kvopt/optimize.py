@@ -27,7 +27,7 @@ from torch import Tensor
 from kvopt.attention import Prefix, gold_hidden, prefill
 from kvopt.contexts.initial import split_spec
 from kvopt.encoding import Row, make_batch
-from kvopt.errors import KvoptError
+from kvopt.errors import InputError, KvoptError
 from kvopt.files import write_bytes
 from kvopt.kernels import KLOptions, linear_kl
 from kvopt.model import Base
@@ -68,7 +68,10 @@ class ContextConfig(BaseModel):
     @field_validator("init")
     @classmethod
     def _known(cls, value: str) -> str:
-        split_spec(value)
+        try:
+            split_spec(value)
+        except InputError as error:
+            raise ValueError(f"{error.what} ({error.mend})" if error.mend else error.what) from None
         return value
 
 

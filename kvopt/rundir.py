@@ -22,7 +22,7 @@ from typing import Any
 
 import kvopt
 from kvopt.errors import InputError
-from kvopt.files import canonical_json, remove_partials, write_json
+from kvopt.files import canonical_json, remove_partials, write_error, write_json
 
 FORMAT_VERSION = 1
 
@@ -44,31 +44,45 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._check_ours()
             lock = (self.path / ".lock").open("a")
         except OSError as error:
-            raise InputError(
-                f"cannot write here: {error.strerror}", where=str(self.path), mend="choose another --out folder"
-            ) from None
+            raise write_error(error, self.path) from None
         with lock:
             _lock(lock, self.path)
             remove_partials(self.path)
+            self._mend_ledger()
             self._read_manifest()
             yield
+
+    def _check_ours(self) -> None:
+        """Refuse a folder with other things in it: a run removes contexts and half-written files that it does not know."""
+        if any(self.path.iterdir()) and not any((self / name).exists() for name in (".lock", "manifest.json")):
+            raise InputError(
+                "holds other files and is no run directory", where=str(self.path), mend="choose an empty --out folder"
+            )
+
+    def _mend_ledger(self) -> None:
+        """Cut off the last line of the ledger where a kill left half of it."""
+        path = self / "ledger.jsonl"
+        if path.is_file() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+            os.truncate(path, data.rfind(b"\n") + 1)
 
     def _read_manifest(self) -> None:
         path = self / "manifest.json"
         if not path.is_file():
             return
         try:
-            self.manifest = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
+            manifest = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
             raise InputError(
-                f"is damaged: {error}", where=str(path), mend="delete it; finished work is found again"
+                f"is damaged: {error}", where=str(path), mend="delete it; what depended on it is made again"
             ) from None
-        if self.manifest.get("format_version") != FORMAT_VERSION:
+        if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
             raise InputError(
-                "was written by another version of kvopt", where=str(path), mend="choose another --out folder"
+                "was not written by this version of kvopt", where=str(path), mend="choose another --out folder"
             )
+        self.manifest = manifest
 
     def describe(self, **facts: Any) -> None:
         """Record what the run stands on: hashes, versions, seed, device."""
@@ -126,10 +140,18 @@ class RunDirectory:
                 "seconds": round(time.perf_counter() - start, 3),
                 "peak_memory_bytes": peak_memory(),
             }
-            with contextlib.suppress(OSError), (self / "ledger.jsonl").open("a", encoding="utf-8") as file:
-                file.write(canonical_json(entry) + "\n")
-                file.flush()
+            self._append_to_ledger((canonical_json(entry) + "\n").encode("utf-8"))
+
+    def _append_to_ledger(self, line: bytes) -> None:
+        """Add a whole line or nothing; a full disk must not hide what else went wrong, nor stop a run that goes on."""
+        with contextlib.suppress(OSError), (self / "ledger.jsonl").open("ab", buffering=0) as file:
+            start = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(line) != len(line):
+                    file.truncate(start)
                 os.fsync(file.fileno())
+            except OSError:
+                file.truncate(start)
 
 
 def peak_memory() -> int:

@@ -131,7 +131,7 @@ def table(board: dict[str, Any]) -> Table:
     if any(row.get("separable_from_best") is False for row in board["contexts"]):
         caption += "; ~ not separable from the best"
     view = Table(
-        title=f"{board['name']} · {board['base']}", caption=caption, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1),
+        title=f"{board['name']} · {board['base']}", caption=caption, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True,
         title_justify="left", caption_justify="left",
     )  # fmt: skip
     view.add_column("context", overflow="fold", min_width=8)
