@@ -1,4 +1,4 @@
-"""``kvopt bench score`` and ``kvopt bench step``: what the shared prefix and the divergence op buy, as ratios from one run.
+"""``kvopt bench score`` and ``kvopt bench step``: what the shared prefix and the divergence op buy, in one run.
 
 Each variant runs in a process of its own, in turn, so that its peak memory is its own; times are medians.
 """
@@ -159,12 +159,16 @@ def _naive_scores(config: Config, base_dir: Path, mutations: int, rows: int) -> 
         original = _full_rows(encoded)
 
         def work() -> float:
+            teacher = _gold_states(run.base, original)
             total, count = 0.0, 0
             for context in contexts:
                 changed = _full_rows(context.bodies(encoded))
                 for index in length_buckets(changed, 16):
-                    kl = _plain_kl(run.base, original, changed, index)
-                    total, count = total + float(kl.sum()), count + len(kl)
+                    rows = [changed[i] for i in index]
+                    states = _gold_states(run.base, rows)
+                    for row in rows:
+                        kl = _plain_kl(run.base, teacher[row.example_id], states[row.example_id])
+                        total, count = total + float(kl.sum()), count + len(kl)
             return total / count
 
         return _timed("plain transformers: full prompts", work, 1, warm=False)
@@ -175,15 +179,22 @@ def _full_rows(encoded: Encoded) -> list[Row]:
 
 
 @torch.no_grad()
-def _plain_kl(base: Base, original: Sequence[Row], changed: Sequence[Row], index: Sequence[int]) -> Tensor:
-    """Both full prompts through the model, logits of gold positions, log-softmax KL in float32."""
-    logs = []
-    for rows in (original, changed):
+def _gold_states(base: Base, rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Full prompts through the model in batches of 16; hidden states of gold positions by example."""
+    states: dict[str, Tensor] = {}
+    for index in length_buckets(rows, 16):
         batch = make_batch(rows, index).to(base.device)
         hidden = base.backbone(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).last_hidden_state
-        logits = base.model.get_output_embeddings()(hidden[batch.predicts[:, 0], batch.predicts[:, 1]])
-        logs.append(log_softmax(logits.float(), -1))
-    return (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
+        parts = hidden[batch.predicts[:, 0], batch.predicts[:, 1]].split([len(rows[i].gold) for i in index])
+        states |= {rows[i].example_id: part for i, part in zip(index, parts, strict=True)}
+    return states
+
+
+@torch.no_grad()
+def _plain_kl(base: Base, teacher: Tensor, student: Tensor) -> Tensor:
+    """Logits in the model's dtype, log-softmaxes and KL in float32."""
+    log_p, log_q = (log_softmax(base.model.get_output_embeddings()(h).float(), -1) for h in (teacher, student))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def as_json(title: str, variants: Sequence[Variant]) -> dict[str, Any]:
