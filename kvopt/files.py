@@ -17,7 +17,6 @@ from typing import Any
 
 from kvopt.errors import InputError, KvoptError
 
-
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",

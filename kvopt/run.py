@@ -7,7 +7,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from kvopt.mutate.generators import build_generator
 from kvopt.mutate.record import Mutation, read_mutations
 from kvopt.mutate.search import mutate, summary
 from kvopt.optimize import ContextConfig, optimize
-from kvopt.reference import Reference, build_reference, reference_key
+from kvopt.reference import Reference, build_reference, open_reference, reference_key
 from kvopt.report.leaderboard import Entry, write_leaderboard
 from kvopt.rundir import RunDirectory
 from kvopt.score import Score, TokenScores, score_tokens, summarize
@@ -79,6 +79,8 @@ class Run:
             yield self
 
     def _start(self) -> None:
+        """Check everything that is known before the first stage, then write it down: a fault leaves what was there."""
+        self._check_windows()
         resolved = self.config.model_dump(mode="json")
         write_text(self.directory / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
         self.directory.describe(
@@ -90,14 +92,19 @@ class Run:
             data_sha256=self.dataset.sha256,
             tokens_sha256=self.encoded.sha256(),
         )
-        window = self.base.geometry.window
+
+    def _check_windows(self) -> None:
         for context in self.config.contexts:
-            if (context.tokens or 0) + max(len(row) for row in self.encoded.rows) > window:
-                raise InputError(
-                    f"{context.tokens} slots and the longest row do not fit the context window of {window} tokens",
-                    where=f"contexts.{context.name}.tokens",
-                    mend="lower tokens",
-                )
+            self._check_window(context.name, context.tokens or 0)
+
+    def _check_window(self, name: str, tokens: int) -> None:
+        window, longest = self.base.geometry.window, max(len(row) for row in self._bare.rows)
+        if tokens + longest > window:
+            raise InputError(
+                f"{tokens} slots and the longest row ({longest} tokens) do not fit the window of {window} tokens",
+                where=f"contexts.{name}.tokens",
+                mend=f"at most {window - longest} fit",
+            )
 
     @cached_property
     def base(self) -> Base:
@@ -174,19 +181,36 @@ class Run:
             return [self.none]
         kind, _, argument = spec.partition(":")
         if kind == "text":
-            return [self.text_context(Path(argument).stem, template_from_file(Path(argument), self.template))]
+            name = Path(argument).stem
+            name = argument if name in ("original", "none") else name
+            return [self.text_context(name, template_from_file(Path(argument), self.template))]
         if kind == "mutations":
             path = Path(argument)
-            return [self._of_mutation(m) for m in read_mutations(path) if m.accepted]
+            if not path.is_file():
+                raise InputError("no such file", where=str(path), mend="give a mutations.jsonl")
+            contexts = [self._of_mutation(m) for m in read_mutations(path) if m.accepted]
+            if not contexts:
+                raise InputError("holds no accepted mutation", where=str(path))
+            return list(contexts)
+        known = [context.name for context in self.config.contexts]
         folder = self.directory / "contexts" / spec
-        if folder.is_dir():
+        if spec in known and folder.is_dir():
             return [load_context(folder, self.base, name=spec)]
         stored = self.directory / "mutations.jsonl"
         if stored.is_file():
             for mutation in read_mutations(stored):
                 if mutation.accepted and mutation.name == spec:
                     return [self._of_mutation(mutation)]
-        return [load_context(Path(spec), self.base)]
+        if Path(spec).exists():
+            return [load_context(Path(spec), self.base)]
+        if spec in known:
+            raise InputError("is not learned yet", where=spec, mend="kvopt run or kvopt optimize learns it")
+        raise InputError(
+            f"no context {spec!r}",
+            where="--context",
+            mend="original, none, text:FILE, mutations:FILE, a mutation's name, a context folder"
+            + (", or " + ", ".join(known) if known else ""),
+        )
 
     def _of_mutation(self, mutation: Mutation) -> TextContext:
         if mutation.template is None or mutation.name is None:
@@ -205,6 +229,8 @@ class Run:
         batch_size = self.config.reference.batch_size
         key = reference_key(self.base, self.encoded, batch_size)
         self.directory.begin("reference", key, "reference")
+        with suppress(InputError):  # not there or not whole: what is missing is made now
+            return open_reference(self.directory / "reference", key)
         with (
             self.directory.ledger("reference", rows=len(self.encoded.rows)) as entry,
             self._bar("reference", len(self.encoded.rows)) as bar,
@@ -237,6 +263,8 @@ class Run:
             + ([self.base.identity, str(self.base.dtype)] if local else [])
         )
         self.directory.begin("mutations", key, "mutations.jsonl")
+        journal = self.directory / "mutations.jsonl"
+        before = len(read_mutations(journal))
         usage = {"model_calls": 0, "tokens_in": 0, "tokens_out": 0}
         with self.directory.ledger("mutations") as entry, self._bar("mutations", config.count, unit="mutation") as bar:
             found = mutate(
@@ -249,10 +277,11 @@ class Run:
                 generator=build_generator(
                     config.generator, self.template, complete=local_completion(self.base, usage), folder=self.base_dir
                 ),
-                journal=self.directory / "mutations.jsonl",
+                journal=journal,
                 progress=lambda mutation: _advance(bar, int(mutation.accepted)),
             )
             entry |= {"accepted": sum(m.accepted for m in found), "tried": len(found), **usage}
+            entry |= {"nothing_new": True} if 0 < len(found) <= before else {}
         self.say(summary(found, config))
         return found
 
@@ -301,6 +330,7 @@ class Run:
         kind, argument = split_spec(config.init, config.name)
         ids, source = self._start_of(kind, argument)
         tokens = config.tokens or (source.tokens if source else len(ids))
+        self._check_window(config.name, tokens)
         train, held_out = self.behind("train"), self.behind("selection")
         seed = self.config.seed if config.seed is None else config.seed
         settings = config.model_dump(mode="json", exclude={"name", "init"}) | {"tokens": tokens, "init": kind}
@@ -396,12 +426,11 @@ class Run:
     def token_scores(self, context: Context, split: str, batch_size: int) -> TokenScores:
         """Per-token arrays of :meth:`score`."""
         rows = self.rows(split) if isinstance(context, TextContext) else self.behind(split)
-        key = sha256_json([context.sha256(), self.reference.key, rows.sha256(), batch_size])
+        key = f"{self.reference.key}:{sha256_json([context.sha256(), rows.sha256(), batch_size])}"
         name = "".join(c if c.isalnum() or c in "-._" else "_" for c in context.name)
         path = self.directory / "scores" / f"{name}.{split}.b{batch_size}.safetensors"
-        stored = _read_scores(path, key)
-        if stored is not None:
-            return stored
+        if _scores_key(path) == key:
+            return _read_scores(path)
         with self.directory.ledger(f"scores/{name}.{split}", tokens_in=context.tokens + sum(map(len, rows.rows))):
             scores = score_tokens(self.base, context, rows, self.reference, batch_size=batch_size)
         tensors = {"kl": scores.kl, "nll": scores.nll, "agree": scores.agree, "counts": scores.counts}
@@ -442,7 +471,8 @@ class Run:
         ]
         board = write_leaderboard(self.directory.path, entries, unreported, self.noise_floor(), self.facts())
         write_jsonl(self.directory / "scores.jsonl", self._score_rows(entries, unreported))
-        self.directory.keep_stages({"reference", "mutations", *(f"contexts/{c.name}" for c in self.config.contexts)})
+        stages = {"reference", *(f"contexts/{c.name}" for c in self.config.contexts)}
+        self.directory.keep_stages(stages | ({"mutations"} if self.config.mutations.count else set()))
         self._drop_stale()
         return board
 
@@ -474,7 +504,12 @@ class Run:
         return rows
 
     def _drop_stale(self) -> None:
-        """Remove learned contexts and states that the config no longer names."""
+        """Remove what this config does not give: contexts, scores against another reference, states, mutations."""
+        if self.config.mutations.count == 0:
+            (self.directory / "mutations.jsonl").unlink(missing_ok=True)
+        for path in (self.directory / "scores").glob("*.safetensors"):
+            if (_scores_key(path) or "").partition(":")[0] != self.reference.key:
+                path.unlink()
         names = {context.name for context in self.config.contexts}
         folder = self.directory / "contexts"
         if folder.is_dir():
@@ -518,13 +553,17 @@ def _reporter(bar: tqdm) -> Callable[[int, float | None, float | None], None]:
     return report
 
 
-def _read_scores(path: Path, key: str) -> TokenScores | None:
+def _scores_key(path: Path) -> str | None:
+    """What the per-token arrays in a file belong to (the reference's key first); None for no or a damaged file."""
     if not path.is_file():
         return None
     try:
         with safe_open(str(path), framework="pt") as file:
-            if (file.metadata() or {}).get("key") != key:
-                return None
-            return TokenScores(*(file.get_tensor(name) for name in ("kl", "nll", "agree", "counts")))
+            return (file.metadata() or {}).get("key")
     except (SafetensorError, OSError):
         return None
+
+
+def _read_scores(path: Path) -> TokenScores:
+    with safe_open(str(path), framework="pt") as file:
+        return TokenScores(*(file.get_tensor(name) for name in ("kl", "nll", "agree", "counts")))

@@ -56,7 +56,7 @@ class RunDirectory:
             yield
 
     def _check_ours(self) -> None:
-        """Refuse a folder with other things in it: a run removes contexts and half-written files that it does not know."""
+        """Refuse a folder with other things in it, because a run removes contexts and partial files."""
         if any(self.path.iterdir()) and not any((self / name).exists() for name in (".lock", "manifest.json")):
             raise InputError(
                 "holds other files and is no run directory", where=str(self.path), mend="choose an empty --out folder"
@@ -102,7 +102,7 @@ class RunDirectory:
         write_json(self / "manifest.json", self.manifest)
 
     def begin(self, stage: str, key: str, *artefacts: str) -> None:
-        """Before a stage works: when its key changed, its old artefacts go, so that nothing of another job is taken up."""
+        """Before a stage works: when its key changed, its old artefacts go, so nothing of another job is taken up."""
         stages = self.manifest.setdefault("stages", {})
         if stages.get(stage) != key:
             for name in artefacts:
@@ -123,7 +123,7 @@ class RunDirectory:
     @contextlib.contextmanager
     def ledger(self, stage: str, **facts: Any) -> Iterator[dict[str, Any]]:
         """Time a stage; the block may add counts (tokens_in, tokens_out, model_calls) to the entry, which is written
-        at its end.
+        at its end, unless the block finds that there was nothing to do and sets ``entry["nothing_new"]``.
         """
         entry: dict[str, Any] = {"stage": stage, **facts}
         start = time.perf_counter()
@@ -140,7 +140,8 @@ class RunDirectory:
                 "seconds": round(time.perf_counter() - start, 3),
                 "peak_memory_bytes": peak_memory(),
             }
-            self._append_to_ledger((canonical_json(entry) + "\n").encode("utf-8"))
+            if not entry.get("nothing_new"):
+                self._append_to_ledger((canonical_json(entry) + "\n").encode("utf-8"))
 
     def _append_to_ledger(self, line: bytes) -> None:
         """Add a whole line or nothing; a full disk must not hide what else went wrong, nor stop a run that goes on."""

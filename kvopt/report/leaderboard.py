@@ -131,9 +131,15 @@ def table(board: dict[str, Any]) -> Table:
     if any(row.get("separable_from_best") is False for row in board["contexts"]):
         caption += "; ~ not separable from the best"
     view = Table(
-        title=f"{board['name']} · {board['base']}", caption=caption, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True,
-        title_justify="left", caption_justify="left",
-    )  # fmt: skip
+        title=f"{board['name']} · {board['base']}",
+        caption=caption,
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+        collapse_padding=True,
+        title_justify="left",
+        caption_justify="left",
+    )
     view.add_column("context", overflow="fold", min_width=8)
     view.add_column("kind", no_wrap=True)
     for heading in ("tokens", "forward KL", "95 % interval", "p95", "gold NLL", "top-1"):
