@@ -96,6 +96,15 @@ def _divergence(plan: Plan, candidate: Tensor, reference: Tensor) -> Tensor:
     return _Divergence.apply(candidate, plan.head.weight, plan.head.bias, reference, plan)
 
 
+def _backend(plan: Plan) -> Any:
+    """The module that computes the plan; Triton is imported only where it is used."""
+    if plan.backend == "triton":
+        from kvopt.kernels import triton_backend
+
+        return triton_backend
+    return torch_backend
+
+
 class _Divergence(torch.autograd.Function):
     """Gradient by the hidden states is computed with the value; with a trained head, all gradients in the backward."""
 
@@ -105,7 +114,7 @@ class _Divergence(torch.autograd.Function):
     ) -> Tensor:
         ctx.plan, ctx.trained = plan, plan.head.trained
         want = candidate.requires_grad and not ctx.trained
-        value, gradient = torch_backend.value_and_hidden_gradient(plan, candidate.detach(), reference, want)
+        value, gradient = _backend(plan).value_and_hidden_gradient(plan, candidate.detach(), reference, want)
         ctx.dtype = candidate.dtype
         if ctx.trained:
             ctx.save_for_backward(candidate, reference)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -70,7 +72,7 @@ def make_plan(
     tensors = [candidate_hidden, head.weight, reference_head.weight] + ([] if reference is None else [reference])
     accumulate = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     product = _product_dtype(candidate_hidden, head, form, accumulate, options)
-    backend = choose_backend(candidate_hidden, form, head, options)
+    backend = choose_backend(candidate_hidden, form, head, accumulate, options)
     logits = product if candidate_hidden.device.type == "cpu" else accumulate
     rows = rows_per_chunk(candidate_hidden.device, head.size, logits, product, options)
     return Plan(form, backend, accumulate, logits, product, rows, options, head, reference_head)
@@ -120,11 +122,32 @@ def _moments_problem(head: Head, reference_head: Head, options: KLOptions) -> st
     return None
 
 
-def choose_backend(hidden: Tensor, form: str, head: Head, options: KLOptions) -> str:
-    """Triton on a GPU where it is installed and has the form; torch everywhere else; reference only on request."""
+def choose_backend(hidden: Tensor, form: str, head: Head, accumulate: torch.dtype, options: KLOptions) -> str:
+    """Triton on a GPU where it is installed and serves the case; torch everywhere else; reference only on request."""
+    problem = _triton_problem(hidden, form, head, accumulate)
+    if options.backend == "triton" and problem:
+        raise UnsupportedError(f'backend="triton" {problem}; use backend="torch"')
     if options.backend != "auto":
         return options.backend
-    return "torch"
+    return "torch" if problem else "triton"
+
+
+def _triton_problem(hidden: Tensor, form: str, head: Head, accumulate: torch.dtype) -> str | None:
+    if hidden.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"needs a CUDA or ROCm device, and the hidden states are on {hidden.device}"
+    if hidden.device.type != "cuda" and hidden.dtype == torch.bfloat16:
+        return "is interpreted, and Triton's interpreter computes bfloat16 products wrongly"
+    if find_spec("triton") is None:
+        return "needs the triton package, which is not installed"
+    if form == "moments":
+        return "does not compute the moments form"
+    if head.softcap is not None:
+        return "does not compute a softcap"
+    if head.trained:
+        return "does not compute gradients of the head"
+    if accumulate == torch.float64:
+        return "does not compute in float64"
+    return None
 
 
 def _product_dtype(hidden: Tensor, head: Head, form: str, accumulate: torch.dtype, options: KLOptions) -> torch.dtype:

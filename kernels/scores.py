@@ -74,7 +74,7 @@ def _score_rows(z_t: Tensor, u: Tensor, gold: Tensor, options: KLOptions) -> dic
     """Scores of a block of final logits; both inputs are overwritten."""
     gold = gold[:, None]
     z_s = z_t + u
-    nll = torch.logsumexp(z_s, -1) - z_s.gather(1, gold)[:, 0]
+    nll = -torch.log_softmax(z_s, -1).gather(1, gold)[:, 0]
     agree = z_s.argmax(-1) == z_t.argmax(-1)
     log_p = torch.log_softmax(z_t, -1)
     entropy = -(log_p.exp() * log_p).sum(-1)

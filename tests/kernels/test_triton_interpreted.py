@@ -1,0 +1,122 @@
+"""Runs every Triton kernel in Triton's interpreter, which must be chosen before triton is imported: in a process apart."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kvopt.kernels import Head, KLOptions, UnsupportedError, linear_kl
+from kvopt.kernels.plan import make_plan
+from kvopt.kernels.reference import linear_kl64
+from tests.kernels.cases import DISTANCE_FOR_KL, Problem, errors, problem, relative
+
+pytest.importorskip("triton", reason="the triton package is optional")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreting process that the first test starts")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts the interpreting process")
+def test_all_kernels_hold_their_contract_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+
+
+@pytest.fixture(params=["store-free", "rows"])
+def kernel(request, monkeypatch):
+    from kvopt.kernels import triton_backend
+
+    if request.param == "rows":
+        monkeypatch.setattr(triton_backend, "STORE_FREE_MAX_FEATURES", 0)
+    return request.param
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("distance", DISTANCE_FOR_KL.values())
+def test_forward_kl_from_tiny_to_large(kernel, dtype, distance):
+    from kvopt.kernels import triton_backend
+
+    p = problem(distance, dtype)
+    plan = replace(make_plan(p.candidate, p.reference, p.head, p.head, KLOptions()), product=dtype)
+    value, gradient = triton_backend.value_and_hidden_gradient(plan, p.candidate, p.reference, True)
+    expected = p.candidate.double().requires_grad_()
+    kl64 = linear_kl64(expected, p.reference, p.head, p.head, KLOptions())
+    kl64.sum().backward()
+    assert ((value - kl64) / kl64).abs().max() <= 5e-3  # float16 rounds the difference h_s − h_t to 11 bits
+    assert relative(gradient, expected.grad) <= 5e-3
+
+
+@inside
+@pytest.mark.parametrize("divergence", ["reverse", "jsd"])
+@pytest.mark.parametrize("distance", DISTANCE_FOR_KL.values())
+def test_other_divergences_from_tiny_to_large(divergence, distance):
+    e = errors(problem(distance, torch.float32), KLOptions(divergence=divergence, beta=0.3, backend="triton"))
+    assert e.kl <= 1e-3
+    assert e.gradient <= 1e-4
+
+
+@inside
+def test_bias_scale_temperature_and_chunks(kernel):
+    p = problem(0.05, torch.float32, n=150, v=3001, d=40)
+    head = Head(p.head.weight, bias=torch.randn(3001), scale=0.7, vocab=2999)
+    e = errors(p._replace(head=head), KLOptions(backend="triton", temperature=1.3, chunk_bytes=2**20))
+    assert e.kl <= 1e-4
+    assert e.gradient <= 1e-4
+
+
+@inside
+def test_different_heads():
+    p, other = problem(0.5, torch.float32), problem(0.5, torch.float32, d=64, seed=3)
+    teacher = Head(other.head.weight, bias=torch.randn(5003))
+    e = errors(Problem(p.candidate, other.reference, p.head), KLOptions(backend="triton"), teacher)
+    assert e.kl <= 1e-4
+    assert e.gradient <= 1e-5
+
+
+@inside
+def test_equal_hidden_states_one_token_and_no_token(kernel):
+    for n in (0, 1, 5):
+        p = problem(0.0, torch.float32, n=n)
+        candidate = p.candidate.clone().requires_grad_()
+        out = linear_kl(candidate, p.reference, p.head, options=KLOptions(backend="triton"))
+        out.loss.backward()
+        assert out.backend == "triton"
+        assert out.kl.abs().sum() == 0
+        assert candidate.grad.abs().sum() == 0
+
+
+@inside
+def test_shifted_logits_of_up_to_200_change_nothing():
+    p = problem(0.1, torch.float32)
+    plain = linear_kl(p.candidate, p.reference, p.head).kl
+    for shift in (-200.0, 30.0):
+        shifted = Head(p.head.weight.clone(), bias=torch.full((5003,), shift))
+        kl = linear_kl(p.candidate, p.reference, shifted, p.head, KLOptions(backend="triton")).kl
+        assert relative(kl, plain) <= 1e-3
+
+
+@inside
+def test_large_divergences_saturate_instead_of_overflowing(kernel):
+    p = problem(0.0, torch.float32, n=8)
+    candidate = (-60 * p.candidate).requires_grad_()
+    out = linear_kl(candidate, 60 * p.reference, p.head, options=KLOptions(backend="triton"))
+    out.loss.backward()
+    assert torch.isfinite(out.kl).all()
+    assert (out.kl > 20).all()
+    assert torch.isfinite(candidate.grad).all()
+
+
+@inside
+def test_what_the_kernels_do_not_compute_is_refused():
+    p = problem(0.1, torch.float32)
+    with pytest.raises(UnsupportedError, match=r'softcap; use backend="torch"'):
+        linear_kl(p.candidate, p.reference, Head(p.head.weight, softcap=30.0), options=KLOptions(backend="triton"))
+    p16 = problem(0.1, torch.bfloat16)
+    with pytest.raises(UnsupportedError, match="bfloat16"):
+        linear_kl(p16.candidate, p16.reference, p16.head, options=KLOptions(backend="triton"))
