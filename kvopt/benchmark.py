@@ -49,7 +49,7 @@ def bench_step(
 
 
 def bench_score(config: Config, base_dir: Path, *, mutations: int = 8, rows: int = 64) -> list[Variant]:
-    """Scoring text mutations on rows: a prefix for each, then bodies, against batched full prompts and plain log-softmaxes."""
+    """Scoring text mutations on rows: a prefix for each, then bodies, against batched full prompts."""
     job = (config, base_dir, mutations, rows)
     return [_in_own_process(function, job) for function in (_our_scores, _naive_scores)]
 

@@ -310,9 +310,8 @@ def _show_bench(result: dict[str, Any], as_json: bool) -> None:
         _print_json(result)
         return
     for row in result["variants"]:
-        print(
-            f"{row['name']:36s} {row['seconds']:8.2f} s  {row['peak_bytes'] / 2**20:8.0f} MiB peak  KL {row['value']:.5f}"
-        )
+        memory = row["peak_bytes"] / 2**20
+        print(f"{row['name']:36s} {row['seconds']:8.2f} s  {memory:8.0f} MiB peak  KL {row['value']:.5f}")
     print(f"time ratio {result['time_ratio']:.2f}, peak memory ratio {result['peak_memory_ratio']:.2f}")
 
 

@@ -81,6 +81,7 @@ class Run:
     def _start(self) -> None:
         """Check everything that is known before the first stage, then write it down: a fault leaves what was there."""
         self._check_windows()
+        self._warn()
         resolved = self.config.model_dump(mode="json")
         write_text(self.directory / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
         self.directory.describe(
@@ -104,6 +105,17 @@ class Run:
                 f"{tokens} slots and the longest row ({longest} tokens) do not fit the window of {window} tokens",
                 where=f"contexts.{name}.tokens",
                 mend=f"at most {window - longest} fit",
+            )
+
+    def _warn(self) -> None:
+        if self.config.students:
+            self.say("warning: students are checked but not trained by this version")
+        sliding = self.base.geometry.sliding_window
+        longest = max(len(row) for row in self.encoded.rows)
+        if sliding is not None and len(self.encoded.prefix) + longest > sliding:
+            self.say(
+                f"warning: sliding-window layers see {sliding} tokens back; the longest row ends"
+                f" {len(self.encoded.prefix) + longest} tokens behind the start of the template, so they forget part of it"
             )
 
     @cached_property
