@@ -225,14 +225,19 @@ def optimize(
     run = _run(config, sets, out)
     with run.opened():
         learned = run.learned(only or ())
-        rows = [{"name": c.name, "kind": c.kind, "tokens": c.tokens, **run.score(c).to_json()} for c in learned]
+        rows = [
+            {"name": c.name, "kind": c.kind, "tokens": c.tokens, **run.score(c).to_json(), "history": run.history(c)}
+            for c in learned
+        ]
     if as_json:
         _print_json({"contexts": rows})
         return
     for row in rows:
         folder = run.directory / "contexts" / row["name"]
         kl = row["kl_forward"]["mean"]
+        curve = ", ".join(f"{point['step']}: {point['held_out_kl']:.4f}" for point in row["history"])
         print(f"{row['name']}: {row['tokens']} {row['kind']} slots, forward KL {kl:.4f}, {folder}")
+        print(f"  held-out KL by step: {curve}")
 
 
 @app.command()

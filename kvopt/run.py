@@ -338,6 +338,10 @@ class Run:
                 raise InputError(f"no context {name!r} in the config", mend="known: " + (", ".join(known) or "none"))
         return [self._learn(known[name]) for name in wanted]
 
+    def history(self, context: Context) -> list[dict[str, Any]]:
+        """Train and held-out KL by step of a context that this run learned."""
+        return (read_record(self.directory / "contexts" / context.name) or {}).get("history", [])
+
     def _learn(self, config: ContextConfig) -> KVContext | SoftContext:
         kind, argument = split_spec(config.init, config.name)
         ids, source = self._start_of(kind, argument)
