@@ -115,7 +115,7 @@ class Run:
         if sliding is not None and len(self.encoded.prefix) + longest > sliding:
             self.say(
                 f"warning: sliding-window layers see {sliding} tokens back; the longest row ends"
-                f" {len(self.encoded.prefix) + longest} tokens behind the start of the template, so they forget part of it"
+                f" {len(self.encoded.prefix) + longest} tokens behind the template's start, so they forget part of it"
             )
 
     @cached_property

@@ -194,7 +194,7 @@ class Template:
         return Template(text=bare(self.text or ""))
 
     def without_trailing_static(self) -> Template:
-        """The same template without the static text behind the first slot: later slots follow it, each on its own line."""
+        """Without the static text behind the first slot: later slots follow it, each on its own line."""
         fields, found = [], False
         for field in self.fields:
             parts = parse(field)
