@@ -7,14 +7,18 @@ Installed as ``kvopt.kernels``; depends on torch alone. Start with ``linear_kl``
 from kvopt.kernels.linear_kl import LinearKL, linear_kl
 from kvopt.kernels.options import Head, KernelInputError, KLOptions, UnsupportedError
 from kvopt.kernels.scores import Scores, linear_scores
+from kvopt.kernels.stored import Moments, TopK, moments_of
 
 __all__ = [
     "Head",
     "KLOptions",
     "KernelInputError",
     "LinearKL",
+    "Moments",
     "Scores",
+    "TopK",
     "UnsupportedError",
     "linear_kl",
     "linear_scores",
+    "moments_of",
 ]

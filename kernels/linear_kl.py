@@ -12,6 +12,7 @@ from kvopt.kernels import torch_backend
 from kvopt.kernels.options import Head, KernelInputError, KLOptions
 from kvopt.kernels.plan import Plan, make_plan
 from kvopt.kernels.reference import linear_kl64
+from kvopt.kernels.stored import Moments, StoredReference, TopK, check_stored, stored_value_and_gradient
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class LinearKL:
 @torch.compiler.disable
 def linear_kl(
     candidate_hidden: Tensor,
-    reference_hidden: Tensor,
+    reference_hidden: Tensor | StoredReference,
     head: Head,
     reference_head: Head | None = None,
     options: KLOptions | None = None,
@@ -43,7 +44,7 @@ def linear_kl(
 
     Args:
         candidate_hidden: [N, D], any strides; the gradient flows here.
-        reference_hidden: [N, D_t]; a constant, no gradient flows here.
+        reference_hidden: [N, D_t], or a stored reference (Moments, TopK); a constant, no gradient flows here.
         head: the candidate's head; its gradient is computed only if its weight or bias requires one.
         reference_head: the reference's head where it differs; a constant.
         options: default ``KLOptions()``.
@@ -54,19 +55,25 @@ def linear_kl(
         KernelInputError: shapes, dtypes or values do not fit. UnsupportedError: no such combination; names another.
     """
     options = options or KLOptions()
-    plan = make_plan(candidate_hidden, reference_hidden, head, reference_head or head, options)
+    plan: Plan | None = None
+    if isinstance(reference_hidden, (Moments, TopK)):
+        form = check_stored(reference_hidden, candidate_hidden, head, options)
+    else:
+        plan = make_plan(candidate_hidden, reference_hidden, head, reference_head or head, options)
+        form = plan.form
     count = len(candidate_hidden)
     _check_vector(mask, count, "mask", torch.bool)
     _check_vector(weights, count, "weights", None)
     kept = None if mask is None else mask.nonzero()[:, 0]
     with torch.autocast(candidate_hidden.device.type, enabled=False):
-        candidate, reference = candidate_hidden, reference_hidden.detach()
+        candidate, reference = candidate_hidden, reference_hidden
         if kept is not None:
             candidate, reference = candidate[kept], reference[kept]
-        kl = _divergence(plan, candidate, reference)
+        kl = _divergence(plan, candidate, reference, head, options)
         if kept is not None:
             kl = kl.new_zeros(count).index_put((kept,), kl)
-        return LinearKL(kl, _reduce(kl, mask, weights, options.reduction), plan.form, plan.backend)
+        loss = _reduce(kl, mask, weights, options.reduction)
+        return LinearKL(kl, loss, form, "torch" if plan is None else plan.backend)
 
 
 def _check_vector(vector: Tensor | None, count: int, name: str, dtype: torch.dtype | None) -> None:
@@ -89,7 +96,13 @@ def _reduce(kl: Tensor, mask: Tensor | None, weights: Tensor | None, reduction: 
     return total / torch.where(mass == 0, torch.ones_like(mass), mass)
 
 
-def _divergence(plan: Plan, candidate: Tensor, reference: Tensor) -> Tensor:
+def _divergence(
+    plan: Plan | None, candidate: Tensor, reference: Tensor | StoredReference, head: Head, options: KLOptions
+) -> Tensor:
+    if plan is None:
+        return _StoredDivergence.apply(candidate, reference, head, options)
+    assert isinstance(reference, Tensor)
+    reference = reference.detach()
     if plan.backend == "reference":
         kl = linear_kl64(candidate, reference, plan.head, plan.reference_head, plan.options)
         return kl.to(plan.accumulate)
@@ -103,6 +116,21 @@ def _backend(plan: Plan) -> Any:
 
         return triton_backend
     return torch_backend
+
+
+class _StoredDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, candidate: Tensor, stored: StoredReference, head: Head, options: KLOptions) -> Tensor:
+        value, gradient = stored_value_and_gradient(stored, candidate, head, options, candidate.requires_grad)
+        ctx.dtype = candidate.dtype
+        ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream[:, None]).to(ctx.dtype), None, None, None
 
 
 class _Divergence(torch.autograd.Function):

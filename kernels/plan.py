@@ -22,7 +22,7 @@ class Plan:
     """Everything a backend needs to know that is not data.
 
     Args:
-        form: "direct", "difference" or "moments".
+        form: "direct" or "difference".
         backend: "reference", "torch" or "triton".
         accumulate: dtype of all row-wise work: float32, or float64 for float64 inputs.
         logits: dtype in which products are kept between product and row-wise work. 16-bit only on a CPU, whose 16-bit
@@ -44,35 +44,34 @@ class Plan:
 
 def make_plan(
     candidate_hidden: Tensor,
-    reference: Tensor | None,
+    reference: Tensor,
     head: Head,
     reference_head: Head,
     options: KLOptions,
 ) -> Plan:
-    """``reference`` is the reference hidden states, or None where only moments are stored."""
+    """Checks hidden states against heads and options, and decides everything else."""
     _check_hidden(candidate_hidden, head, "candidate_hidden", "head")
-    if reference is not None:
-        _check_hidden(reference, reference_head, "reference_hidden", "reference_head")
-        if reference.shape[0] != candidate_hidden.shape[0]:
-            raise KernelInputError(
-                f"candidate_hidden has {candidate_hidden.shape[0]} tokens and reference_hidden {reference.shape[0]};"
-                " both need one row per gold token, in the same order"
-            )
-        if reference.device != candidate_hidden.device:
-            raise KernelInputError(
-                f"reference_hidden is on {reference.device}, candidate_hidden on"
-                f" {candidate_hidden.device}; move one of them"
-            )
-        if head.size != reference_head.size:
-            raise KernelInputError(
-                f"the heads have {head.size} and {reference_head.size} vocabulary rows; if the rest is padding, give"
-                " Head(vocab=…) the number of real tokens"
-            )
-    form = choose_form(reference is not None, head, reference_head, options)
-    tensors = [candidate_hidden, head.weight, reference_head.weight] + ([] if reference is None else [reference])
+    _check_hidden(reference, reference_head, "reference_hidden", "reference_head")
+    if reference.shape[0] != candidate_hidden.shape[0]:
+        raise KernelInputError(
+            f"candidate_hidden has {candidate_hidden.shape[0]} tokens and reference_hidden {reference.shape[0]};"
+            " both need one row per gold token, in the same order"
+        )
+    if reference.device != candidate_hidden.device:
+        raise KernelInputError(
+            f"reference_hidden is on {reference.device}, candidate_hidden on"
+            f" {candidate_hidden.device}; move one of them"
+        )
+    if head.size != reference_head.size:
+        raise KernelInputError(
+            f"the heads have {head.size} and {reference_head.size} vocabulary rows; if the rest is padding, give"
+            " Head(vocab=…) the number of real tokens"
+        )
+    form = choose_form(head, reference_head, options)
+    tensors = [candidate_hidden, head.weight, reference_head.weight, reference]
     accumulate = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     product = _product_dtype(candidate_hidden, head, form, accumulate, options)
-    backend = choose_backend(candidate_hidden, form, head, accumulate, options)
+    backend = choose_backend(candidate_hidden, head, accumulate, options)
     logits = product if candidate_hidden.device.type == "cpu" else accumulate
     rows = rows_per_chunk(candidate_hidden.device, head.size, logits, product, options)
     return Plan(form, backend, accumulate, logits, product, rows, options, head, reference_head)
@@ -92,39 +91,23 @@ def _check_hidden(hidden: Tensor, head: Head, name: str, head_name: str) -> None
         raise KernelInputError(f"{name} is on {hidden.device} and {head_name}.weight on {head.weight.device}")
 
 
-def choose_form(has_reference_hidden: bool, head: Head, reference_head: Head, options: KLOptions) -> str:
-    """Difference where the head is shared, else direct; moments only where moments are all there is (or on request)."""
+def choose_form(head: Head, reference_head: Head, options: KLOptions) -> str:
+    """Difference where the head is shared, else direct."""
     shared = head.same_as(reference_head)
-    form = options.form
-    if form == "auto":
-        return "moments" if not has_reference_hidden else "difference" if shared else "direct"
-    if form == "moments":
-        problem = _moments_problem(head, reference_head, options)
-        if problem:
-            raise UnsupportedError(f'form="moments" {problem}; use form="auto" with reference hidden states')
-    elif not has_reference_hidden:
+    if options.form == "auto":
+        return "difference" if shared else "direct"
+    if options.form == "moments":
         raise UnsupportedError(
-            f'form="{form}" needs reference hidden states and only moments are stored;'
-            ' use form="moments" or store the hidden states'
+            'form="moments" takes a stored reference: make one with moments_of(reference_hidden, head)'
         )
-    elif form == "difference" and not shared:
+    if options.form == "difference" and not shared:
         raise UnsupportedError('form="difference" needs one head shared by candidate and reference; use form="direct"')
-    return form
+    return options.form
 
 
-def _moments_problem(head: Head, reference_head: Head, options: KLOptions) -> str | None:
-    if options.divergence != "forward":
-        return f'computes the forward KL only, not divergence="{options.divergence}"'
-    if head.softcap is not None:
-        return "does not work with a softcap (the logits are not linear in the hidden states)"
-    if head.trained:
-        return "does not compute gradients of the head"
-    return None
-
-
-def choose_backend(hidden: Tensor, form: str, head: Head, accumulate: torch.dtype, options: KLOptions) -> str:
+def choose_backend(hidden: Tensor, head: Head, accumulate: torch.dtype, options: KLOptions) -> str:
     """Triton on a GPU where it is installed and serves the case; torch everywhere else; reference only on request."""
-    problem = _triton_problem(hidden, form, head, accumulate)
+    problem = _triton_problem(hidden, head, accumulate)
     if options.backend == "triton" and problem:
         raise UnsupportedError(f'backend="triton" {problem}; use backend="torch"')
     if options.backend != "auto":
@@ -132,15 +115,13 @@ def choose_backend(hidden: Tensor, form: str, head: Head, accumulate: torch.dtyp
     return "torch" if problem else "triton"
 
 
-def _triton_problem(hidden: Tensor, form: str, head: Head, accumulate: torch.dtype) -> str | None:
+def _triton_problem(hidden: Tensor, head: Head, accumulate: torch.dtype) -> str | None:
     if hidden.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"needs a CUDA or ROCm device, and the hidden states are on {hidden.device}"
     if hidden.device.type != "cuda" and hidden.dtype == torch.bfloat16:
         return "is interpreted, and Triton's interpreter computes bfloat16 products wrongly"
     if find_spec("triton") is None:
         return "needs the triton package, which is not installed"
-    if form == "moments":
-        return "does not compute the moments form"
     if head.softcap is not None:
         return "does not compute a softcap"
     if head.trained:

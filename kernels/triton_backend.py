@@ -29,7 +29,7 @@ class Tile:
     """Block sizes of the store-free kernels; compiled without spills for sm_80, sm_90, sm_100 and gfx942."""
 
     rows: int = 128
-    cols: int = 128
+    cols: int = 64
     depth: int = 32
     warps: int = 8
     stages: int = 3
@@ -37,19 +37,20 @@ class Tile:
     def arguments(self) -> dict[str, int]:
         """As the kernels take them."""
         return {
-            "ROWS": self.rows, "COLS": self.cols, "DEPTH": self.depth, "num_warps": self.warps, "num_stages": self.stages
+            "ROWS": self.rows, "COLS": self.cols, "DEPTH": self.depth, "num_warps": self.warps,
+            "num_stages": self.stages,
         }  # fmt: skip
 
 
 def tile_for(amd: bool, architecture: int | str) -> Tile:
     """The tile of a device, given its vendor and architecture (80, 90, 100, …, or "gfx942")."""
     if amd:
-        return Tile(cols=64, stages=2)
+        return Tile(stages=2)
     return Tile()
 
 
-TILE = Tile()
-ROW_BLOCK = 2048
+TILE = tile_for(torch.version.hip is not None, 0)
+ROW_BLOCK = 1024
 ROW_WARPS = 8
 
 
@@ -168,5 +169,5 @@ def merge_statistics(partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     move = (mean - row_mean).clamp(max=80.0)
     near = move * move / 2 * (1 + move / 3 * (1 + move / 4 * (1 + move / 5 * (1 + move / 6 * (1 + move / 7)))))
     phi = torch.where(move.abs() < 0.5, near, torch.expm1(move) - move)
-    second = (share * (torch.exp(move) * second + phi)).sum(0)
+    second = (share * ((torch.exp(move) * second).clamp(max=1e36) + phi)).sum(0)
     return row_top + total.log(), row_mean, torch.log1p(second)

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Triton kernels of the divergence op. Device code only; ``triton_backend`` launches them.
 
 Every kernel works on p = softmax(z_t) and the difference u = z_s − z_t of final logits, with ū = Σ p u, v = u − ū and
@@ -214,8 +215,8 @@ def statistics_kernel(
         old_share, share = mass / total, tile_mass / total
         new_mean = mean + share * (tile_mean - mean)
         old_move, move = mean - new_mean, tile_mean - new_mean
-        old_second = tl.exp(tl.minimum(old_move, MAX_EXPONENT)) * second + phi(old_move)
-        new_second = tl.exp(tl.minimum(move, MAX_EXPONENT)) * tile_second + phi(move)
+        old_second = tl.minimum(tl.exp(tl.minimum(old_move, MAX_EXPONENT)) * second, 1e36) + phi(old_move)
+        new_second = tl.minimum(tl.exp(tl.minimum(move, MAX_EXPONENT)) * tile_second, 1e36) + phi(move)
         second = old_share * old_second + share * new_second
         top, mass, mean = new_top, total, new_mean
     base = partial + split.to(tl.int64) * 4 * tokens
@@ -232,7 +233,7 @@ def gradient_kernel(
     h_stride, w_stride, out_stride,
     BIAS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """out[N, V] = factor · (q − p) of a tile, its logits computed again; shift = ū + c. Nothing else of N x V is written."""
+    """out[N, V] = factor · (q − p) of a tile, its logits computed again; shift = ū + c. Only this N x V is written."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     z, u = tile_logits(

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel ahead of time for devices that are not here: matrix units used, no spills, memory fits."""
+"""Compiles every Triton kernel ahead of time for devices that are not here: matrix units, no spills, memory."""
 
 from __future__ import annotations
 

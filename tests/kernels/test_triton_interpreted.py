@@ -1,4 +1,4 @@
-"""Runs every Triton kernel in Triton's interpreter, which must be chosen before triton is imported: in a process apart."""
+"""Runs every Triton kernel in Triton's interpreter, chosen before triton is imported: in a process apart."""
 
 import os
 import subprocess
