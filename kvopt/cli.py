@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 WIDTH_OF_FILES = 120  # columns of a table that goes to a file or a pipe
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="kvopt",
     help="Find contexts that make a language model behave as a prompt template makes it behave.",
@@ -47,6 +49,8 @@ def main() -> None:
     """Entry point of the ``kvopt`` command."""
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
+            _interrupted()
     except KvoptError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -73,7 +77,7 @@ def _fail(message: str, code: int) -> None:
 
 def _interrupted() -> None:
     print("interrupted; finished work is kept: run the same command again to go on", file=sys.stderr)
-    sys.exit(130)
+    sys.exit(INTERRUPTED)
 
 
 def _say(line: str) -> None:
