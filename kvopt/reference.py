@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import safe_open
 from torch import Tensor
 
 from kvopt.attention import Prefix, gold_hidden
 from kvopt.encoding import Encoded, Row, length_buckets, make_batch
 from kvopt.errors import InputError, KvoptError
-from kvopt.files import sha256_json, write_bytes, write_json
+from kvopt.files import sha256_json, write_json
 from kvopt.model import Base
+from kvopt.tensorfile import stored_key, write_tensors
 
 ROWS_PER_SHARD = 256
 Progress = Callable[[int], None]
@@ -85,9 +85,9 @@ def build_reference(
     for shard, first in enumerate(range(0, len(rows), ROWS_PER_SHARD)):
         part = rows[first : first + ROWS_PER_SHARD]
         path = folder / shard_name(shard)
-        if _shard_key(path) != key:
+        if stored_key(path) != key:
             hidden = _hidden_of(base, prefix, part, batch_size, progress)
-            write_bytes(path, save({"hidden": hidden.cpu()}, metadata={"key": key}))
+            write_tensors(path, {"hidden": hidden}, key)
         elif progress:
             progress(len(part))
     write_json(
@@ -125,21 +125,11 @@ def open_reference(folder: Path, key: str) -> Reference:
         position += count
     shards = range(-(-len(stored["rows"]) // stored["rows_per_shard"]))
     for shard in shards:
-        if _shard_key(folder / shard_name(shard)) != key:
+        if stored_key(folder / shard_name(shard)) != key:
             raise InputError(
                 "a shard of the reference is missing, damaged or another's", where=str(folder / shard_name(shard))
             )
     return Reference(folder, key, index, stored["hidden_size"])
-
-
-def _shard_key(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return (file.metadata() or {}).get("key")
-    except (SafetensorError, OSError):
-        return None
 
 
 def _hidden_of(base: Base, prefix: Prefix, rows: Sequence[Row], batch_size: int, progress: Progress | None) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from kvopt.encoding import Encoded, Row, length_buckets, make_batch
 from kvopt.kernels import KLOptions, linear_scores
 from kvopt.model import Base
 from kvopt.reference import Reference
+from kvopt.tensorfile import read_tensors, write_tensors
 
 Progress = Callable[[int], None]
 
@@ -39,6 +41,15 @@ class TokenScores:
     nll: Tensor
     agree: Tensor
     counts: Tensor
+
+    def write(self, path: Path, key: str) -> None:
+        """Store the arrays; ``key`` says what they belong to."""
+        write_tensors(path, {name: getattr(self, name) for name in ("kl", "nll", "agree", "counts")}, key)
+
+    @classmethod
+    def read(cls, path: Path) -> TokenScores:
+        """The arrays of :meth:`write`."""
+        return cls(**read_tensors(path))
 
     def by_example(self, values: Tensor) -> Tensor:
         """Sums of a per-token array over each row, [N] float64."""
