@@ -112,8 +112,8 @@ def value_and_hidden_gradient(
     if plan.logits == plan.accumulate:
         _fill_rows(plan, candidate, reference, value, gradient)
         return value, gradient
-    # The first 64 tokens say whether most rows are large: then 16-bit products would be wasted.
-    probe = min(64, len(candidate))
+    # The first chunk says whether most rows are large: then 16-bit products would be wasted on the others.
+    probe = min(plan.rows_per_chunk, len(candidate))
     _fill_rows(
         plan, candidate[:probe], reference[:probe], value[:probe], None if gradient is None else gradient[:probe]
     )

@@ -11,20 +11,26 @@ import torch
 from kvopt.kernels import Head, KLOptions, UnsupportedError, linear_kl
 from kvopt.kernels.plan import make_plan
 from kvopt.kernels.reference import linear_kl64
-from tests.kernels.cases import DISTANCE_FOR_KL, Problem, errors, problem, relative
+from tests.kernels import cases
+from tests.kernels.cases import DISTANCE_FOR_KL, Problem, errors, relative
 
 pytest.importorskip("triton", reason="the triton package is optional")
 
+SIZES = {"n": 9, "v": 2100}  # above one block of the vocabulary in every kernel; the interpreter is slow
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreting process that the first test starts")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreting process")
 def test_all_kernels_hold_their_contract_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
+
+
+def problem(distance, dtype, **sizes):
+    return cases.problem(distance, dtype, **{**SIZES, **sizes})
 
 
 @pytest.fixture(params=["store-free", "rows"])
@@ -63,8 +69,8 @@ def test_other_divergences_from_tiny_to_large(divergence, distance):
 
 @inside
 def test_bias_scale_temperature_and_chunks(kernel):
-    p = problem(0.05, torch.float32, n=150, v=3001, d=40)
-    head = Head(p.head.weight, bias=torch.randn(3001), scale=0.7, vocab=2999)
+    p = problem(0.05, torch.float32, n=131, v=1103, d=40)
+    head = Head(p.head.weight, bias=torch.randn(1103), scale=0.7, vocab=1101)
     e = errors(p._replace(head=head), KLOptions(backend="triton", temperature=1.3, chunk_bytes=2**20))
     assert e.kl <= 1e-4
     assert e.gradient <= 1e-4
@@ -73,7 +79,7 @@ def test_bias_scale_temperature_and_chunks(kernel):
 @inside
 def test_different_heads():
     p, other = problem(0.5, torch.float32), problem(0.5, torch.float32, d=64, seed=3)
-    teacher = Head(other.head.weight, bias=torch.randn(5003))
+    teacher = Head(other.head.weight, bias=torch.randn(2100))
     e = errors(Problem(p.candidate, other.reference, p.head), KLOptions(backend="triton"), teacher)
     assert e.kl <= 1e-4
     assert e.gradient <= 1e-5
@@ -96,7 +102,7 @@ def test_shifted_logits_of_up_to_200_change_nothing():
     p = problem(0.1, torch.float32)
     plain = linear_kl(p.candidate, p.reference, p.head).kl
     for shift in (-200.0, 30.0):
-        shifted = Head(p.head.weight.clone(), bias=torch.full((5003,), shift))
+        shifted = Head(p.head.weight.clone(), bias=torch.full((2100,), shift))
         kl = linear_kl(p.candidate, p.reference, shifted, p.head, KLOptions(backend="triton")).kl
         assert relative(kl, plain) <= 1e-3
 
