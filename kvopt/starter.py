@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def write_inferred(prompts: Path, folder: Path, force: bool = False) -> list[Pat
     inferred = infer_file(prompts)
     _check_free(folder, (CONFIG, "train.jsonl"), force)
     config = {
-        "name": prompts.stem,
+        "name": re.sub(r"[^A-Za-z0-9._-]+", "-", prompts.stem).strip("-._") or "run",
         "template": inferred.template.to_json(),
         "data": {"train": "train.jsonl", "output": "output"},
     }

@@ -22,11 +22,13 @@ def describe(folder: Path) -> dict[str, Any]:
         "folder": str(folder),
         "name": record.get("name", folder.name),
         "kind": "soft" if config["peft_type"] == "PROMPT_TUNING" else "kv",
-        "tokens": config["num_virtual_tokens"],
+        "tokens": tensor.shape[0],
         "bytes": tensor.numel() * tensor.element_size(),
         "peft_type": config["peft_type"],
         "base": record.get("base") or {"name": config.get("base_model_name_or_path")},
-        "written_by": f"kvopt {record['kvopt_version']}" if record else "not kvopt (its base cannot be checked)",
+        "written_by": f"kvopt {record.get('kvopt_version', '(unknown version)')}"
+        if record
+        else "not kvopt (its base cannot be checked)",
         "settings": record.get("settings"),
         "best": best,
         "start": history[0] if history else None,
@@ -44,7 +46,7 @@ def describe_text(facts: dict[str, Any]) -> str:
         lines.append(
             f"held-out forward KL {facts['best']['held_out_kl']:.4f} nats per gold token"
             f" at step {facts['best']['step']}"
-            f" (start: {facts['start']['held_out_kl']:.4f}, init {facts['settings']['init']})"
+            f" (start: {facts['start']['held_out_kl']:.4f}, init {(facts['settings'] or {}).get('init')})"
         )
     lines += [
         "use it:",
