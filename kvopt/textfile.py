@@ -24,8 +24,10 @@ def template_from_file(path: Path, original: Template) -> Template:
         source = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise InputError("no such file", where=str(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read as UTF-8 text: {error}", where=str(path)) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"is not UTF-8 text (at byte {error.start})", where=str(path)) from None
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
     if path.suffix.lower() in (".json", ".yaml", ".yml"):
         template = _structured(source, path)
     elif any(isinstance(part, Slot) for part in parse(source)):

@@ -156,6 +156,7 @@ def test_other_steps_learn_that_context_again_and_nothing_else(copied, tmp_path)
 
 def test_other_data_run_everything_again(copied, tmp_path):
     config, out = copied
+    shutil.copy(out / "scores" / "none.validation.b4.safetensors", out / "scores" / "of-old-data.b4.safetensors")
     other = changed(config, tmp_path / "job", lambda c: None)
     write_rows(tmp_path / "job" / "train.jsonl", [{"text": f"Play song {i}.", "output": "music"} for i in range(12)])
     run_job(other, out)
