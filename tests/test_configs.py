@@ -21,7 +21,7 @@ def sections(name):
 def test_the_demo_has_enough_rows_and_no_warnings():
     template, data = sections("demo.yaml")
     loaded = load_dataset(DataConfig(**data), template, CONFIGS, 0)
-    assert (len(loaded.train), len(loaded.selection), len(loaded.validation)) == (320, 32, 64)
+    assert (len(loaded.train), len(loaded.selection), len(loaded.validation)) == (240, 24, 48)
     assert loaded.warnings == ()
 
 
