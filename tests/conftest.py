@@ -19,7 +19,7 @@ from tests.tiny import MODELS, TOKENIZERS, tiny_base, tiny_tokenizer
 
 settings.register_profile("kvopt", derandomize=True, deadline=None, print_blob=False)
 settings.load_profile("kvopt")
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
