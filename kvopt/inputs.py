@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from kvopt.config import Config
@@ -61,6 +62,7 @@ class Inputs:
         self.directory.describe(
             seed=self.config.seed,
             device=str(self.base.device),
+            threads=torch.get_num_threads(),
             dtype=str(self.base.dtype).removeprefix("torch."),
             base={"name": self.base.name, **self.base.identity},
             template_sha256=self.template.sha256,
