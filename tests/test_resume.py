@@ -29,9 +29,17 @@ def _one_thread():
 
 
 def start(config, out):
-    """``kvopt run`` in a process of its own."""
+    """``kvopt run`` in a process of its own, with Ctrl-C as a terminal has it (a background shell has it ignored)."""
     command = [sys.executable, "-m", "kvopt.cli", "run", str(config), "--out", str(out), "--json"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ALONE, cwd=ROOT)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ALONE,
+        cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_for(path, process):
