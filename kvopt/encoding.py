@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from kvopt.dataset import Example
 from kvopt.errors import InputError
 from kvopt.files import sha256_json
-from kvopt.plain_tokens import PlainTokens
+from kvopt.plain_tokens import PlainTokens, Span
 from kvopt.rendering import Renderer
 from kvopt.template import Template
 
@@ -84,8 +85,7 @@ class Encoder:
     def prompt_ids(self, template: Template, values: Mapping[str, str], *, where: str = "") -> tuple[list[int], int]:
         """The prompt's ids and how many of them end before the first slot character."""
         rendered = self.renderer.render(template, values, where=where)
-        ids, offsets = self.plain.encode(rendered.text, rendered.slots, add_special_tokens=not template.is_chat)
-        ids = self._without_final_eos(ids, rendered.text) if not template.is_chat else ids
+        ids, offsets = self._tokenize(template, rendered.text, rendered.slots)
         leading = 0
         while leading < len(ids) and offsets[leading][1] <= rendered.first_slot:
             leading += 1
@@ -97,11 +97,7 @@ class Encoder:
         """
         rendered = self.renderer.render(template, example.values, where=example.source)
         end = self.renderer.end_of_answer(template) if self.end_token else ""
-        full, _ = self.plain.encode(
-            rendered.text + example.output + end, rendered.slots, add_special_tokens=not template.is_chat
-        )
-        if not template.is_chat:
-            full = self._without_final_eos(full, rendered.text + example.output + end)
+        full, _ = self._tokenize(template, rendered.text + example.output + end, rendered.slots)
         if full[: len(prompt)] != list(prompt):
             raise SeamError(
                 "the prompt's last token merges with the output's first characters",
@@ -158,11 +154,19 @@ class Encoder:
         bare = self.tokenizer("x", add_special_tokens=False)["input_ids"]
         return tuple(ids[: len(ids) - len(bare)]) if ids[-len(bare) :] == bare else ()
 
-    def _without_final_eos(self, ids: list[int], text: str) -> list[int]:
-        """Drop an EOS that the tokenizer itself appends (add_eos_token), which no prompt has in production."""
+    def _tokenize(self, template: Template, text: str, data: Sequence[Span]) -> tuple[list[int], list[Span]]:
+        """Ids and offsets of a rendered text. An EOS that the tokenizer itself appends (add_eos_token) is dropped:
+        no prompt has it in production.
+        """
+        ids, offsets = self.plain.encode(text, data, add_special_tokens=not template.is_chat)
+        if not template.is_chat and self._appends_eos and ids and ids[-1] == self.tokenizer.eos_token_id:
+            return ids[:-1], offsets[:-1]
+        return ids, offsets
+
+    @cached_property
+    def _appends_eos(self) -> bool:
         eos = self.tokenizer.eos_token_id
-        appended = self.tokenizer("x", add_special_tokens=True)["input_ids"][-1] == eos and eos is not None
-        return ids[:-1] if appended and ids and ids[-1] == eos else ids
+        return eos is not None and self.tokenizer("x", add_special_tokens=True)["input_ids"][-1] == eos
 
 
 def _common_prefix(sequences: Sequence[Sequence[int]], limit: int) -> int:

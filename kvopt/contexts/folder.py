@@ -44,31 +44,21 @@ def save_context(
         record: further entries of ``kvopt.json`` (template and data hashes, objective, scores, …).
     """
     g = base.geometry
+    shared: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "base_model_name_or_path": base.name,
+        "num_virtual_tokens": context.tokens,
+        "num_layers": g.layers,
+        "num_attention_heads": g.kv_heads,
+        "num_transformer_submodules": 1,
+    }
     if isinstance(context, KVContext):
         tensor = rearrange(context.states, "t l two h d -> t (l two h d)")
-        config: Any = CartridgeConfig(
-            task_type="CAUSAL_LM",
-            inference_mode=True,
-            base_model_name_or_path=base.name,
-            num_virtual_tokens=context.tokens,
-            num_layers=g.layers,
-            num_attention_heads=g.kv_heads,
-            token_dim=g.kv_heads * g.head_dim,
-            num_transformer_submodules=1,
-            num_frozen_tokens=frozen,
-        )
+        config: Any = CartridgeConfig(token_dim=g.kv_heads * g.head_dim, num_frozen_tokens=frozen, **shared)
     else:
         tensor = context.embeddings
-        config = PromptTuningConfig(
-            task_type="CAUSAL_LM",
-            inference_mode=True,
-            base_model_name_or_path=base.name,
-            num_virtual_tokens=context.tokens,
-            num_layers=g.layers,
-            num_attention_heads=g.kv_heads,
-            token_dim=g.hidden_size,
-            num_transformer_submodules=1,
-        )
+        config = PromptTuningConfig(token_dim=g.hidden_size, **shared)
     if not torch.isfinite(tensor).all():
         raise ValueError(f"context {context.name} has values that are not finite; refusing to write {folder}")
     with replacing_directory(folder) as place:
