@@ -1,0 +1,57 @@
+"""Benchmarks that print ratios from one run: bench kl, bench step, bench score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvopt.cli.common import ConfigPath, Json, Sets, print_json
+
+
+def bench_kl(
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write JSON and a picture here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The divergence op against plain torch and other libraries: time, memory, and error by size of the KL."""
+    from kvopt.kernels.benchmark import run as run_kl
+
+    result = run_kl(out=out)
+    if as_json:
+        print_json(result)
+
+
+def bench_step(config: ConfigPath, sets: Sets = None, as_json: Json = False) -> None:
+    """One optimization step against PEFT's CARTRIDGE with a plain full-logits KL: time and peak memory."""
+    from kvopt import benchmark
+    from kvopt.config import load_config
+
+    settings, base_dir = load_config(config, sets or ())
+    show_bench(benchmark.as_json("step", benchmark.bench_step(settings, base_dir)), as_json)
+
+
+def bench_score(
+    config: ConfigPath,
+    mutations: Annotated[int, typer.Option(help="Text mutations to score.")] = 8,
+    rows: Annotated[int, typer.Option(help="Validation rows.")] = 64,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Scoring mutations behind a shared prefix against full prompts for each pair: wall-clock ratio."""
+    from kvopt import benchmark
+    from kvopt.config import load_config
+
+    settings, base_dir = load_config(config, sets or ())
+    variants = benchmark.bench_score(settings, base_dir, mutations=mutations, rows=rows)
+    show_bench(benchmark.as_json("score", variants), as_json)
+
+
+def show_bench(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+        return
+    for row in result["variants"]:
+        memory = row["peak_bytes"] / 2**20
+        print(f"{row['name']:36s} {row['seconds']:8.2f} s  {memory:8.0f} MiB peak  KL {row['value']:.5f}")
+    print(f"time ratio {result['time_ratio']:.2f}, peak memory ratio {result['peak_memory_ratio']:.2f}")

@@ -1,0 +1,53 @@
+"""What every command shares: options, the run behind a config, one JSON document on stdout, lines on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from kvopt.run import Run
+
+WIDTH_OF_FILES = 120  # columns of a table that goes to a file or a pipe
+
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG.yaml", help="The config file; kvopt init writes a starter.")
+]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change one config value; may be repeated.")
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run directory (default: runs/NAME).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def open_run(config: Path, sets: list[str] | None, out: Path | None) -> Run:
+    from kvopt.config import load_config
+    from kvopt.run import Run
+
+    settings, base_dir = load_config(config, sets or ())
+    return Run(settings, base_dir, out or Path("runs") / settings.name, say=say)
+
+
+def print_json(value: Any) -> None:
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+    print(json.dumps(value, indent=2, ensure_ascii=not unicode, allow_nan=False))
+
+
+def show_board(board: dict[str, Any], folder: Path, as_json: bool) -> None:
+    from rich.console import Console
+
+    from kvopt.report.leaderboard import table
+
+    if as_json:
+        print_json(board)
+    else:
+        Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES).print(table(board))
+        print(f"run directory: {folder}")

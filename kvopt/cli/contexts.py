@@ -1,0 +1,118 @@
+"""Commands about contexts: run, mutate, score, optimize, compare, inspect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvopt.cli.common import ConfigPath, Json, Out, Sets, open_run, print_json, show_board
+
+
+def run_all(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json = False) -> None:
+    """All stages: reference, mutations, learned contexts, scores, leaderboard. Run it again to go on after an
+    interruption.
+    """
+    run = open_run(config, sets, out)
+    with run.opened():
+        board = run.run()
+    show_board(board, run.directory.path, as_json)
+
+
+def mutate(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json = False) -> None:
+    """Sample text mutations of the template; writes mutations.jsonl with every candidate and why it was rejected."""
+    run = open_run(config, sets, out)
+    with run.opened():
+        found = run.mutations
+    from kvopt.mutate.record import counts_by_reason
+
+    counts = counts_by_reason(found)
+    if as_json:
+        print_json({"counts": counts, "accepted": [m.to_json() for m in found if m.accepted]})
+        return
+    for reason, count in counts.items():
+        print(f"{count:6d}  {reason}")
+    print(run.directory / "mutations.jsonl")
+
+
+def score(
+    config: ConfigPath,
+    context: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--context", help="original, none, text:FILE, mutations:FILE, a context's name or folder; may be repeated."
+        ),
+    ] = None,
+    sets: Sets = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Score contexts on the validation rows: forward KL, gold NLL (= pre-update loss), top-1 agreement."""
+    from kvopt.report.leaderboard import Entry, build_leaderboard
+
+    run = open_run(config, sets, out)
+    with run.opened():
+        contexts = [c for spec in context or ["original", "none"] for c in run.named_context(spec)]
+        entries = [Entry.of(c, run.score(c)) for c in contexts]
+        board = build_leaderboard(entries, [], run.noise_floor(), run.facts())
+    if as_json:
+        print_json({**board, "contexts": [entry.to_json() for entry in entries]})
+    else:
+        show_board(board, run.directory.path, False)
+
+
+def optimize(
+    config: ConfigPath,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="NAME", help="Learn this context only; may be repeated.")
+    ] = None,
+    sets: Sets = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Learn the config's soft prompts and KV caches by gradient descent on the KL."""
+    run = open_run(config, sets, out)
+    with run.opened():
+        learned = run.learned(only or ())
+        rows = [
+            {"name": c.name, "kind": c.kind, "tokens": c.tokens, **run.score(c).to_json(), "history": run.history(c)}
+            for c in learned
+        ]
+    if as_json:
+        print_json({"contexts": rows})
+        return
+    for row in rows:
+        folder = run.directory / "contexts" / row["name"]
+        kl = row["kl_forward"]["mean"]
+        curve = ", ".join(f"{point['step']}: {point['held_out_kl']:.4f}" for point in row["history"])
+        print(f"{row['name']}: {row['tokens']} {row['kind']} slots, forward KL {kl:.4f}, {folder}")
+        print(f"  held-out KL by step: {curve}")
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    as_json: Json = False,
+) -> None:
+    """Print the leaderboard of one or more runs."""
+    from kvopt.report.leaderboard import read_leaderboard
+
+    boards = [read_leaderboard(folder) for folder in runs]
+    if as_json:
+        print_json(boards[0] if len(boards) == 1 else {"runs": boards})
+        return
+    for folder, board in zip(runs, boards, strict=True):
+        show_board(board, folder, False)
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A learned context.")], as_json: Json = False
+) -> None:
+    """Say what a context folder is, for which base, how good, and how to use it."""
+    from kvopt.contexts.inspection import describe, describe_text
+
+    facts = describe(folder)
+    if as_json:
+        print_json(facts)
+    else:
+        print(describe_text(facts))

@@ -1,0 +1,71 @@
+"""Commands to start with: demo, init, validate, config."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvopt.cli.common import ConfigPath, Json, Out, Sets, open_run, print_json, say, show_board
+
+
+def demo(
+    fast: Annotated[bool, typer.Option("--fast", help="Fewer rows, mutations and steps: about a minute.")] = False,
+    sets: Sets = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Learn and compare contexts for a docstring template, on a 135M model and your own Python's standard library."""
+    source = resources.files("kvopt") / "configs" / ("demo-fast.yaml" if fast else "demo.yaml")
+    with resources.as_file(source) as path:
+        run = open_run(path, sets, out)
+        with run.opened():
+            board = run.run()
+    show_board(board, run.directory.path, as_json)
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where the starter config goes.")] = Path(),
+    infer: Annotated[
+        Path | None, typer.Option("--infer", metavar="FILE", help="Recover the template from already rendered prompts.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
+) -> None:
+    """Write a starter config, or one whose template and data are recovered from rendered prompts."""
+    from kvopt.starter import write_inferred, write_starter
+
+    written = write_inferred(infer, folder, force) if infer else write_starter(folder, force)
+    for path in written:
+        say(f"wrote {path}")
+    say(f"next: kvopt validate {folder / 'kvopt.yaml'}")
+
+
+def validate(config: ConfigPath, sets: Sets = None, as_json: Json = False) -> None:
+    """Check config, template, data and the token seam, without loading the model's weights."""
+    from kvopt.config import load_config
+    from kvopt.validation import check
+
+    settings, base_dir = load_config(config, sets or ())
+    report = check(settings, base_dir)
+    if as_json:
+        print_json(report)
+        return
+    for warning in report["warnings"]:
+        say(f"warning: {warning}")
+    for key, value in report.items():
+        if key != "warnings":
+            print(f"{key}: {value}")
+
+
+def show_config(
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the config file.")] = False,
+) -> None:
+    """Print the commented starter config, or the JSON schema of config files."""
+    if schema:
+        from kvopt.config import Config
+
+        print_json(Config.model_json_schema())
+    else:
+        print((resources.files("kvopt") / "configs" / "template.yaml").read_text("utf-8"))
