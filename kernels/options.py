@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 FORMS = ("auto", "direct", "difference", "moments")
@@ -74,6 +75,11 @@ class Head:
     def offsets(self) -> Tensor | None:
         """[V]: the real entries of ``bias`` (a view), or None."""
         return None if self.bias is None else self.bias[: self.size]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, V] float32 logits of hidden states [N, D]: for a few rows, such as the next token of an answer."""
+        x = nn.functional.linear(hidden.to(self.weight.dtype), self.rows, self.offsets).float() * self.scale
+        return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
 
     @property
     def trained(self) -> bool:

@@ -17,6 +17,7 @@ from kvopt.dataset import Dataset, Example, load_dataset
 from kvopt.encoding import Encoded, Encoder
 from kvopt.errors import InputError
 from kvopt.files import write_text
+from kvopt.generate import stop_ids
 from kvopt.model import Base, load_base
 from kvopt.mutate.record import Mutation, read_mutations
 from kvopt.progress import Progress
@@ -137,6 +138,12 @@ class Inputs:
         return self.encoder.encode(
             self.template.without_trailing_static(), self.examples, gold=self.gold, window=self.base.geometry.window
         )
+
+    @cached_property
+    def answer_ends(self) -> frozenset[int]:
+        """Ids that end a generated answer: the base's own and the one that gold outputs end with."""
+        ends = {row.gold[-1] for row in self.encoded.rows} if self.config.template.end_token else set()
+        return stop_ids(self.base) | (ends if len(ends) == 1 else set())
 
     # ---- contexts
 

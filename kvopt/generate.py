@@ -1,0 +1,153 @@
+"""Answers of a model behind a shared prefix: greedy or sampled decoding in batches, for every kind of context.
+
+The prefix is computed once; bodies are padded on the left behind it, in batches of similar length. Sliding windows
+count padding as tokens, so models that have them get batches of bodies of equal length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from einops import repeat
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kvopt.attention import Prefix
+from kvopt.errors import InputError
+from kvopt.model import Base
+
+Progress = Callable[[int], None]
+
+
+@torch.no_grad()
+def generate(
+    base: Base,
+    prefix: Prefix,
+    bodies: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop: frozenset[int] | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> list[tuple[int, ...]]:
+    """Token ids of one answer for each body, in order, without the stop token.
+
+    Args:
+        base: the base, or a student in its place.
+        prefix: what every body attends to (``context.prefix(base)``).
+        bodies: token ids; each must hold at least one.
+        max_new_tokens: an answer is cut here.
+        stop: ids that end an answer; default: :func:`stop_ids`.
+        temperature: 0 takes the most likely token; above, tokens are sampled, each batch from its own stream of
+            ``seed``.
+        batch_size: bodies a batch.
+        progress: called with the number of bodies finished.
+
+    Raises:
+        InputError: a body is empty, or prefix, body and answer do not fit the window.
+    """
+    ends = stop_ids(base) if stop is None else stop
+    longest = max(map(len, bodies), default=0)
+    if any(len(body) == 0 for body in bodies):
+        raise InputError("a body without tokens cannot be answered", mend="put text behind the context")
+    if len(prefix) + longest + max_new_tokens > base.geometry.window:
+        raise InputError(
+            f"{len(prefix)} slots, a body of {longest} tokens and {max_new_tokens} new ones do not fit the window of"
+            f" {base.geometry.window}",
+            mend=f"at most {base.geometry.window - len(prefix) - longest} new tokens fit",
+        )
+    answers: list[tuple[int, ...]] = [()] * len(bodies)
+    equal = base.geometry.sliding_window is not None
+    for number, index in enumerate(_batches(bodies, batch_size, equal)):
+        rng = torch.Generator(device=base.device).manual_seed(seed * 1_000_003 + number)
+        found = _decode(base, prefix, [bodies[i] for i in index], max_new_tokens, ends, temperature, rng)
+        for i, answer in zip(index, found, strict=True):
+            answers[i] = answer
+        if progress:
+            progress(len(index))
+    return answers
+
+
+def stop_ids(base: Base) -> frozenset[int]:
+    """Ids that end an answer: those of the model's generation config and the tokenizer's EOS.
+
+    Some chat models end a turn with another token: add the last id of a gold output that was encoded with its end.
+    """
+    configured: Any = getattr(base.model.generation_config, "eos_token_id", None)
+    ids = {configured} if isinstance(configured, int) else set(configured or ())
+    return frozenset((ids | {base.tokenizer.eos_token_id}) - {None})
+
+
+def answer_text(base: Base, ids: Sequence[int]) -> str:
+    """The text of an answer, with control tokens left out."""
+    return base.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def _batches(bodies: Sequence[Sequence[int]], size: int, equal_lengths: bool) -> Iterator[list[int]]:
+    """Positions of bodies, shortest first, at most ``size`` at a time."""
+    order = sorted(range(len(bodies)), key=lambda i: (len(bodies[i]), i))
+    groups = groupby(order, key=lambda i: len(bodies[i]) if equal_lengths else 0)
+    for _, members in groups:
+        group = list(members)
+        yield from (group[start : start + size] for start in range(0, len(group), size))
+
+
+def _decode(
+    base: Base,
+    prefix: Prefix,
+    bodies: Sequence[Sequence[int]],
+    limit: int,
+    stop: frozenset[int],
+    temperature: float,
+    rng: torch.Generator,
+) -> list[tuple[int, ...]]:
+    rows, width, length = len(bodies), max(map(len, bodies)), len(prefix)
+    ids = torch.zeros(rows, width, dtype=torch.long)
+    mask = torch.zeros(rows, length + width, dtype=torch.long)
+    mask[:, :length] = 1
+    for row, body in enumerate(bodies):
+        ids[row, width - len(body) :] = torch.tensor(body)
+        mask[row, length + width - len(body) :] = 1
+    ids, mask = ids.to(base.device), mask.to(base.device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, length:]
+    cache = _growing_cache(prefix, rows)
+    ends = torch.tensor(sorted(stop), device=base.device)
+    finished = torch.zeros(rows, dtype=torch.bool, device=base.device)
+    chosen: list[Tensor] = []
+    while len(chosen) < limit:
+        hidden = base.backbone(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state[:, -1]
+        token = _choose(base, hidden, temperature, rng)
+        finished = finished | torch.isin(token, ends)
+        chosen.append(torch.where(finished, -1, token))
+        if bool(finished.all()):
+            break
+        ids = token[:, None]
+        mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    tokens = torch.stack(chosen, dim=1).tolist() if chosen else [[]] * rows
+    return [tuple(token for token in row if token >= 0) for row in tokens]
+
+
+def _choose(base: Base, hidden: Tensor, temperature: float, rng: torch.Generator) -> Tensor:
+    """Next token ids [B] from hidden states [B, D] after the final norm."""
+    logits = base.head.logits(hidden)
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial(torch.softmax(logits.float() / temperature, -1), 1, generator=rng)[:, 0]
+
+
+def _growing_cache(prefix: Prefix, rows: int) -> Cache:
+    """A cache that starts as the prefix, once for each row; sliding-window layers keep everything, the mask decides."""
+    layers = []
+    for keys, values in zip(prefix.keys, prefix.values, strict=True):
+        layer = DynamicLayer()
+        layer.update(repeat(keys, "h t d -> b h t d", b=rows), repeat(values, "h t d -> b h t d", b=rows))
+        layers.append(layer)
+    return Cache(layers=layers)
