@@ -31,10 +31,9 @@ class LocalGenerator(_Strict):
     temperature: float = Field(default=0.7, gt=0, le=2)
 
 
-class EndpointGenerator(_Strict):
-    """Any OpenAI-compatible endpoint rewrites whole messages."""
+class EndpointSettings(_Strict):
+    """How any OpenAI-compatible chat endpoint is asked."""
 
-    kind: Literal["endpoint"]
     base_url: str = Field(description="up to and with /v1, e.g. http://localhost:8000/v1")
     model: str
     api_key_env: str | None = Field(
@@ -51,6 +50,12 @@ class EndpointGenerator(_Strict):
         if not value.startswith(("http://", "https://")):
             raise ValueError("must begin with http:// or https://")
         return value.rstrip("/")
+
+
+class EndpointGenerator(EndpointSettings):
+    """Any OpenAI-compatible endpoint rewrites whole messages."""
+
+    kind: Literal["endpoint"]
 
 
 class FileGenerator(_Strict):
