@@ -113,7 +113,7 @@ def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) 
     """
     device, dtype = choose_device(config.device), config.dtype
     torch_dtype = automatic_dtype(device) if dtype == "auto" else DTYPES[dtype]
-    with _quiet():
+    with quiet():
         folder = locate(config.base, config.revision, say or _to_stderr)
         settings = _load_config(folder, config)
         tokenizer = _load_tokenizer(folder, config)
@@ -141,7 +141,7 @@ def load_tokenizer(config: ModelConfig, *, say: Callable[[str], None] | None = N
     """The tokenizer of ``config.base`` and its context window in tokens, without its weights. Raises InputError as
     :func:`load_base` does."""
     folder = locate(config.base, config.revision, say or _to_stderr)
-    with _quiet():
+    with quiet():
         settings = text_config(_load_config(folder, config))
         return _load_tokenizer(folder, config), int(settings.max_position_embeddings)
 
@@ -227,7 +227,7 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars of transformers inside."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -1,0 +1,292 @@
+"""Students: a base's own module tree with LoRA injected, or a full copy of it, as a :class:`kvopt.model.Base` that can
+stand wherever a base can.
+
+A student folder ``students/NAME/`` is a PEFT adapter (LoRA) or a transformers model folder with its tokenizer (full),
+plus ``kvopt-student.json`` for what neither has a field for and neither checks.
+
+LoRA goes through ``get_peft_model`` and not through ``inject_adapter_in_model``: both change the modules in place, but
+the first casts adapters to fp32 under a 16-bit base and writes folders that ``PeftModel.from_pretrained`` reads.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import kvopt
+from kvopt.errors import InputError, KvoptError
+from kvopt.files import replacing_directory, write_json
+from kvopt.hub import weight_files
+from kvopt.identity import weights_sha256
+from kvopt.model import Base, quiet
+
+FORMAT_VERSION = 1
+RECORD = "kvopt-student.json"
+ADAPTER = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model in training.
+
+    Attributes:
+        base: the student as a Base: its own model, the base's tokenizer, device and geometry.
+        method: "lora" or "full".
+        peft: the PEFT model around ``base.model`` (LoRA), else None.
+    """
+
+    base: Base
+    method: str
+    peft: PeftModel | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        return self.base.model
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name; a tied one stands once."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def twin(base: Base, name: str | None = None) -> Base:
+    """A copy of the base's module tree that shares its (frozen) parameters: modules can be injected into it, and the
+    base stays as it is, at the price of the buffers alone.
+    """
+    shared: dict[int, Any] = {id(p): p for p in base.model.parameters()}
+    return replace(base, model=copy.deepcopy(base.model, shared), name=name or base.name)
+
+
+def lora_student(
+    base: Base,
+    name: str,
+    *,
+    rank: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.0,
+    targets: str | list[str] = "all-linear",
+    seed: int = 0,
+) -> Student:
+    """LoRA on a twin of the base; starts as the base itself (B = 0). Adapters are fp32 under a 16-bit base.
+
+    Args:
+        targets: "all-linear" (without the head), or names of linear modules.
+        seed: of the initial A.
+
+    Raises:
+        InputError: no module has such a name, or the head or the embeddings are among them.
+    """
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+    copied = twin(base, name)
+    with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        try:
+            peft = _injected(copied.model, config)
+        except ValueError as error:
+            mend = "all-linear, or names of linear modules such as q_proj"
+            raise InputError(
+                " ".join(str(error).split())[:200], where=f"students.{name}.lora.targets", mend=mend
+            ) from None
+    _refuse_head(copied, f"students.{name}.lora.targets")
+    return Student(copied, "lora", peft)
+
+
+def _injected(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    with warnings.catch_warnings():  # PEFT asks transformers by a name that is about to go
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, config)
+
+
+def _refuse_head(student: Base, where: str) -> None:
+    for module in (student.model.get_output_embeddings(), student.model.get_input_embeddings()):
+        if isinstance(module, BaseTunerLayer):
+            raise InputError("an adapter on the head or the embeddings is not supported", where=where)
+
+
+def full_student(base: Base, name: str, dtype: torch.dtype = torch.float32) -> Student:
+    """A copy of all weights in ``dtype`` (the masters), each trainable; tied weights stay tied."""
+    model = copy.deepcopy(base.model).to(dtype).requires_grad_(True)
+    return Student(replace(base, model=model, name=name, dtype=dtype), "full")
+
+
+def save_student(student: Student, folder: Path, of: Base, record: dict[str, Any]) -> None:
+    """Write a student folder atomically.
+
+    Args:
+        folder: replaced if it is there.
+        of: the base that it was trained from; its identity is stored.
+        record: further entries of ``kvopt-student.json``.
+
+    Raises:
+        KvoptError: a value is not finite; nothing is written.
+    """
+    for name, parameter in student.trainable().items():
+        if not torch.isfinite(parameter).all():
+            raise KvoptError(f"student {student.base.name}: {name} has values that are not finite; it is not written")
+
+    def write(place: Path) -> None:
+        if student.peft is None:
+            with quiet():
+                student.base.model.save_pretrained(str(place))
+            student.base.tokenizer.save_pretrained(str(place))
+            return
+        config = copy.deepcopy(student.peft.peft_config["default"])
+        config.base_model_name_or_path, config.inference_mode = of.name, True
+        config.target_modules = sorted(config.target_modules)  # a set, whose order differs between processes
+        config.save_pretrained(str(place))
+        tensors = {name: t.detach().cpu().contiguous() for name, t in get_peft_model_state_dict(student.peft).items()}
+        save_file(tensors, str(place / ADAPTER), metadata={"format": "pt"})
+
+    write_student_folder(folder, of, name=student.base.name, method=student.method, record=record, write=write)
+
+
+def write_student_folder(
+    folder: Path, of: Base, *, name: str, method: str, record: dict[str, Any], write: Callable[[Path], None]
+) -> None:
+    """A student folder whose files ``write`` puts into an empty one; ``kvopt-student.json`` is added and pins them."""
+    with replacing_directory(folder) as place:
+        write(place)
+        files = [place / ADAPTER] if method == "lora" else weight_files(place)
+        facts = {
+            "format_version": FORMAT_VERSION,
+            "kvopt_version": kvopt.__version__,
+            "name": name,
+            "method": method,
+            "weights_sha256": weights_sha256(files),
+            "base": {"name": of.name, **of.identity},
+        }
+        write_json(place / RECORD, facts | record)
+
+
+def read_student_record(folder: Path) -> dict[str, Any] | None:
+    """``kvopt-student.json`` of a folder, None where there is none. Raises InputError for a damaged or newer one."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    record = _json(path)
+    if record.get("format_version") != FORMAT_VERSION:
+        what = f"format version {record.get('format_version')!r}, this kvopt reads {FORMAT_VERSION}"
+        raise InputError(what, where=str(path), mend="update kvopt")
+    return record
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read as JSON: {error}", where=str(path)) from None
+    if not isinstance(value, dict):
+        raise InputError("is not a JSON object", where=str(path))
+    return value
+
+
+def load_student(folder: Path, base: Base) -> Base:
+    """A student folder as a Base, frozen and in eval mode: its own model; the base's tokenizer, device, dtype,
+    geometry; ``identity`` is the base's with one entry ``student`` more, so that nothing cached for one is taken for
+    the other. A LoRA student shares the base's weights.
+
+    A LoRA adapter that kvopt did not write is accepted when its keys and shapes fit; its base cannot be checked then.
+
+    Raises:
+        InputError: no student, another base, missing or foreign or misshaped tensors, values that are not finite, a
+            damaged file.
+    """
+    record = read_student_record(folder)
+    adapter = (folder / "adapter_config.json").is_file()
+    if record is None and not adapter:
+        mend = "give a folder from students/"
+        raise InputError(f"is not a student folder, it has no {RECORD}", where=str(folder), mend=mend)
+    if record is not None:
+        _check_base(record, base, folder)
+    files = [folder / ADAPTER] if adapter else weight_files(folder)
+    if not files or not files[0].is_file():
+        raise InputError("has no weights", where=str(folder), mend="restore or train it again")
+    digest = weights_sha256(files)
+    if record is not None and record.get("weights_sha256") != digest:
+        what = f"the weights are not those that {RECORD} describes"
+        raise InputError(what, where=str(folder), mend="restore or train it again")
+    name = (record or {}).get("name") or folder.name
+    student = _load_lora(folder, base, name) if adapter else _load_full(folder, base, name)
+    student.model.requires_grad_(False).eval()
+    return replace(student, identity={**base.identity, "student": digest})
+
+
+def _check_base(record: dict[str, Any], base: Base, folder: Path) -> None:
+    stored = record.get("base") or {}
+    for what, digest in base.identity.items():
+        if what in stored and stored[what] != digest:
+            raise InputError(
+                f"trained from base {stored.get('name')!r}, whose {what} differs from {base.name!r}",
+                where=str(folder),
+                mend="use the base that it was trained from",
+            )
+
+
+def _load_lora(folder: Path, base: Base, name: str) -> Base:
+    kind = _json(folder / "adapter_config.json").get("peft_type")
+    if kind != "LORA":
+        what = f"a PEFT adapter of type {kind} is not a student"
+        raise InputError(what, where=str(folder), mend="a LoRA adapter is; contexts go to --context")
+    tensors = _read_adapter(folder / ADAPTER)
+    copied = twin(base, name)
+    try:
+        peft = _injected(copied.model, LoraConfig.from_pretrained(str(folder)))
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"its adapter does not fit {base.name!r}: {reason}", where=str(folder)) from None
+    _refuse_head(copied, str(folder))
+    expected = {key: t.shape for key, t in get_peft_model_state_dict(peft).items()}
+    if wrong := sorted(k for k in expected.keys() | tensors.keys() if expected.get(k) != _shape(tensors.get(k))):
+        what = f"{len(wrong)} tensors are missing, foreign or of another shape, first {wrong[0]}"
+        raise InputError(what, where=str(folder / ADAPTER), mend="use the base that it was trained from")
+    set_peft_model_state_dict(peft, tensors)
+    return copied
+
+
+def _shape(tensor: Tensor | None) -> torch.Size | None:
+    return None if tensor is None else tensor.shape
+
+
+def _read_adapter(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(str(path))
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"is damaged or truncated: {error}", where=str(path), mend="restore or train it again"
+        ) from None
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{name} has values that are not finite", where=str(path), mend="train it again")
+    return tensors
+
+
+def _load_full(folder: Path, base: Base, name: str) -> Base:
+    try:
+        with quiet():
+            model, info = type(base.model).from_pretrained(
+                str(folder),
+                dtype=base.dtype,
+                attn_implementation=base.model.config._attn_implementation,
+                output_loading_info=True,
+            )
+    except Exception as error:  # a damaged folder fails in as many ways as there are formats
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"cannot be loaded: {type(error).__name__}: {reason}", where=str(folder)) from error
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(f"its weights lack {len(missing)} tensors, first {missing[0]}", where=str(folder))
+    for parameter_name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InputError(f"{parameter_name} has values that are not finite", where=str(folder))
+    return replace(base, model=model.to(base.device), name=name)
