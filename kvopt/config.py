@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from kvopt.builtin_base import NAME as BUILTIN_BASE
 from kvopt.dataset import DataConfig
 from kvopt.errors import InputError
+from kvopt.keep import take_marks
 from kvopt.model import ModelConfig
 from kvopt.mutate.config import MutationsConfig
 from kvopt.optimize import ContextConfig
@@ -58,7 +59,14 @@ class TemplateConfig(_Section):
         return self
 
     def build(self, base_dir: Path) -> Template:
-        """The checked template. Raises InputError."""
+        """The checked template, without ``{{keep:…}}`` marks. Raises InputError."""
+        return take_marks(self._source(base_dir))[0]
+
+    def kept(self, base_dir: Path) -> tuple[str, ...]:
+        """The literals marked ``{{keep:…}}``. Raises InputError."""
+        return take_marks(self._source(base_dir))[1]
+
+    def _source(self, base_dir: Path) -> Template:
         if self.file is not None:
             return Template.from_file(base_dir / self.file)
         if self.text is not None:

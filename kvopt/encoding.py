@@ -82,29 +82,26 @@ class Encoder:
         self.renderer = Renderer(self.tokenizer, self.chat_kwargs)
         self.plain = PlainTokens(self.tokenizer)
 
-    def prompt_ids(self, template: Template, values: Mapping[str, str], *, where: str = "") -> tuple[list[int], int]:
-        """The prompt's ids and how many of them end before the first slot character."""
-        rendered = self.renderer.render(template, values, where=where)
-        ids, offsets = self._tokenize(template, rendered.text, rendered.slots)
-        leading = 0
-        while leading < len(ids) and offsets[leading][1] <= rendered.first_slot:
-            leading += 1
-        return ids, leading
+    def prompt_and_gold(self, template: Template, example: Example) -> tuple[list[int], int, tuple[int, ...]]:
+        """The prompt's ids, how many of them end before the first slot character, and the ids of the output (with its
+        end token) behind them.
 
-    def gold_ids(self, template: Template, example: Example, prompt: Sequence[int]) -> tuple[int, ...]:
-        """Ids of the output (with its end token) after ``prompt``. Raises SeamError when the prompt's ids change with
-        the output behind them.
+        Raises SeamError when the prompt's ids change with the output behind them.
         """
         rendered = self.renderer.render(template, example.values, where=example.source)
+        prompt, offsets = self._tokenize(template, rendered.text, rendered.slots)
+        leading = 0
+        while leading < len(prompt) and offsets[leading][1] <= rendered.first_slot:
+            leading += 1
         end = self.renderer.end_of_answer(template) if self.end_token else ""
         full, _ = self._tokenize(template, rendered.text + example.output + end, rendered.slots)
-        if full[: len(prompt)] != list(prompt):
+        if full[: len(prompt)] != prompt:
             raise SeamError(
                 "the prompt's last token merges with the output's first characters",
                 where=example.source,
                 mend="end the template with a newline or a chat turn, and outputs without that first character",
             )
-        return tuple(full[len(prompt) :])
+        return prompt, leading, tuple(full[len(prompt) :])
 
     def encode(
         self,
@@ -128,8 +125,7 @@ class Encoder:
         """
         prompts, golds, leading = [], [], []
         for example in examples:
-            ids, n = self.prompt_ids(template, example.values, where=example.source)
-            target = self.gold_ids(template, example, ids)
+            ids, n, target = self.prompt_and_gold(template, example)
             if gold is not None and target != gold[example.id]:
                 raise SeamError("the output's token ids change under this template", where=example.source)
             if not target:

@@ -25,6 +25,8 @@ from kvopt.rundir import RunDirectory
 from kvopt.template import Template
 from kvopt.textfile import template_from_file
 
+RESOLVED = "# Every setting of this run; relative paths start at the folder of the config file that it was given.\n"
+
 
 class Inputs:
     """What one config in one run directory stands on, loaded when it is first asked for.
@@ -58,8 +60,8 @@ class Inputs:
         """Check everything that is known before the first stage, then write it down: a fault leaves what was there."""
         self.check_windows()
         self._warn()
-        resolved = self.config.model_dump(mode="json")
-        write_text(self.directory / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+        resolved = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_text(self.directory / "config.yaml", RESOLVED + resolved)
         self.directory.describe(
             seed=self.config.seed,
             device=str(self.base.device),

@@ -20,19 +20,17 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from kvopt.attention import Prefix, gold_hidden, prefill
 from kvopt.contexts.initial import split_spec
 from kvopt.encoding import Row, make_batch
 from kvopt.errors import InputError, KvoptError
-from kvopt.files import write_bytes
 from kvopt.kernels import KLOptions, linear_kl
 from kvopt.model import Base
 from kvopt.reference import Reference
 from kvopt.score import score_prefix
+from kvopt.tensorfile import read_tensors, stored_key, write_tensors
 
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 
@@ -112,24 +110,18 @@ class _State:
     NUMBERS = ("step", "best_step", "best_kl", "since_best", "history", "recent")
 
     def save(self, path: Path, key: str) -> None:
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in self.TENSORS}
-        numbers = {name: getattr(self, name) for name in self.NUMBERS}
-        write_bytes(path, save(tensors, metadata={"key": key, "state": json.dumps(numbers)}))
+        numbers = json.dumps({name: getattr(self, name) for name in self.NUMBERS}).encode()
+        tensors = {name: getattr(self, name) for name in self.TENSORS}
+        write_tensors(path, tensors | {"numbers": torch.frombuffer(bytearray(numbers), dtype=torch.uint8)}, key)
 
     @classmethod
     def load(cls, path: Path, key: str, device: torch.device) -> _State | None:
         """The checkpoint at ``path``, None when there is none, it is damaged, or it belongs to another job."""
-        if not path.is_file():
+        if stored_key(path) != key:
             return None
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("key") != key:
-                    return None
-                tensors = {name: file.get_tensor(name).to(device) for name in cls.TENSORS}
-                return cls(**tensors, **json.loads(metadata["state"]))
-        except (SafetensorError, OSError, KeyError):
-            return None
+        tensors = read_tensors(path)
+        numbers = json.loads(bytes(tensors["numbers"].tolist()))
+        return cls(**{name: tensors[name].to(device) for name in cls.TENSORS}, **numbers)
 
 
 def context_prefix(base: Base, kind: str, tensor: Tensor) -> Prefix:

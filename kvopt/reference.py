@@ -112,6 +112,8 @@ def open_reference(folder: Path, key: str) -> Reference:
         raise InputError(
             f"the reference cannot be read: {error}", where=str(path), mend="run kvopt run again"
         ) from None
+    if not isinstance(stored, dict) or {"key", "rows", "rows_per_shard", "hidden_size"} - stored.keys():
+        raise InputError("is no index of a reference", where=str(path), mend="delete it and run kvopt run again")
     if stored["key"] != key:
         raise InputError(
             "the reference belongs to another base, template or data set", where=str(folder), mend="run kvopt run again"

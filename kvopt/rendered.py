@@ -60,8 +60,12 @@ def read_rendered(path: Path) -> Rendered:
 def _text_prompts(path: Path) -> tuple[list[str], list[str]]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read as UTF-8 text: {error}", where=path.name) from None
+    except FileNotFoundError:
+        raise InputError("no such file", where=str(path)) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"is not UTF-8 text (at byte {error.start})", where=str(path)) from None
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
     prompts, names, start = [], [], 0
     ends = [(match.start(), match.end()) for match in SEPARATOR.finditer(text)] + [(len(text), len(text))]
     for end, following in ends:

@@ -76,6 +76,8 @@ class Run(Inputs):
         config = self.config.mutations
         if config.count == 0:
             return []
+        kept = self.config.template.kept(self.base_dir)
+        config = config.model_copy(update={"protect": tuple(dict.fromkeys((*config.protect, *kept)))})
         local = config.generator.kind == "local" and "paraphrase" in config.operators
         asked = config.model_dump(mode="json", exclude={"count", "max_attempts"})
         key = sha256_json(

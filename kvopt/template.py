@@ -183,16 +183,6 @@ class Template:
             found = found or upto is not None
         return tuple(leading)
 
-    def without_static(self) -> Template:
-        """Slots alone: messages without a slot are dropped, slots of one message are joined by newlines."""
-
-        def bare(field: str) -> str:
-            return "\n".join("{{" + p.name + "}}" for p in parse(field) if isinstance(p, Slot))
-
-        if self.is_chat:
-            return Template(messages=tuple(Message(m.role, bare(m.content)) for m in self.messages if bare(m.content)))
-        return Template(text=bare(self.text or ""))
-
     def without_trailing_static(self) -> Template:
         """Without the static text behind the first slot: later slots follow it, each on its own line."""
         fields, found = [], False

@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from kvopt.errors import InputError
+from kvopt.keep import take_marks
 from kvopt.template import Slot, Template, parse, unparse
 
 
@@ -39,6 +40,7 @@ def template_from_file(path: Path, original: Template) -> Template:
         )
     else:
         template = _with_leading(original, source, path)
+    template, _ = take_marks(template, where=str(path))
     if sorted(template.slot_sequence) != sorted(original.slot_sequence):
         raise InputError(
             f"has the slots {', '.join(template.slot_sequence)}, the template has {', '.join(original.slot_sequence)}",

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvopt.config import Config
-from kvopt.dataset import load_dataset
-from kvopt.encoding import Encoder
+from kvopt.contexts.initial import split_spec
+from kvopt.dataset import Dataset, load_dataset
+from kvopt.encoding import Encoded, Encoder
+from kvopt.errors import InputError
 from kvopt.model import load_tokenizer
+from kvopt.optimize import ContextConfig
+from kvopt.template import Template
+from kvopt.textfile import template_from_file
 
 
 def check(config: Config, base_dir: Path) -> dict[str, Any]:
@@ -21,6 +27,9 @@ def check(config: Config, base_dir: Path) -> dict[str, Any]:
     encoder = Encoder(tokenizer, config.template.chat_kwargs, config.template.end_token)
     encoded = encoder.encode(template, (*dataset.train, *dataset.selection, *dataset.validation), window=window)
     longest = max(len(encoded.prefix) + len(row) for row in encoded.rows)
+    starts = _Starts(config, base_dir, template, dataset, encoder, encoded, window)
+    for context in config.contexts:
+        starts.check(context)
     return {
         "template": "chat messages" if template.is_chat else "text",
         "slots": list(template.slots),
@@ -34,3 +43,50 @@ def check(config: Config, base_dir: Path) -> dict[str, Any]:
         "first_gold": tokenizer.decode(encoded.rows[0].gold),
         "warnings": list(dataset.warnings),
     }
+
+
+@dataclass(frozen=True)
+class _Starts:
+    """Checks where each learned context starts and whether its slots fit."""
+
+    config: Config
+    base_dir: Path
+    template: Template
+    dataset: Dataset
+    encoder: Encoder
+    encoded: Encoded
+    window: int
+
+    def check(self, context: ContextConfig) -> None:
+        """Raises InputError when there is no such start, or it is too short or the window too small for the slots."""
+        where = f"contexts.{context.name}"
+        available = self._tokens_of(context.init, where)
+        slots = context.tokens or available or 0
+        if available is not None and slots > available:
+            raise InputError(
+                f"{slots} slots wanted, the text to start from has {available} tokens",
+                where=f"{where}.tokens",
+                mend="lower tokens, start from a longer text, or use init: random-text",
+            )
+        longest = max(len(row) for row in self.encoded.rows)
+        if slots + longest > self.window:
+            raise InputError(
+                f"{slots} slots and the longest row ({longest} tokens) do not fit the window of {self.window} tokens",
+                where=f"{where}.tokens",
+                mend=f"at most {self.window - longest} fit",
+            )
+
+    def _tokens_of(self, init: str, where: str) -> int | None:
+        """Tokens of the text that a context starts from; None where only a run can say, or any number goes."""
+        kind, argument = split_spec(init, where)
+        if kind == "context" and argument not in {c.name for c in self.config.contexts}:
+            if not (self.base_dir / argument).is_dir():
+                raise InputError(f"init {init!r}: no such context or folder", where=where)
+            return None
+        if kind in ("best-mutation", "mutation") and self.config.mutations.count == 0:
+            raise InputError(f"init {init!r} needs mutations", where=where, mend="raise mutations.count")
+        if kind == "text":
+            template = template_from_file(self.base_dir / argument, self.template)
+            probes = self.dataset.selection[:4] or self.dataset.train[:4]
+            return len(self.encoder.encode(template, probes).prefix)
+        return len(self.encoded.prefix) if kind in ("template", "strided", "matched") else None

@@ -314,6 +314,24 @@ def test_validate_says_what_there_is(kvopt, job, tmp_path):
     assert kvopt("validate", job)[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"init": "text:nope.txt"}, "nope.txt: no such file"),
+        ({"init": "template", "tokens": 400}, "contexts.kv-8.tokens: 400 slots wanted, the text to start from has"),
+        ({"init": "random-text", "tokens": 509}, "contexts.kv-8.tokens: 509 slots and the longest row"),
+        ({"init": "context:nope"}, "contexts.kv-8: init 'context:nope': no such context or folder"),
+    ],
+)
+def test_validate_checks_where_contexts_start(fails, job, change, line):
+    edit(job, lambda document: document["contexts"][0].update(change))
+    assert line in fails("validate", job)
+
+
+def test_validate_wants_mutations_for_a_context_that_starts_from_one(fails, job):
+    assert "kv-best: init 'best-mutation' needs mutations" in fails("validate", job, "--set", "mutations.count=0")
+
+
 def test_inspect_describes_a_context_without_its_base(kvopt, fails, finished, tmp_path):
     code, out, _ = kvopt("inspect", finished[1] / "contexts" / "soft-6", "--json")
     facts = json.loads(out)
@@ -375,7 +393,8 @@ def test_init_infer_recovers_template_and_rows(kvopt, fails, tmp_path):
     assert "nope.txt: " in fails("init", "bad", "--infer", "nope.txt")
 
 
-def test_wrong_usage_has_exit_code_2(kvopt):
-    assert kvopt("nope")[0] == 2
-    assert kvopt("run")[0] == 2
+def test_wrong_usage_is_one_line_with_exit_code_2(kvopt, fails):
+    assert "Did you mean 'run'" in fails("rnu")
+    assert fails("run") == "error: kvopt run: Missing argument 'CONFIG.yaml' (kvopt run --help lists what it takes)"
+    assert "--foo" in fails("run", "--foo")
     assert kvopt("--version")[:2] == (0, "kvopt 0.1.0\n")

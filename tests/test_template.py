@@ -140,14 +140,6 @@ def test_leading_static_is_what_comes_before_the_first_slot():
     assert template.leading_static() == ("Rules.", r"Code \{{x}}: ", "")
 
 
-def test_without_static_keeps_only_slots():
-    template = Template.from_messages(
-        [{"role": "system", "content": "Rules."}, {"role": "user", "content": "A {{a}} B {{b}}."}]
-    )
-    assert template.without_static().to_json() == {"messages": [{"role": "user", "content": "{{a}}\n{{b}}"}]}
-    assert Template.from_text("Q {{a}}").without_static().text == "{{a}}"
-
-
 def test_with_fields_replaces_the_source_and_keeps_the_roles():
     template = Template.from_messages([{"role": "system", "content": "Rules."}, {"role": "user", "content": "{{q}}"}])
     other = template.with_fields(["Other.", "{{q}}!"])

@@ -14,7 +14,7 @@ import typer
 import kvopt
 from kvopt.cli import bench as benchmarks
 from kvopt.cli import contexts, starting
-from kvopt.errors import KvoptError
+from kvopt.errors import InputError, KvoptError
 from kvopt.files import write_error
 
 INTERRUPTED = 130
@@ -71,10 +71,17 @@ def main() -> None:
         _fail(str(write_error(error, error.filename or "a file")), 1)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong usage, as typer reports it
-            error.show()
-            sys.exit(error.exit_code)
+            _usage(error)
         raise
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Any) -> None:
+    """One line for a wrong command line: what, in which command, and where its options are listed."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "kvopt"
+    what = error.format_message().rstrip(".")
+    _fail(str(InputError(what, where=command, mend=f"{command} --help lists what it takes")), error.exit_code)
 
 
 def _fail(message: str, code: int) -> None:
