@@ -42,7 +42,7 @@ class Limits(BaseModel):
 
 
 class DataConfig(BaseModel):
-    """The ``data`` section."""
+    """Where the examples are: slot values and gold outputs."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 

@@ -60,10 +60,17 @@ def validate(config: ConfigPath, sets: Sets = None, as_json: Json = False) -> No
 
 
 def show_config(
+    as_reference: Annotated[
+        bool, typer.Option("--reference", help="Print every key with type, default and meaning, as Markdown.")
+    ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the config file.")] = False,
 ) -> None:
     """Print the commented starter config, or the JSON schema of config files."""
-    if schema:
+    if as_reference:
+        from kvopt.config_reference import reference
+
+        print(reference(), end="")
+    elif schema:
         from kvopt.config import Config
 
         print_json(Config.model_json_schema())

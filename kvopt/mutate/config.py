@@ -71,25 +71,33 @@ GeneratorConfig = Annotated[
 
 
 class MutationsConfig(_Strict):
-    """The ``mutations`` section.
+    """Text mutations of the template: how many, and by what."""
 
-    Attributes:
-        count: accepted mutations wanted.
-        operators: families (structure, syntax, lexical, paraphrase) or names of single operators.
-        generator: what makes paraphrases; used when ``operators`` has paraphrase.
-        protect: literals that must not change, plain or ``re:PATTERN``, beside those found by themselves.
-        max_depth: most operators in an ordinary attempt; every eighth attempt takes up to twice as many.
-        max_attempts: when to stop with fewer; default 25 for each wanted one.
-        paraphrase_share: share of attempts that begin with a paraphrase; default an equal share for each family.
-    """
-
-    count: int = Field(32, ge=0, le=100_000)
-    operators: tuple[str, ...] = FAMILIES
-    generator: GeneratorConfig = LocalGenerator()
-    protect: tuple[str, ...] = ()
-    max_depth: int = Field(3, ge=1, le=16)
-    max_attempts: int | None = Field(None, ge=1)
-    paraphrase_share: float | None = Field(None, ge=0, le=1)
+    count: int = Field(32, ge=0, le=100_000, description="accepted mutations wanted")
+    operators: tuple[str, ...] = Field(
+        FAMILIES, description="families (structure, syntax, lexical, paraphrase) or names of single operators"
+    )
+    generator: GeneratorConfig = Field(
+        LocalGenerator(), description="what makes paraphrases; used when operators has paraphrase"
+    )
+    protect: tuple[str, ...] = Field(
+        (),
+        description="literals that must not change, plain or re:PATTERN, beside those found by themselves and those"
+        " marked {{keep:…}} in the template",
+    )
+    max_depth: int = Field(
+        3,
+        ge=1,
+        le=16,
+        description="most operators in an attempt; every eighth attempt takes up to twice as many",
+    )
+    max_attempts: int | None = Field(None, ge=1, description="when to stop with fewer; default: 25 for each wanted one")
+    paraphrase_share: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of attempts that begin with a paraphrase; default: an equal share for each family",
+    )
 
     @field_validator("operators")
     @classmethod
