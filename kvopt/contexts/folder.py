@@ -1,38 +1,53 @@
 """A learned context on disk: a folder that PEFT loads as an adapter, with ``kvopt.json`` for what PEFT has no field
 for and does not check.
 
-kv is a ``CARTRIDGE`` (one tensor ``prompt_embeddings`` [T, L·2·H·d], order k0, v0, k1, v1, …), soft a
-``PROMPT_TUNING`` adapter (``prompt_embeddings`` [T, D]). Both are stored in fp32.
+kv is a ``CARTRIDGE`` or ``PREFIX_TUNING`` adapter (one tensor ``prompt_embeddings`` [T, L·2·H·d], order k0, v0, k1,
+v1, …), soft a ``PROMPT_TUNING`` adapter (``prompt_embeddings`` [T, D]). kvopt writes fp32 and reads what any PEFT
+wrote; adapters of others carry no identity of their base, so only their shapes can be checked.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
-from peft import CartridgeConfig, PromptTuningConfig
-from safetensors import SafetensorError, safe_open
+from peft import CartridgeConfig, PrefixTuningConfig, PromptTuningConfig
 from safetensors.torch import save
 from torch import Tensor
 
 import kvopt
+from kvopt.contexts.adapter import (
+    FORMAT_VERSION,
+    KV_TYPES,
+    RECORD,
+    TENSOR,
+    adapter_config,
+    check_finite,
+    kind_of,
+    read_record,
+    read_tensor,
+)
 from kvopt.contexts.context import KVContext, SoftContext
 from kvopt.errors import InputError
 from kvopt.files import replacing_directory, write_json
 from kvopt.model import Base
+from kvopt.rope import rotate_keys
 
-FORMAT_VERSION = 1
-TENSOR = "prompt_embeddings"
+__all__ = ["Learned", "adapter_config", "load_context", "read_record", "read_tensor", "save_context", "write_adapter"]
+
 Learned = KVContext | SoftContext
-
-_KV_TYPES = ("CARTRIDGE", "PREFIX_TUNING")
 
 
 def save_context(
-    context: Learned, folder: Path, base: Base, *, frozen: int = 0, record: dict[str, Any] | None = None
+    context: Learned,
+    folder: Path,
+    base: Base,
+    *,
+    frozen: int = 0,
+    first: int = 0,
+    record: dict[str, Any] | None = None,
 ) -> None:
     """Write a learned context atomically.
 
@@ -41,39 +56,35 @@ def save_context(
         folder: replaced if it is there.
         base: the model that it was learned for; its identity is stored.
         frozen: leading slots that training leaves as they are.
+        first: the position that its first slot stands at (keys are stored as the context has them).
         record: further entries of ``kvopt.json`` (template and data hashes, objective, scores, …).
     """
     g = base.geometry
     shared: dict[str, Any] = {
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
         "base_model_name_or_path": base.name,
         "num_virtual_tokens": context.tokens,
         "num_layers": g.layers,
         "num_attention_heads": g.kv_heads,
-        "num_transformer_submodules": 1,
     }
     if isinstance(context, KVContext):
         tensor = rearrange(context.states, "t l two h d -> t (l two h d)")
-        config: Any = CartridgeConfig(token_dim=g.kv_heads * g.head_dim, num_frozen_tokens=frozen, **shared)
+        shared |= {"peft_type": "CARTRIDGE", "token_dim": g.kv_heads * g.head_dim, "num_frozen_tokens": frozen}
     else:
         tensor = context.embeddings
-        config = PromptTuningConfig(token_dim=g.hidden_size, **shared)
+        shared |= {"peft_type": "PROMPT_TUNING", "token_dim": g.hidden_size}
     if not torch.isfinite(tensor).all():
         raise ValueError(f"context {context.name} has values that are not finite; refusing to write {folder}")
     with replacing_directory(folder) as place:
-        config.save_pretrained(str(place))
-        data = save({TENSOR: tensor.detach().to("cpu", torch.float32).contiguous()}, metadata={"format": "pt"})
-        (place / "adapter_model.safetensors").write_bytes(data)
+        write_adapter(place, tensor, shared)
         write_json(
-            place / "kvopt.json",
+            place / RECORD,
             {
                 "format_version": FORMAT_VERSION,
                 "kvopt_version": kvopt.__version__,
                 "name": context.name,
                 "kind": context.kind,
                 "tokens": context.tokens,
-                "positions": {"first": 0, "body": context.tokens},
+                "positions": {"first": first, "body": first + context.tokens},
                 "content_sha256": context.sha256(),
                 "base": {"name": base.name, **base.identity},
                 **(record or {}),
@@ -81,8 +92,25 @@ def save_context(
         )
 
 
+def write_adapter(place: Path, tensor: Tensor, fields: dict[str, Any]) -> None:
+    """The two files of a PEFT adapter: ``fields`` of its config (``peft_type`` among them) and the tensor in fp32."""
+    fields = {"task_type": "CAUSAL_LM", "inference_mode": True, "num_transformer_submodules": 1, **fields}
+    peft_type = fields.pop("peft_type")
+    frozen = fields.pop("num_frozen_tokens", 0)
+    config: Any
+    if peft_type == "CARTRIDGE":
+        config = CartridgeConfig(num_frozen_tokens=frozen, **fields)
+    elif peft_type == "PREFIX_TUNING":
+        config = PrefixTuningConfig(**fields)
+    else:
+        config = PromptTuningConfig(**fields)
+    config.save_pretrained(str(place))
+    data = save({TENSOR: tensor.detach().to("cpu", torch.float32).contiguous()}, metadata={"format": "pt"})
+    (place / "adapter_model.safetensors").write_bytes(data)
+
+
 def load_context(folder: Path, base: Base, *, name: str | None = None) -> Learned:
-    """Read and check a context folder.
+    """Read and check a context folder; a KV context that was moved comes back at position 0.
 
     A PEFT adapter that kvopt did not write is accepted when its type and shape fit; its base cannot be checked then.
 
@@ -94,13 +122,14 @@ def load_context(folder: Path, base: Base, *, name: str | None = None) -> Learne
     if record is not None:
         _check_base(record, base, folder)
     tensor = read_tensor(folder)
-    kind = "kv" if config["peft_type"] in _KV_TYPES else "soft"
+    kind = kind_of(config)
     g = base.geometry
     width = g.layers * 2 * g.kv_heads * g.head_dim if kind == "kv" else g.hidden_size
     _check_tensor(tensor, width, config, folder)
+    _check_heads(config, base, folder)
     if record is not None and record.get("kind") != kind:
         raise InputError(f"kvopt.json says {record.get('kind')!r}, the adapter is {kind!r}", where=str(folder))
-    name = name or (record or {}).get("name") or folder.name
+    name = name or (record or {}).get("name") or folder.resolve().name
     if record is not None and tensor.dtype != torch.float32:
         raise InputError(
             f"{TENSOR} is {tensor.dtype}, kvopt writes float32", where=str(folder), mend="restore or rebuild it"
@@ -116,54 +145,22 @@ def load_context(folder: Path, base: Base, *, name: str | None = None) -> Learne
         raise InputError(
             "the tensor is not the one that kvopt.json describes", where=str(folder), mend="restore or rebuild it"
         )
+    first = int(((record or {}).get("positions") or {}).get("first", 0))
+    if first and isinstance(context, KVContext):
+        context = KVContext(name, rotated(context.states, -first, base))
     return context
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """``kvopt.json`` of a context folder, None where there is none. Raises InputError for a damaged or newer one."""
-    path = folder / "kvopt.json"
-    if not path.is_file():
-        return None
-    record = _json(path)
-    if record.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"format version {record.get('format_version')!r}, this kvopt reads {FORMAT_VERSION}",
-            where=str(path),
-            mend="update kvopt",
+def rotated(states: Tensor, shift: int, base: Base) -> Tensor:
+    """States [T, L, 2, H, d] whose keys stand ``shift`` positions further on; values stay. fp32, exact to rounding."""
+    layers = [
+        torch.stack(
+            [rotate_keys(states[:, layer, 0].transpose(0, 1), shift, layer, base).transpose(0, 1), states[:, layer, 1]],
+            dim=1,
         )
-    return record
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read as JSON: {error}", where=str(path)) from None
-    if not isinstance(value, dict):
-        raise InputError("is not a JSON object", where=str(path))
-    return value
-
-
-def adapter_config(folder: Path) -> dict[str, Any]:
-    """The PEFT config of a context folder. Raises InputError for a folder that is no context."""
-    path = folder / "adapter_config.json"
-    if not folder.is_dir() or not path.is_file():
-        raise InputError(
-            "is not a context folder",
-            where=str(folder),
-            mend="it has no adapter_config.json; give a folder from contexts/",
-        )
-    config = _json(path)
-    peft_type = config.get("peft_type")
-    if peft_type not in (*_KV_TYPES, "PROMPT_TUNING"):
-        raise InputError(
-            f"a PEFT adapter of type {peft_type} is not a context",
-            where=str(folder),
-            mend="CARTRIDGE, PREFIX_TUNING or PROMPT_TUNING is",
-        )
-    if config.get("prefix_projection"):
-        raise InputError("PREFIX_TUNING with a projection is not a KV cache", where=str(folder))
-    return config
+        for layer in range(states.shape[1])
+    ]
+    return torch.stack(layers, dim=1)
 
 
 def _check_base(record: dict[str, Any], base: Base, folder: Path) -> None:
@@ -177,30 +174,26 @@ def _check_base(record: dict[str, Any], base: Base, folder: Path) -> None:
             )
 
 
-def read_tensor(folder: Path) -> Tensor:
-    """``prompt_embeddings`` of a context folder. Raises InputError for a missing, damaged or truncated file."""
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise InputError("has no adapter_model.safetensors", where=str(folder))
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            if list(file.keys()) != [TENSOR]:
-                raise InputError(f"holds {sorted(file.keys())} instead of one tensor {TENSOR!r}", where=str(path))
-            return file.get_tensor(TENSOR)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"is damaged or truncated: {error}", where=str(path), mend="restore or rebuild it") from None
-
-
 def _check_tensor(tensor: Tensor, width: int, config: dict[str, Any], folder: Path) -> None:
-    where = str(folder / "adapter_model.safetensors")
     slots = config.get("num_virtual_tokens")
     if tensor.ndim != 2 or tensor.shape[0] == 0 or tensor.shape[1] != width or tensor.shape[0] != slots:
         raise InputError(
             f"{TENSOR} has shape {list(tensor.shape)}, this base and adapter_config.json need [{slots}, {width}]",
-            where=where,
+            where=str(folder / "adapter_model.safetensors"),
             mend="use the base that it was made for",
         )
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise InputError(f"{TENSOR} is {tensor.dtype}, not a float tensor", where=where)
-    if not torch.isfinite(tensor).all():
-        raise InputError(f"{TENSOR} has values that are not finite", where=where, mend="rebuild it")
+    check_finite(tensor, folder / "adapter_model.safetensors")
+
+
+def _check_heads(config: dict[str, Any], base: Base, folder: Path) -> None:
+    """Layers and heads that multiply to the same width are still another base's."""
+    if config["peft_type"] not in KV_TYPES:
+        return
+    ours = {"num_layers": base.geometry.layers, "num_attention_heads": base.geometry.kv_heads}
+    for field, count in ours.items():
+        if config.get(field) not in (None, count):
+            raise InputError(
+                f"adapter_config.json says {field}: {config[field]}, {base.name!r} has {count}",
+                where=str(folder),
+                mend="use the base that it was made for",
+            )

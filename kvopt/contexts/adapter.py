@@ -1,0 +1,153 @@
+"""The files of a PEFT adapter that is a context, read and checked without a base: its config, its one tensor, and
+kvopt's own record beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kvopt.errors import InputError
+
+FORMAT_VERSION = 1
+RECORD = "kvopt.json"
+STUDENT = "kvopt-student.json"
+TENSOR = "prompt_embeddings"
+KV_TYPES = ("CARTRIDGE", "PREFIX_TUNING")
+TYPES = (*KV_TYPES, "PROMPT_TUNING")
+
+_TEXT_TASKS = (None, "CAUSAL_LM")
+
+
+def kind_of(config: dict[str, Any]) -> str:
+    """kv or soft, by the adapter's PEFT type."""
+    return "kv" if config["peft_type"] in KV_TYPES else "soft"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises InputError for anything else."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read as JSON: {error}", where=str(path)) from None
+    if not isinstance(value, dict):
+        raise InputError("is not a JSON object", where=str(path))
+    return value
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """``kvopt.json`` of a context folder, None where there is none. Raises InputError for a damaged or newer one."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    if record.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"format version {record.get('format_version')!r}, this kvopt reads {FORMAT_VERSION}",
+            where=str(path),
+            mend="update kvopt",
+        )
+    return record
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The PEFT config of a context folder. Raises InputError for a folder that is no context, with the reason."""
+    path = folder / "adapter_config.json"
+    if not folder.is_dir() or not path.is_file():
+        raise InputError(
+            "is not a context folder",
+            where=str(folder),
+            mend="it has no adapter_config.json; give a folder from contexts/",
+        )
+    config = read_json(path)
+    peft_type = config.get("peft_type")
+    if peft_type not in TYPES:
+        student = (folder / STUDENT).is_file()
+        raise InputError(
+            "is a student, not a context" if student else f"a PEFT adapter of type {peft_type} is not a context",
+            where=str(folder),
+            mend="CARTRIDGE, PREFIX_TUNING or PROMPT_TUNING is",
+        )
+    if config.get("prefix_projection"):
+        raise InputError(
+            "PREFIX_TUNING with a projection (prefix_projection: true) is not a KV cache",
+            where=str(folder),
+            mend="train it without a projection",
+        )
+    _check_decoder(config, folder)
+    return config
+
+
+def _check_decoder(config: dict[str, Any], folder: Path) -> None:
+    if config.get("num_transformer_submodules") == 2:
+        raise InputError("an adapter of an encoder-decoder model is not a context", where=str(folder))
+    if config.get("task_type") not in _TEXT_TASKS:
+        raise InputError(
+            f"an adapter for {config['task_type']} is not a context", where=str(folder), mend="CAUSAL_LM adapters are"
+        )
+
+
+def read_tensor(folder: Path) -> Tensor:
+    """``prompt_embeddings`` of a context folder, as stored.
+
+    ``adapter_model.safetensors`` is preferred; an ``adapter_model.bin`` is read only as far as torch can do it without
+    running code from the file (``weights_only``).
+
+    Raises:
+        InputError: a missing, damaged, truncated or unsafe file, or one with other tensors.
+    """
+    path = folder / "adapter_model.safetensors"
+    if path.is_file():
+        return _read_safetensors(path)
+    pickled = folder / "adapter_model.bin"
+    if pickled.is_file():
+        return _read_pickle(pickled)
+    raise InputError("has no adapter_model.safetensors", where=str(folder))
+
+
+def _read_safetensors(path: Path) -> Tensor:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            _check_names(list(file.keys()), path)
+            return file.get_tensor(TENSOR)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"is damaged or truncated: {error}", where=str(path), mend="restore or rebuild it") from None
+
+
+def _read_pickle(path: Path) -> Tensor:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(
+            "is a pickle that holds more than tensors; it is not opened, because that would run code from the file",
+            where=str(path),
+            mend="have its author save it as safetensors",
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"is damaged or truncated: {reason}", where=str(path), mend="restore or rebuild it") from None
+    if not isinstance(tensors, dict):
+        raise InputError("is not a file of named tensors", where=str(path))
+    _check_names(list(tensors), path)
+    if not isinstance(tensors[TENSOR], Tensor):
+        raise InputError(f"{TENSOR} is not a tensor", where=str(path))
+    return tensors[TENSOR].detach().contiguous()
+
+
+def _check_names(names: list[Any], path: Path) -> None:
+    if names != [TENSOR]:
+        raise InputError(f"holds {sorted(map(str, names))} instead of one tensor {TENSOR!r}", where=str(path))
+
+
+def check_finite(tensor: Tensor, folder: Path) -> None:
+    """Raises InputError for a tensor that is not of floats or not finite."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise InputError(f"{TENSOR} is {tensor.dtype}, not a float tensor", where=str(folder))
+    if not torch.isfinite(tensor).all():
+        raise InputError(f"{TENSOR} has values that are not finite", where=str(folder), mend="rebuild it")
