@@ -13,7 +13,7 @@ import typer
 
 import kvopt
 from kvopt.cli import bench as benchmarks
-from kvopt.cli import contexts, starting
+from kvopt.cli import contexts, merging, starting
 from kvopt.errors import InputError, KvoptError
 from kvopt.files import write_error
 
@@ -36,6 +36,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "optimize": contexts.optimize,
     "compare": contexts.compare,
     "inspect": contexts.inspect,
+    "lines": merging.lines,
+    "soup": merging.soup,
     "config": starting.show_config,
 }
 for name, command in COMMANDS.items():

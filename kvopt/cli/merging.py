@@ -1,0 +1,123 @@
+"""Commands on trained students: lines, soup."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvopt.cli.common import Json, Sets, print_json, say
+from kvopt.errors import InputError
+
+if TYPE_CHECKING:
+    from kvopt.model import Base
+
+NewFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="The new student's folder.")]
+OfBase = Annotated[
+    str | None, typer.Option("--base", metavar="BASE", help="The base (default: the one in the student's record).")
+]
+
+
+def lines(
+    student: Annotated[Path, typer.Argument(metavar="STUDENT", help="A student folder, LoRA or full.")],
+    out: NewFolder,
+    alpha: Annotated[float, typer.Option(min=0, help="Factor on the update of the first layer.")] = 0.5,
+    beta: Annotated[float, typer.Option(help="What the factor gains up to the last layer.")] = 0.5,
+    base: OfBase = None,
+    as_json: Json = False,
+) -> None:
+    """LiNeS: scale a student's update by depth, alpha + beta * layer / (layers - 1), against forgetting."""
+    from kvopt.train.merging.folders import check_new, scaled_student
+
+    check_new(out)
+    made = scaled_student(student, _base_of([student], base), out, alpha=alpha, beta=beta)
+    _tell(made, out, as_json)
+
+
+def soup(
+    students: Annotated[list[Path], typer.Argument(metavar="STUDENT...", help="Student folders over one base.")],
+    out: NewFolder,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="LoRA: cut the average back to this rank (default: the sum of the ranks).")
+    ] = None,
+    greedy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CONFIG.yaml", help="Keep only students that lower the gold NLL of this config's selection rows."
+        ),
+    ] = None,
+    context: Annotated[str, typer.Option(help="With --greedy: the context that the rows stand behind.")] = "original",
+    sets: Sets = None,
+    base: OfBase = None,
+    as_json: Json = False,
+) -> None:
+    """The average of several students: of all, or of those that a greedy choice keeps (--greedy).
+
+    LoRA students are averaged as updates (B A), not as factors.
+    """
+    from kvopt.train.merging import folders
+
+    folders.check_new(out)
+    if len(students) < 2:
+        raise InputError("a soup is made of two students or more", where="STUDENT")
+    loaded = _base_of(students, base)
+    if greedy is None:
+        made = folders.soup(students, loaded, out, rank=rank)
+    else:
+        measure = _gold_nll_of(greedy, sets, context, loaded)
+        made = folders.best_soup(students, loaded, out, measure, rank=rank)
+    _tell(made, out, as_json)
+
+
+def _base_of(students: list[Path], base: str | None) -> Base:
+    """The base in float32, which keeps the masters of full students."""
+    from kvopt.model import ModelConfig, load_base
+    from kvopt.train.student import read_student_record
+
+    name = base
+    for folder in students:
+        record = read_student_record(folder)
+        if record is None and not folder.is_dir():
+            raise InputError("no such folder", where=str(folder), mend="give a folder from students/")
+        name = name or ((record or {}).get("base") or {}).get("name")
+    if name is None:
+        raise InputError("does not say what its base is", where=str(students[0]), mend="give --base")
+    return load_base(ModelConfig(base=name, dtype="float32", device="cpu"), say=say)
+
+
+def _gold_nll_of(config: Path, sets: list[str] | None, context: str, base: Base) -> Any:
+    """Gold NLL of a student folder on the selection rows of a config, whose base must be the students' own."""
+    from kvopt.cli.common import open_run
+    from kvopt.contexts import TextContext
+    from kvopt.train.gold import gold_nll
+    from kvopt.train.student import load_student
+
+    run = open_run(config, sets, None)
+    for what, digest in base.identity.items():
+        if run.base.identity.get(what) != digest:
+            mend = "give the config that the students were trained with"
+            raise InputError(f"its base differs from the students' in its {what}", where=str(config), mend=mend)
+    named = run.named_context(context)
+    if len(named) != 1:
+        raise InputError("names more than one context", where=f"--context {context}", mend="name one")
+    found = named[0]
+    rows = run.rows("selection") if isinstance(found, TextContext) else run.behind("selection")
+
+    def measure(folder: Path) -> float:
+        value = gold_nll(load_student(folder, run.base), found, rows, batch_size=run.config.score.batch_size).mean
+        say(f"gold NLL {value:.4f}")
+        return value
+
+    return measure
+
+
+def _tell(made: dict[str, Any], out: Path, as_json: bool) -> None:
+    if as_json:
+        print_json({"folder": str(out), **made})
+        return
+    names = ", ".join(part["name"] for part in made["of"])
+    lost = f", {made['lost']:.2%} of the update's norm lost" if "lost" in made else ""
+    rank = f", rank {made['rank']}{lost}" if "rank" in made else ""
+    value = f", gold NLL {made['value']:.4f}" if "value" in made else ""
+    print(f"{out}: {made['by']} of {names}{rank}{value}")

@@ -1,0 +1,59 @@
+"""Gold NLL of a base or student behind a context: the loss before any update, which needs no reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvopt.attention import gold_hidden
+from kvopt.contexts import Context
+from kvopt.encoding import Encoded, length_buckets, make_batch
+from kvopt.kernels import linear_scores
+from kvopt.model import Base
+
+
+@dataclass(frozen=True)
+class GoldNLL:
+    """Sums of −log q over the gold tokens of each row, [N] float64 nats, and their counts, [N] int64."""
+
+    sums: Tensor
+    counts: Tensor
+
+    @property
+    def mean(self) -> float:
+        """Nats per gold token over all rows."""
+        return float(self.sums.sum() / self.counts.sum())
+
+
+@torch.no_grad()
+def gold_nll(
+    base: Base,
+    context: Context,
+    original: Encoded,
+    *,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> GoldNLL:
+    """−log q(Y | V, C') of the rows of ``original``, in their order.
+
+    Args:
+        base: the base, or a student in its place; text contexts are prefilled by it.
+        context: what stands in front of the bodies.
+        original: at least one row, as encoded under the original template (bare bodies for soft and KV contexts).
+        batch_size: bodies a batch.
+        progress: called with the number of rows finished.
+    """
+    prefix, rows = context.prefix(base), context.bodies(original).rows
+    sums = torch.zeros(len(rows), dtype=torch.float64)
+    for index in length_buckets(rows, batch_size):
+        batch = make_batch(rows, index).to(base.device)
+        hidden = gold_hidden(base, prefix, batch)
+        nll = linear_scores(hidden, hidden, base.head, batch.gold).nll.double().cpu()
+        parts = nll.split([len(rows[i].gold) for i in index])
+        sums[index] = torch.stack([part.sum() for part in parts])
+        if progress:
+            progress(len(index))
+    return GoldNLL(sums, torch.tensor([len(row.gold) for row in rows]))

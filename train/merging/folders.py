@@ -1,0 +1,153 @@
+"""LiNeS and soups on student folders: read, check against the base, write one new student folder."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kvopt.errors import InputError
+from kvopt.model import Base, quiet
+from kvopt.train.merging.adapter import CONFIG, Adapter, average, read_adapter, truncate, write_adapter
+from kvopt.train.merging.lines import scale_adapter, scale_weights
+from kvopt.train.merging.soup import average_weights, greedy_soup
+from kvopt.train.student import load_student, write_student_folder
+
+
+def scaled_student(folder: Path, base: Base, out: Path, *, alpha: float, beta: float) -> dict[str, Any]:
+    """Write the student of ``folder`` with its update scaled by depth (LiNeS) to ``out``; returns its record.
+
+    Args:
+        folder: a student folder, LoRA or full.
+        base: the base that it was trained from; float32, so that a full student keeps its masters.
+        out: a folder that is not there yet.
+
+    Raises:
+        InputError: no student, another base, or ``out`` is there.
+    """
+    check_new(out)
+    student = load_student(folder, base)
+    made = {"by": "lines", "alpha": alpha, "beta": beta, "of": [_origin(folder, student)]}
+    layers = base.geometry.layers
+    if is_lora(folder):
+        _write_lora(scale_adapter(read_adapter(folder), layers, alpha, beta), base, out, made)
+    else:
+        weights = scale_weights(_weights(student), _weights(base), layers, alpha, beta)
+        _write_full(weights, student, base, out, made)
+    return made
+
+
+def soup(folders: Sequence[Path], base: Base, out: Path, *, rank: int | None = None) -> dict[str, Any]:
+    """Write the uniform average of students to ``out``; returns its record.
+
+    Args:
+        folders: student folders of one method over ``base``, float32 as in :func:`scaled_student`.
+        out: a folder that is not there yet.
+        rank: LoRA alone: cut the average back to this rank by SVD; the record's ``lost`` is the share of the update's
+            Frobenius norm that went. None keeps it exact, at the sum of the ranks.
+
+    Raises:
+        InputError: no student, another base, students of both methods, a rank for full students, or ``out`` is there.
+    """
+    check_new(out)
+    return _mix(folders, base, out, rank, {"by": "soup"})
+
+
+def best_soup(
+    folders: Sequence[Path],
+    base: Base,
+    out: Path,
+    measure: Callable[[Path], float],
+    *,
+    rank: int | None = None,
+    higher_is_better: bool = False,
+) -> dict[str, Any]:
+    """Write the greedy soup of students to ``out``; returns its record with every soup that was measured.
+
+    Args:
+        measure: the validation metric of a student folder.
+        higher_is_better: False for a loss, the default.
+
+    The rest as in :func:`soup`.
+    """
+    check_new(out)
+    _one_method(folders)
+
+    def value(members: Sequence[int]) -> float:
+        with tempfile.TemporaryDirectory() as place:
+            mixed = Path(place) / "soup"
+            _mix([folders[i] for i in members], base, mixed, rank, {"by": "soup"})
+            return measure(mixed)
+
+    chosen = greedy_soup(len(folders), value, higher_is_better=higher_is_better)
+    how = {"by": "greedy soup", "value": chosen.value, "tried": list(chosen.tried)}
+    return _mix([folders[i] for i in chosen.members], base, out, rank, how)
+
+
+def _mix(folders: Sequence[Path], base: Base, out: Path, rank: int | None, how: dict[str, Any]) -> dict[str, Any]:
+    students = [load_student(folder, base) for folder in folders]
+    made = how | {"of": [_origin(f, s) for f, s in zip(folders, students, strict=True)]}
+    if _one_method(folders) == "lora":
+        adapter = average([read_adapter(folder) for folder in folders], [1 / len(folders)] * len(folders))
+        made["rank"] = adapter.config["r"]
+        if rank is not None:
+            adapter, made["lost"] = truncate(adapter, rank)
+            made["rank"] = rank
+        _write_lora(adapter, base, out, made)
+    else:
+        if rank is not None:
+            raise InputError("full students have no rank", where="--rank", mend="leave it out")
+        _write_full(average_weights([_weights(student) for student in students]), students[0], base, out, made)
+    return made
+
+
+def is_lora(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def check_new(out: Path) -> None:
+    """Raises InputError when ``out`` is there: nobody's student is written over."""
+    if out.exists():
+        raise InputError("is there already", where=str(out), mend="choose another --out")
+
+
+def _one_method(folders: Sequence[Path]) -> str:
+    lora = [is_lora(folder) for folder in folders]
+    if len(set(lora)) == 2:
+        first, other = folders[lora.index(True)], folders[lora.index(False)]
+        what = f"{first} is a LoRA student and {other} a full one; a soup is made of one kind"
+        raise InputError(what, mend="leave one of them out")
+    return "lora" if lora[0] else "full"
+
+
+def _origin(folder: Path, student: Base) -> dict[str, Any]:
+    return {"folder": folder.name, "name": student.name, "weights_sha256": student.identity["student"]}
+
+
+def _weights(base: Base) -> dict[str, Tensor]:
+    """All parameters by name; a tied one stands once, under the name of the embeddings."""
+    return {name: parameter.detach() for name, parameter in base.model.named_parameters()}
+
+
+def _write_lora(adapter: Adapter, base: Base, out: Path, made: dict[str, Any]) -> None:
+    changed = adapter.with_modules(adapter.modules, base_model_name_or_path=base.name, inference_mode=True)
+    _write(out, base, "lora", made, lambda place: write_adapter(changed, place))
+
+
+def _write_full(weights: Mapping[str, Tensor], student: Base, base: Base, out: Path, made: dict[str, Any]) -> None:
+    """Put the weights into the model of ``student`` (which is changed) and save it with its tokenizer."""
+
+    def write(place: Path) -> None:
+        student.model.load_state_dict(dict(weights), strict=False)  # a tied weight has a second name
+        with quiet():
+            student.model.save_pretrained(str(place))
+        base.tokenizer.save_pretrained(str(place))
+
+    _write(out, base, "full", made, write)
+
+
+def _write(out: Path, base: Base, method: str, made: dict[str, Any], write: Callable[[Path], None]) -> None:
+    write_student_folder(out, base, name=out.name, method=method, record={"made": made}, write=write)

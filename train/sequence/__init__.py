@@ -1,0 +1,1 @@
+"""Tasks learned one after the other, and what each stage gives to and takes from the others."""
