@@ -22,6 +22,8 @@ from kvopt.model import ModelConfig
 from kvopt.mutate.config import MutationsConfig
 from kvopt.optimize import ContextConfig
 from kvopt.template import Template
+from kvopt.train.config import StudentConfig
+from kvopt.train.evaluation.config import EvaluateConfig
 
 
 class _Section(BaseModel):
@@ -89,13 +91,13 @@ class ScoreConfig(_Section):
     best: int = Field(5, ge=0, description="how many of the best mutations are scored on the validation rows")
 
 
-class StudentConfig(_Section):
-    """One student to train on contexts of the run."""
+class ReportConfig(_Section):
+    """What the report shows of single validation examples."""
 
-    name: str
-    method: Literal["lora", "full"] = "lora"
-    contexts: list[str]
-    epochs: float = Field(1, gt=0)
+    examples: int = Field(3, ge=0, le=50, description="from the worst to the best, evenly spread; 0 shows none")
+    contexts: int = Field(6, ge=0, le=20, description="learned contexts beside original, best mutation and none")
+    top_k: int = Field(5, ge=1, le=50, description="tokens listed where a context would rather say something else")
+    max_new_tokens: int = Field(48, ge=1, description="greedy answers are cut here")
 
 
 class Config(_Section):
@@ -103,16 +105,19 @@ class Config(_Section):
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run directory, runs/NAME")
     seed: int = Field(0, ge=0, lt=2**31, description="of everything random")
-    model: ModelConfig = ModelConfig()
-    template: TemplateConfig
-    data: DataConfig
+    model: ModelConfig = Field(ModelConfig(), description="the frozen base")
+    template: TemplateConfig = Field(description="the template C")
+    data: DataConfig = Field(description="inputs V and gold outputs Y")
     reference: ReferenceConfig = ReferenceConfig()
     mutations: MutationsConfig = MutationsConfig()
     score: ScoreConfig = ScoreConfig()
     contexts: list[ContextConfig] = Field(default_factory=list, description="contexts to learn, in order")
+    report: ReportConfig = ReportConfig()
     students: list[StudentConfig] = Field(
-        default_factory=list, description="students to train (read and checked, not yet trained)"
+        default_factory=list, description="students to train on contexts of the run, in order"
     )
+
+    evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
     def _unique_names(self) -> Config:
@@ -128,6 +133,9 @@ class Config(_Section):
             kind, _, argument = context.init.partition(":")
             if kind == "context" and argument in names and names.index(argument) >= names.index(context.name):
                 raise ValueError(f"context {context.name!r} starts from {argument!r}, which must come before it")
+        students = [student.name for student in self.students]
+        for name in {n for n in students if students.count(n) > 1}:
+            raise ValueError(f"two students are named {name!r}")
         return self
 
 
@@ -301,11 +309,11 @@ def _place(location: Sequence[int | str]) -> list[tuple[int | str, tuple[str, ..
         fields: dict[str, Any] = {}
         for model in models:
             fields |= model.model_fields
+        if len(models) > 1 and isinstance(part, str):  # the tag that says which of several models it is
+            models = [m for m in models if part in getattr(m.model_fields["kind"].annotation, "__args__", ())]
+            continue
         if part in fields:
             models = list(_models_in(fields[part].annotation))
-        elif len(models) > 1:  # the tag that says which of several models it is
-            models = [m for m in models if str(part) in getattr(m.model_fields["kind"].annotation, "__args__", ())]
-            continue
         place.append((part, tuple(fields)))
     return place
 

@@ -1,0 +1,1 @@
+"""Measuring a base and its students: answers under many contexts, metrics, likelihoods, forgetting."""
