@@ -46,6 +46,9 @@ class Prefix:
         pairs = rearrange(stacked, "t l two h d -> l two h t d").to(dtype)
         return cls(tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs))
 
+    def to(self, dtype: torch.dtype) -> Prefix:
+        return Prefix(tuple(k.to(dtype) for k in self.keys), tuple(v.to(dtype) for v in self.values))
+
     def detach(self) -> Prefix:
         return Prefix(tuple(k.detach() for k in self.keys), tuple(v.detach() for v in self.values))
 

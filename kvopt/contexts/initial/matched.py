@@ -53,19 +53,27 @@ def matched(task: InitialTask) -> Tensor:
             where=f"contexts.{task.name}",
             mend="use kind: kv, or another init",
         )
+    return fewer_slots(task, task.text_prefix())
+
+
+def fewer_slots(task: InitialTask, prefix: Prefix, *, refit: bool = True) -> Tensor:
+    """``task.tokens`` slots [T, L, 2, H, d] in place of any longer prefix, in the prefix's dtype; without ``refit`` the
+    kept slots keep their values.
+    """
     if not task.rows:
         raise ValueError("attention matching needs training rows")
-    prefix = task.text_prefix()
     shift = task.tokens - len(prefix)
     keys, values = [], []
-    for layer, statistics in enumerate(_observe(task, prefix)):
-        kept, refitted = _match_layer(prefix.keys[layer], prefix.values[layer], statistics, task.tokens)
+    for layer, statistics in enumerate(_observe(task, prefix.to(task.base.dtype))):
+        kept, refitted = _match_layer(prefix.keys[layer], prefix.values[layer], statistics, task.tokens, refit)
         keys.append(rotate_keys(kept, shift, layer, task.base))
         values.append(refitted.to(kept.dtype))
     return Prefix(tuple(keys), tuple(values)).stack()
 
 
-def _match_layer(keys: Tensor, values: Tensor, seen: _Statistics, slots: int) -> tuple[Tensor, Tensor]:
+def _match_layer(
+    keys: Tensor, values: Tensor, seen: _Statistics, slots: int, refit: bool = True
+) -> tuple[Tensor, Tensor]:
     """Keys and values [H, T, d] in place of [H, P, d]."""
     scores = torch.cat(seen.scores, dim=1)
     body = torch.cat(seen.body_lse, dim=1)[..., None]
@@ -79,6 +87,9 @@ def _match_layer(keys: Tensor, values: Tensor, seen: _Statistics, slots: int) ->
     keep = mass.topk(slots, dim=-1).indices.sort(dim=-1).values  # [H, T]
     scores = scores.gather(-1, keep[:, None].expand(-1, scores.shape[1], -1))
     kept_values = values.float().gather(1, keep[..., None].expand(-1, -1, values.shape[-1]))
+    kept_keys = keys.gather(1, keep[..., None].expand(-1, -1, keys.shape[-1]))
+    if not refit:
+        return kept_keys, kept_values
     total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), body)
     weights = (scores - total).exp()
     residual = target - (body - total).exp() * body_read - weights @ kept_values
@@ -87,7 +98,6 @@ def _match_layer(keys: Tensor, values: Tensor, seen: _Statistics, slots: int) ->
     correction = torch.linalg.solve(
         gram + ridge * torch.eye(slots, device=gram.device), weights.transpose(1, 2) @ residual
     )
-    kept_keys = keys.gather(1, keep[..., None].expand(-1, -1, keys.shape[-1]))
     return kept_keys, kept_values + correction
 
 
