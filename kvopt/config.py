@@ -112,7 +112,7 @@ class Config(_Section):
     mutations: MutationsConfig = MutationsConfig()
     score: ScoreConfig = ScoreConfig()
     contexts: list[ContextConfig] = Field(default_factory=list, description="contexts to learn, in order")
-    report: ReportConfig = ReportConfig()
+    report: ReportConfig = Field(ReportConfig(), description="what the report shows of single validation examples")
     students: list[StudentConfig] = Field(
         default_factory=list, description="students to train on contexts of the run, in order"
     )

@@ -24,6 +24,7 @@ from kvopt.optimize import ContextConfig, optimize
 from kvopt.progress import advance, step_reporter
 from kvopt.reference import Reference, build_reference, open_reference, reference_key
 from kvopt.report.leaderboard import Entry, write_leaderboard
+from kvopt.samples import samples
 from kvopt.score import Score, TokenScores, score_tokens, summarize
 from kvopt.tensorfile import stored_key
 from kvopt.textfile import template_from_file
@@ -290,6 +291,7 @@ class Run(Inputs):
         board = write_leaderboard(self.directory.path, entries, unreported, self.noise_floor(), self.facts())
         write_jsonl(self.directory / "scores.jsonl", self._score_rows(entries, unreported))
         stages = {"reference", *(f"contexts/{c.name}" for c in self.config.contexts)}
+        stages |= {"samples"} if samples(self) else set()
         self.directory.keep_stages(stages | ({"mutations"} if self.config.mutations.count else set()))
         self._drop_stale()
         return board

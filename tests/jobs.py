@@ -47,6 +47,7 @@ def settings(base: str) -> dict[str, Any]:
         "reference": {"batch_size": 4},
         "mutations": {"count": 3, "operators": ["structure", "syntax", "lexical"], "generator": {"kind": "none"}},
         "score": {"batch_size": 4, "resamples": 200, "best": 2},
+        "report": {"max_new_tokens": 3},
         "contexts": [
             {
                 "name": "kv-8",

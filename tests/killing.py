@@ -20,7 +20,7 @@ from pathlib import Path
 
 PLACES = (
     "/.config.yaml", "/.manifest.json", "/reference/", "/mutations.jsonl", "/.state/", "/contexts/", "/scores/",
-    "/ledger.jsonl", "/.leaderboard.json", "/.leaderboard.csv", "/.scores.jsonl",
+    "/ledger.jsonl", "/.leaderboard.json", "/.leaderboard.csv", "/.scores.jsonl", "/.samples.json",
 )  # fmt: skip
 CHAINS, KILLS, TIMED, SEED = 2, 6, 4, 11
 

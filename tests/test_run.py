@@ -59,7 +59,7 @@ def test_a_run_leaves_every_artefact(finished):
     names = {path.name for path in out.iterdir()}
     assert names == {
         *(".lock", "config.yaml", "manifest.json", "ledger.jsonl", "reference", "mutations.jsonl", "scores.jsonl"),
-        *("contexts", "scores", "leaderboard.json", "leaderboard.csv"),
+        *("contexts", "scores", "leaderboard.json", "leaderboard.csv", "samples.json"),
     }
     assert Config.model_validate(yaml.safe_load((out / "config.yaml").read_text())) == load_config(config)[0]
     for name in ("kv-8", "kv-best", "soft-6"):
@@ -100,7 +100,7 @@ def test_the_ledger_has_tokens_seconds_and_memory_of_every_stage(finished):
     _, out, _ = finished
     entries = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
     assert [e["stage"] for e in entries if not e["stage"].startswith("scores/")] == [
-        "reference", "contexts/kv-8", "mutations", "contexts/kv-best", "contexts/soft-6",
+        "reference", "contexts/kv-8", "mutations", "contexts/kv-best", "contexts/soft-6", "samples",
     ]  # fmt: skip
     for entry in entries:
         assert entry["outcome"] == "done"
@@ -118,6 +118,7 @@ def test_the_manifest_names_all_that_the_run_stands_on(finished):
         "contexts/soft-6",
         "mutations",
         "reference",
+        "samples",
     ]
     assert manifest["base"]["weights"]
     assert manifest["seed"] == 0
@@ -146,7 +147,7 @@ def test_other_steps_learn_that_context_again_and_nothing_else(copied, tmp_path)
     longer = changed(config, tmp_path / "job", lambda c: context(c, "kv-8").update(steps=8))
     before = artefacts(out)
     run_job(longer, out)
-    assert stages_in(out) == ["contexts/kv-8", "scores/kv-8.validation"]
+    assert stages_in(out) == ["contexts/kv-8", "scores/kv-8.validation", "samples"]
     after = artefacts(out)
     assert after["contexts/kv-8/adapter_model.safetensors"] != before["contexts/kv-8/adapter_model.safetensors"]
     assert after["contexts/kv-best/kvopt.json"] == before["contexts/kv-best/kvopt.json"]
@@ -173,6 +174,7 @@ def test_an_added_context_is_the_only_one_learned(copied, tmp_path):
     run_job(more, out)
     assert stages_in(out) == [
         "contexts/kv-4-start", "contexts/kv-4", "scores/kv-4-start.validation", "scores/kv-4.validation",
+        "samples",
     ]  # fmt: skip
 
 
@@ -197,10 +199,10 @@ def test_what_the_config_no_longer_has_is_removed(copied, tmp_path):
 
     less = changed(config, tmp_path / "job", fewer)
     run_job(less, out)
-    assert not (out / "ledger.jsonl").exists()
+    assert stages_in(out) == ["samples"]
     assert [p.name for p in (out / "contexts").iterdir()] == ["kv-8"]
     assert not (out / "mutations.jsonl").exists()
-    assert set(json.loads((out / "manifest.json").read_text())["stages"]) == {"contexts/kv-8", "reference"}
+    assert set(json.loads((out / "manifest.json").read_text())["stages"]) == {"contexts/kv-8", "reference", "samples"}
 
 
 def test_more_mutations_go_on_from_those_that_are_there(copied, tmp_path):
