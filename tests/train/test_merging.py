@@ -101,7 +101,7 @@ def test_lines_on_full_weights_moves_between_base_and_student():
 
 
 def test_a_soup_of_adapters_is_the_mean_of_their_products_and_not_of_their_factors(tmp_path):
-    folders = [adapter_folder(tmp_path / str(i), i, rank) for i, rank in enumerate((2, 3, 2))]
+    folders = [adapter_folder(tmp_path / str(i), i, rank, use_rslora=i == 1) for i, rank in enumerate((2, 3, 2))]
     soup = average([read_adapter(folder) for folder in folders], [1 / 3] * 3)
     assert soup.config["r"] == 7
     single = [updates(folder) for folder in folders]
