@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -29,37 +31,45 @@ def template_from_file(path: Path, original: Template) -> Template:
         raise InputError(f"is not UTF-8 text (at byte {error.start})", where=str(path)) from None
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
-    if path.suffix.lower() in (".json", ".yaml", ".yml"):
-        template = _structured(source, path)
+    structured = path.suffix.lower() in (".json", ".yaml", ".yml")
+    return template_of(_structured(source, path) if structured else source, original, where=str(path))
+
+
+def template_of(source: str | Mapping[str, Any], original: Template, *, where: str) -> Template:
+    """The template that plain text, or a mapping with ``messages`` or ``text``, stands for, as in
+    :func:`template_from_file`. Raises InputError, with ``where``, for slots that are not the original's.
+    """
+    if not isinstance(source, str):
+        template = Template.from_json(source, where=where)
     elif any(isinstance(part, Slot) for part in parse(source)):
         content = {"role": "user", "content": source}
         template = (
-            Template.from_messages([content], where=str(path))
+            Template.from_messages([content], where=where)
             if original.is_chat
-            else Template.from_text(source, where=str(path))
+            else Template.from_text(source, where=where)
         )
     else:
-        template = _with_leading(original, source, path)
-    template, _ = take_marks(template, where=str(path))
+        template = _with_leading(original, source, where)
+    template, _ = take_marks(template, where=where)
     if sorted(template.slot_sequence) != sorted(original.slot_sequence):
         raise InputError(
             f"has the slots {', '.join(template.slot_sequence)}, the template has {', '.join(original.slot_sequence)}",
-            where=str(path),
+            where=where,
         )
     return template
 
 
-def _structured(source: str, path: Path) -> Template:
+def _structured(source: str, path: Path) -> dict[str, Any]:
     try:
         value = yaml.safe_load(source)  # JSON is YAML
     except yaml.YAMLError as error:
         raise InputError(f"not valid JSON or YAML: {error}".replace("\n", " "), where=str(path)) from None
     if not isinstance(value, dict):
         raise InputError("is not a mapping with messages or text", where=str(path))
-    return Template.from_json(value, where=str(path))
+    return value
 
 
-def _with_leading(original: Template, text: str, path: Path) -> Template:
+def _with_leading(original: Template, text: str, where: str) -> Template:
     fields = list(original.fields)
     first = next(i for i, field in enumerate(fields) if any(isinstance(part, Slot) for part in parse(field)))
     if not original.is_chat:
@@ -69,10 +79,10 @@ def _with_leading(original: Template, text: str, path: Path) -> Template:
     if first == 0:
         raise InputError(
             "has no slots, and the template's first message holds one",
-            where=str(path),
+            where=where,
             mend="write the slots into the text",
         )
     kept = [{"role": m.role, "content": m.content} for m in original.messages[first:]]
     return Template.from_messages(
-        [{"role": original.messages[0].role, "content": text.rstrip("\n")}, *kept], where=str(path)
+        [{"role": original.messages[0].role, "content": text.rstrip("\n")}, *kept], where=where
     )
