@@ -1,0 +1,181 @@
+"""The ``students:`` section of a config: what a student is trained on, how, and for how long."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Shorthand(_Section):
+    """A mapping that may also be written as plain text: the value of one of its keys."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"type": "string"}, handler(schema)]}
+
+
+class ContextChoice(_Shorthand):
+    """Contexts to train under; plain text is ``context`` with weight 1."""
+
+    context: str = Field(
+        min_length=1,
+        description="original, none, best-mutations:K, random-mutations:K, text:FILE, a learned context, a mutation's "
+        "name, or a context folder",
+    )
+    weight: float = Field(1, gt=0, description="of each of these contexts; whole numbers with expand")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        return {"context": value} if isinstance(value, str) else value
+
+
+class LoraSettings(_Section):
+    """LoRA through PEFT."""
+
+    rank: int = Field(16, ge=1, description="rank of the update")
+    alpha: float = Field(32, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapters' input")
+    targets: str | list[str] = Field("all-linear", description="all-linear, or names of linear modules")
+
+
+class ExpandConfig(_Section):
+    """Every row under every context once an epoch (``weight`` times)."""
+
+    kind: Literal["expand"] = "expand"
+
+
+class ResampleConfig(_Section):
+    """Every row once an epoch, its context drawn anew each time, in proportion to the weights."""
+
+    kind: Literal["resample"] = "resample"
+
+
+class StateAdaptiveConfig(_Section):
+    """Every row once an epoch, under one of the contexts with the lowest gold NLL under the current student (SAPO)."""
+
+    kind: Literal["state-adaptive"]
+    every: int | None = Field(None, ge=1, description="steps between scorings of the pool; default: once, at the start")
+    keep: int = Field(1, ge=1, description="contexts that are kept until the next scoring")
+    rows: int = Field(64, ge=1, description="training rows that the pool is scored on, from the first on")
+
+
+class CrossEntropyConfig(_Section):
+    """Mean of −log p(gold)."""
+
+    kind: Literal["ce"] = "ce"
+
+
+class AnchoredKLConfig(_Section):
+    """Cross-entropy plus weight · KL between the base and the student."""
+
+    kind: Literal["anchored-kl"]
+    weight: float = Field(0.1, ge=0, description="of the KL term (λ)")
+    direction: Literal["forward", "reverse"] = Field("forward", description="KL(base ‖ student) or KL(student ‖ base)")
+    anchor: Literal["original", "same"] = Field(
+        "original", description="what the base sees: the original template, or the context that the student sees"
+    )
+
+
+class DFTConfig(_Section):
+    """Dynamic fine-tuning: −sg(p) log p."""
+
+    kind: Literal["dft"]
+
+
+class ASFTConfig(_Section):
+    """Anchored SFT: DFT plus weight · KL between the base and the student."""
+
+    kind: Literal["asft"]
+    weight: float = Field(0.05, ge=0, description="of the KL term (λ)")
+    direction: Literal["forward", "reverse"] = Field(
+        "forward", description="KL(base ‖ student), as in the paper's code, or KL(student ‖ base), as in its text"
+    )
+    anchor: Literal["original", "same"] = Field(
+        "same", description="what the base sees: the context that the student sees, or the original template"
+    )
+
+
+ScheduleConfig = Annotated[ExpandConfig | ResampleConfig | StateAdaptiveConfig, Field(discriminator="kind")]
+LossConfig = Annotated[CrossEntropyConfig | AnchoredKLConfig | DFTConfig | ASFTConfig, Field(discriminator="kind")]
+
+
+class StudentConfig(_Section):
+    """One student to train on contexts of the run."""
+
+    name: str = Field(pattern=NAME, description="folder name under students/")
+    method: Literal["lora", "full"] = Field("lora", description="LoRA adapters, or all weights")
+    lora: LoraSettings = LoraSettings()
+    masters: Literal["float32", "base"] = Field(
+        "float32", description="dtype of the trained weights of method: full: float32, or that of the base"
+    )
+    half: bool = Field(
+        False, description="half fine-tuning (method: full): every epoch freezes a random half of the matrices"
+    )
+    contexts: list[ContextChoice] = Field(min_length=1, description="what it is trained under")
+    schedule: ScheduleConfig = Field(ExpandConfig(), description="which row meets which context when")
+    loss: LossConfig = Field(CrossEntropyConfig(), description="on gold tokens alone")
+    steps: int | None = Field(None, ge=1, description="optimizer steps; or epochs; or tokens")
+    epochs: float | None = Field(None, gt=0, description="passes over the rows, up to a whole step (default: 1)")
+    tokens: int | None = Field(None, ge=1, description="tokens through the student, up to a whole step")
+    batch_size: int = Field(8, ge=1, description="rows an optimizer step, over all micro-batches and processes")
+    accumulation: int = Field(1, ge=1, description="micro-batches a step: less memory, same result")
+    learning_rate: float | None = Field(None, gt=0, description="peak, of AdamW; default: 2e-4 (lora), 2e-5 (full)")
+    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps with a rising learning rate")
+    decay: Literal["linear", "cosine", "constant"] = Field("linear", description="of the learning rate after that")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    seed: int | None = Field(None, ge=0, lt=2**31, description="default: the config's seed")
+    max_length: int | None = Field(None, ge=2, description="tokens of a row with its context; default: the window")
+    too_long: Literal["error", "drop"] = Field(
+        "error", description="rows over max_length: an error, or left out and counted; gold is never cut"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="what is computed in; auto: the base's. Trained weights stay float32 (mixed precision)"
+    )
+    log_every: int = Field(1, ge=1, description="steps between entries of the history")
+    checkpoint_every: int | None = Field(None, ge=1, description="steps; default: a tenth of them")
+    report_to: list[str] = Field(["tensorboard"], description="trackers of transformers.Trainer; [] for none")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_kinds(cls, value: Any) -> Any:
+        """``loss: dft`` stands for ``loss: {kind: dft}``, and so does ``schedule: resample``."""
+        if not isinstance(value, dict):
+            return value
+        plain = {key: {"kind": value[key]} for key in ("schedule", "loss") if isinstance(value.get(key), str)}
+        return value | plain
+
+    @model_validator(mode="after")
+    def _fits(self) -> StudentConfig:
+        if self.name in ("original", "none", "base"):
+            raise ValueError(f"{self.name!r} is the name of something built in")
+        given = [name for name in ("steps", "epochs", "tokens") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of steps, epochs and tokens (given: {', '.join(given)})")
+        if self.tokens is not None and self.schedule.kind == "state-adaptive":
+            raise ValueError("state-adaptive cannot tell how many steps so many tokens are; give steps or epochs")
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}")
+        if self.half and self.method != "full":
+            raise ValueError("half is an option of method: full")
+        if self.schedule.kind == "expand":
+            for choice in self.contexts:
+                if choice.weight != int(choice.weight):
+                    raise ValueError(f"weight {choice.weight} of {choice.context!r}: expand takes whole numbers")
+        return self
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate."""
+        return self.learning_rate or (2e-4 if self.method == "lora" else 2e-5)
