@@ -33,9 +33,10 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 16,
+    keep_stop: bool = False,
     progress: Progress | None = None,
 ) -> list[tuple[int, ...]]:
-    """Token ids of one answer for each body, in order, without the stop token.
+    """Token ids of one answer for each body, in order, without the stop token (unless ``keep_stop``).
 
     Args:
         base: the base, or a student in its place.
@@ -46,6 +47,7 @@ def generate(
         temperature: 0 takes the most likely token; above, tokens are sampled, each batch from its own stream of
             ``seed``.
         batch_size: bodies a batch.
+        keep_stop: leave the stop token at the end of the answers that reached one.
         progress: called with the number of bodies finished.
 
     Raises:
@@ -65,7 +67,7 @@ def generate(
     equal = base.geometry.sliding_window is not None
     for number, index in enumerate(_batches(bodies, batch_size, equal)):
         rng = torch.Generator(device=base.device).manual_seed(seed * 1_000_003 + number)
-        found = _decode(base, prefix, [bodies[i] for i in index], max_new_tokens, ends, temperature, rng)
+        found = _decode(base, prefix, [bodies[i] for i in index], max_new_tokens, ends, temperature, rng, keep_stop)
         for i, answer in zip(index, found, strict=True):
             answers[i] = answer
         if progress:
@@ -105,6 +107,7 @@ def _decode(
     stop: frozenset[int],
     temperature: float,
     rng: torch.Generator,
+    keep_stop: bool,
 ) -> list[tuple[int, ...]]:
     rows, width, length = len(bodies), max(map(len, bodies)), len(prefix)
     ids = torch.zeros(rows, width, dtype=torch.long)
@@ -124,8 +127,8 @@ def _decode(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state[:, -1]
         token = _choose(base, hidden, temperature, rng)
-        finished = finished | torch.isin(token, ends)
-        chosen.append(torch.where(finished, -1, token))
+        before, finished = finished, finished | torch.isin(token, ends)
+        chosen.append(torch.where(before if keep_stop else finished, -1, token))
         if bool(finished.all()):
             break
         ids = token[:, None]

@@ -51,6 +51,15 @@ def test_an_answer_ends_before_the_stop_token_while_others_go_on():
     assert len(cut[0]) < 12
 
 
+def test_the_stop_token_is_kept_where_it_is_asked_for():
+    base = tiny_base("llama")
+    prefix = prefill(base, ids=torch.tensor(PROMPT))
+    whole = generate(base, prefix, BODIES, max_new_tokens=12, stop=frozenset())
+    end = whole[0][5]
+    cut = generate(base, prefix, BODIES, max_new_tokens=12, stop=frozenset({end}), keep_stop=True)
+    assert cut == [answer[: answer.index(end) + 1] if end in answer else answer for answer in whole]
+
+
 def test_sampling_is_a_function_of_the_seed():
     base = tiny_base("llama")
     prefix = prefill(base, ids=torch.tensor(PROMPT))
