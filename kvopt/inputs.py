@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class Inputs:
         """Check everything that is known before the first stage, then write it down: a fault leaves what was there."""
         self.check_windows()
         self._warn()
-        resolved = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        resolved = yaml.safe_dump(self._resolved(), sort_keys=False, allow_unicode=True)
         write_text(self.directory / "config.yaml", RESOLVED + resolved)
         self.directory.describe(
             seed=self.config.seed,
@@ -72,6 +73,13 @@ class Inputs:
             data_sha256=self.dataset.sha256,
             tokens_sha256=self.encoded.sha256(),
         )
+
+    def _resolved(self) -> dict[str, Any]:
+        """The config as it is written down: whole, with the text of a template file in place of its path."""
+        tree = self.config.model_dump(mode="json")
+        if (file := self.config.template.file) is not None:
+            tree["template"] |= {"file": None, "text": (self.base_dir / file).read_bytes().decode("utf-8-sig")}
+        return tree
 
     def check_windows(self) -> None:
         for context in self.config.contexts:
@@ -87,8 +95,6 @@ class Inputs:
             )
 
     def _warn(self) -> None:
-        if self.config.students:
-            self.say("warning: students are checked but not trained by this version")
         sliding = self.base.geometry.sliding_window
         longest = max(len(row) for row in self.encoded.rows)
         if sliding is not None and len(self.encoded.prefix) + longest > sliding:
@@ -167,6 +173,14 @@ class Inputs:
             self.encoder.encode(template, scored, gold=gold, window=self.base.geometry.window),
             lineage or {},
         )
+
+    def for_training(self, context: TextContext) -> TextContext:
+        """The same text context, encoded for the training rows, however long they get. Raises SeamError when gold ids
+        change under it.
+        """
+        train = self.dataset.train
+        encoded = self.encoder.encode(context.template, train, gold={e.id: self.gold[e.id] for e in train})
+        return replace(context, encoded=encoded)
 
     def named_context(self, spec: str) -> list[Context]:
         """The contexts that a ``--context`` names: original, none, text:FILE, mutations:FILE, a mutation, a learned

@@ -13,7 +13,7 @@ import typer
 
 import kvopt
 from kvopt.cli import bench as benchmarks
-from kvopt.cli import contexts, merging, starting
+from kvopt.cli import contexts, merging, starting, students
 from kvopt.errors import InputError, KvoptError
 from kvopt.files import write_error
 
@@ -34,6 +34,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "mutate": contexts.mutate,
     "score": contexts.score,
     "optimize": contexts.optimize,
+    "train": students.train,
     "compare": contexts.compare,
     "inspect": contexts.inspect,
     "lines": merging.lines,

@@ -1,0 +1,94 @@
+"""One forward pass of rows under their contexts, and the loss of their gold tokens.
+
+Rows of a micro-batch are grouped: all plain prompts in one padded pass, those of each soft or KV context in one behind
+its prefix. Losses are summed over gold tokens, so that dividing by the gold tokens of a whole step makes accumulation
+and several processes exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kvopt.attention import Prefix, empty_prefix, gold_hidden, prefill
+from kvopt.contexts import SoftContext
+from kvopt.encoding import Row, make_batch
+from kvopt.errors import KvoptError
+from kvopt.model import Base
+from kvopt.reference import Reference
+from kvopt.train.losses import Gold, Loss
+from kvopt.train.pool import Pool, PoolContext
+
+Item = tuple[int, int]
+"""(row, context), positions in the pool."""
+
+
+class ContextLoss(nn.Module):
+    """The student with its loss, as one module: what ``transformers.Trainer`` wraps, so that several processes share
+    gradients.
+
+    Args:
+        student: the student as a Base; its model is the only submodule with parameters.
+        base: the frozen base, for losses that are anchored in it.
+        pool: contexts and rows.
+        loss: nats per gold token.
+        reference: the base's states under the original template, for losses that are anchored in those.
+    """
+
+    accepts_loss_kwargs = True  # transformers.Trainer: the loss is divided by the gold tokens of the whole step
+
+    def __init__(self, student: Base, base: Base, pool: Pool, loss: Loss, reference: Reference | None = None) -> None:
+        super().__init__()
+        self.model = student.model
+        self.student, self.base = student, base
+        self.pool, self.loss, self.reference = pool, loss, reference
+        self._prefixes: dict[tuple[str, int], Prefix] = {}
+
+    def forward(self, items: Sequence[Item]) -> Tensor:
+        """Sum of the loss over the gold tokens of ``items``, float32."""
+        sums = [self.loss(self._gold(context, rows)).sum() for context, rows in self._groups(items)]
+        return torch.stack(sums).sum()
+
+    def _groups(self, items: Sequence[Item]) -> Iterator[tuple[int | None, list[Row]]]:
+        """(context, rows) of each learned context, and (None, rows) of all prompts."""
+        groups: dict[int | None, list[Item]] = {}
+        for row, context in items:
+            groups.setdefault(None if self.pool.contexts[context].is_text else context, []).append((row, context))
+        for key, members in groups.items():
+            yield key, [self.pool.contexts[context].rows[row] for row, context in members]
+
+    def _gold(self, context: int | None, rows: Sequence[Row]) -> Gold:
+        item = None if context is None else self.pool.contexts[context]
+        batch = make_batch(rows, range(len(rows))).to(self.student.device)
+        hidden = gold_hidden(self.student, self._student_prefix(item, context), batch)
+        if self.loss.anchor == "none":
+            return Gold(hidden, batch.gold, self.student.head)
+        if self.loss.anchor == "original":
+            anchor = self._stored([row.example_id for row in rows])
+        else:
+            with torch.no_grad():
+                anchor = gold_hidden(self.base, self._fixed("base", self.base, item, context), batch)
+        return Gold(hidden, batch.gold, self.student.head, anchor, self.base.head)
+
+    def _student_prefix(self, item: PoolContext | None, context: int | None) -> Prefix:
+        """Nothing for prompts; embeddings through the student as it is now; keys and values as they are."""
+        if item is None:
+            return empty_prefix(self.student)
+        if isinstance(item.context, SoftContext):
+            return prefill(self.student, embeddings=item.context.embeddings.to(self.student.device, self.student.dtype))
+        return self._fixed("student", self.student, item, context)
+
+    def _fixed(self, who: str, model: Base, item: PoolContext | None, context: int | None) -> Prefix:
+        """A prefix that does not change while the student is trained, kept after its first use."""
+        if item is None or context is None:
+            return empty_prefix(model)
+        if (who, context) not in self._prefixes:
+            self._prefixes[who, context] = item.context.prefix(model)
+        return self._prefixes[who, context]
+
+    def _stored(self, example_ids: Sequence[str]) -> Tensor:
+        if self.reference is None:
+            raise KvoptError("a loss that is anchored in the original template needs the stored reference")
+        return self.reference.hidden(example_ids).to(self.student.device)

@@ -1,0 +1,220 @@
+"""The contexts that a student is trained under, with the training rows in front of which each stands.
+
+Text contexts are prompts: their ids stand in front of the body in the student's own forward pass. Soft contexts are
+embeddings that the student prefills, KV contexts a prefix that is the same whatever the student is; both stay as they
+are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from kvopt.contexts import Context, NoContext, TextContext, load_context
+from kvopt.encoding import Encoded, Row
+from kvopt.errors import InputError
+from kvopt.files import sha256_json
+from kvopt.run import Run
+from kvopt.textfile import template_from_file
+from kvopt.train.config import ContextChoice, StudentConfig
+
+WITH_COUNT = ("best-mutations", "random-mutations")
+
+
+@dataclass(frozen=True)
+class PoolContext:
+    """One context of the pool.
+
+    Attributes:
+        context: the context; a text context is encoded for the training rows.
+        weight: how often rows meet it, relative to the others.
+        encoded: the training rows behind the context, the same examples in the same order under every context of a
+            pool; ``prefix`` is empty for soft and KV contexts.
+    """
+
+    context: Context
+    weight: float
+    encoded: Encoded
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows as the student's forward pass takes them: whole prompts under a text context, bodies behind soft
+        and KV contexts.
+        """
+        prefix = self.encoded.prefix
+        return tuple(replace(row, body=(*prefix, *row.body)) for row in self.encoded.rows)
+
+    @property
+    def name(self) -> str:
+        return self.context.name
+
+    @property
+    def is_text(self) -> bool:
+        return self.context.kind == "text"
+
+    @property
+    def slots(self) -> int:
+        """Length of the prefix that stands in front of the rows."""
+        return 0 if self.is_text else self.context.tokens
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The contexts of a student; ``dropped`` counts training rows that were left out because one made them too long."""
+
+    contexts: tuple[PoolContext, ...]
+    dropped: int = 0
+
+    @property
+    def rows(self) -> int:
+        return len(self.contexts[0].rows)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return tuple(item.weight for item in self.contexts)
+
+    @cached_property
+    def gold_counts(self) -> tuple[int, ...]:
+        """Gold tokens of each row, the same under every context."""
+        return tuple(len(row.gold) for row in self.contexts[0].rows)
+
+    def tokens(self, row: int, context: int) -> int:
+        """Tokens that the row puts through the student under that context: prompt or body, and gold but for its last
+        token. Slots of a soft or KV prefix are not counted.
+        """
+        return len(self.contexts[context].rows[row]) - 1
+
+    def facts(self) -> list[dict[str, object]]:
+        """What a student folder says about its contexts."""
+        return [
+            {
+                "name": item.name,
+                "kind": item.context.kind,
+                "tokens": item.context.tokens,
+                "weight": item.weight,
+                "sha256": item.context.sha256(),
+            }
+            for item in self.contexts
+        ]
+
+    def sha256(self) -> str:
+        """Identity of contexts, weights and rows."""
+        rows = [[(row.example_id, row.body, row.gold) for row in item.rows] for item in self.contexts]
+        return sha256_json([self.facts(), rows])
+
+
+def build_pool(run: Run, config: StudentConfig) -> Pool:
+    """The contexts of ``config``; mutations and learned contexts that are not there yet are made by the run.
+
+    Raises:
+        InputError: a context that does not exist or stands twice, too few mutations, a row that is too long (or all of
+            them), gold ids that change under a text.
+    """
+    where = f"students.{config.name}.contexts"
+    chosen: list[tuple[Context, float]] = []
+    for choice in config.contexts:
+        taken = {context.name for context, _ in chosen}
+        for context in resolve(run, choice, config.seed if config.seed is not None else run.config.seed, taken, where):
+            if context.name in taken:
+                raise InputError(f"{context.name!r} stands twice", where=where, mend="give it once, with a weight")
+            taken.add(context.name)
+            chosen.append((context, choice.weight))
+    contexts = [_with_rows(run, context, weight) for context, weight in chosen]
+    return _fitting(contexts, config, run.base.geometry.window)
+
+
+def check_choices(run: Run, config: StudentConfig) -> None:
+    """Refuse, before any work, contexts that cannot be there. Raises InputError."""
+    where = f"students.{config.name}.contexts"
+    names = ["original", "none", *(context.name for context in run.config.contexts)]
+    for choice in config.contexts:
+        kind, _, argument = choice.context.partition(":")
+        if kind in WITH_COUNT:
+            if not argument.isdecimal() or int(argument) < 1:
+                raise InputError(f"{choice.context!r} needs a number", where=where, mend=f"write {kind}:4")
+            if int(argument) > run.config.mutations.count:
+                what = f"{choice.context!r} wants more mutations than mutations.count ({run.config.mutations.count})"
+                raise InputError(what, where=where, mend="raise mutations.count")
+        elif kind == "text":
+            template_from_file(run.base_dir / argument, run.template)
+        elif choice.context not in names and not _is_mutation(run, choice.context):
+            _check_folder(run, choice.context, names, where)
+
+
+def _check_folder(run: Run, spec: str, names: Sequence[str], where: str) -> None:
+    if not (run.base_dir / spec).is_dir():
+        mend = f"known: {', '.join(names)}; or best-mutations:K, random-mutations:K, text:FILE, a context folder"
+        raise InputError(f"no context {spec!r}", where=where, mend=mend)
+
+
+def _is_mutation(run: Run, name: str) -> bool:
+    return run.config.mutations.count > 0 and re.fullmatch(r"m\d{3,}", name) is not None
+
+
+def resolve(run: Run, choice: ContextChoice, seed: int, taken: set[str], where: str) -> Sequence[Context]:
+    """The contexts that one entry names. ``random-mutations:K`` are the first K of a seeded order of the accepted ones
+    that are not ``taken``, so that a smaller K gives a part of a larger one's.
+    """
+    spec = choice.context
+    kind, _, argument = spec.partition(":")
+    if kind in WITH_COUNT:
+        return _mutations(run, kind, int(argument), seed, taken, f"{where} {spec}")
+    if kind == "text":
+        template = template_from_file(run.base_dir / argument, run.template)
+        return [run.text_context(Path(argument).stem, template)]
+    if spec in {context.name for context in run.config.contexts}:
+        return run.learned([spec])
+    if spec in ("original", "none"):
+        return run.named_context(spec)
+    if _is_mutation(run, spec):
+        found = [mutation for mutation in run.mutation_contexts if mutation.name == spec]
+        if not found:
+            raise InputError(f"no accepted mutation {spec!r}", where=where, mend="see mutations.jsonl for names")
+        return found
+    return [load_context(run.base_dir / spec, run.base)]
+
+
+def _mutations(run: Run, kind: str, count: int, seed: int, taken: set[str], where: str) -> Sequence[Context]:
+    if kind == "best-mutations":
+        candidates: list[TextContext] = [context for context, _ in run.ranked_mutations]
+    else:
+        free = [context for context in run.mutation_contexts if context.name not in taken]
+        generator = torch.Generator().manual_seed(seed)
+        candidates = [free[i] for i in torch.randperm(len(free), generator=generator).tolist()]
+    if len(candidates) < count:
+        what = f"{count} mutations are wanted, {len(candidates)} are there"
+        raise InputError(what, where=where, mend="raise mutations.count")
+    return candidates[:count]
+
+
+def _with_rows(run: Run, context: Context, weight: float) -> PoolContext:
+    if isinstance(context, TextContext):
+        context = run.for_training(context)
+        return PoolContext(context, weight, context.encoded)
+    prefix = tuple(context.bos) if isinstance(context, NoContext) else ()
+    return PoolContext(context, weight, Encoded(prefix, run.behind("train").rows))
+
+
+def _fitting(contexts: Sequence[PoolContext], config: StudentConfig, window: int) -> Pool:
+    """The pool with the rows that fit ``max_length`` under every context. Raises InputError."""
+    limit = min(config.max_length or window, window)
+    count = len(contexts[0].rows)
+    longest = [max(item.slots + len(item.rows[i]) for item in contexts) for i in range(count)]
+    kept = [i for i in range(count) if longest[i] <= limit]
+    if len(kept) == count:
+        return Pool(tuple(contexts))
+    worst = max(range(count), key=lambda i: longest[i])
+    over = count - len(kept)
+    what = f"{over} of {count} rows have more than {limit} tokens with a context, the longest {longest[worst]}"
+    where = f"students.{config.name}: {contexts[0].rows[worst].example_id}"
+    if config.too_long == "error" or not kept:
+        mend = "raise max_length, or set too_long: drop" if kept else "raise max_length"
+        raise InputError(what, where=where, mend=mend)
+    ids = [contexts[0].rows[i].example_id for i in kept]
+    fitting = tuple(replace(item, encoded=item.encoded.select(ids)) for item in contexts)
+    return Pool(fitting, count - len(kept))

@@ -1,0 +1,98 @@
+"""From a student's config to the arguments, precision and trackers of ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
+
+from kvopt.errors import InputError
+from kvopt.model import DTYPES, Base
+from kvopt.train.config import StudentConfig
+
+if TYPE_CHECKING:
+    from kvopt.train.student import Student
+    from kvopt.train.trainer import Job
+
+SECONDS_TO_WAIT = 7 * 24 * 3600  # of the other processes of a launch, while the first learns contexts
+
+
+def arguments(job: Job, student: Student) -> TrainingArguments:
+    """The trainer's arguments. Raises InputError for settings that do not fit together or this machine."""
+    config, steps = job.config, job.plan.steps
+    autocast = autocast_dtype(job.base, student.base.dtype, config)
+    decay = {"constant": "constant_with_warmup"}.get(config.decay, config.decay)
+    made = TrainingArguments(
+        output_dir=str(job.folder),
+        per_device_train_batch_size=rows_a_process(config),
+        gradient_accumulation_steps=config.accumulation,
+        max_steps=steps,
+        learning_rate=config.rate,
+        warmup_steps=round(config.warmup * steps),
+        lr_scheduler_type=decay,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.clip,
+        seed=job.seed,
+        data_seed=job.seed,
+        bf16=autocast == torch.bfloat16,
+        fp16=autocast == torch.float16,
+        use_cpu=job.base.device.type == "cpu",
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="no",  # a callback says when it is due
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=job.base.device.type == "cuda",
+        ddp_find_unused_parameters=config.half,
+        ddp_timeout=SECONDS_TO_WAIT,
+    )
+    made._n_gpu = min(made._n_gpu, 1)  # several GPUs are used by several processes, never by torch's DataParallel
+    return made
+
+
+def rows_a_process(config: StudentConfig) -> int:
+    """Rows of a micro-batch in this process. Raises InputError."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if config.batch_size % (config.accumulation * processes):
+        parts = f"accumulation {config.accumulation} x {processes} processes"
+        what = f"batch_size {config.batch_size} is no multiple of {parts}"
+        raise InputError(what, where=f"students.{config.name}", mend="change batch_size or accumulation")
+    return config.batch_size // (config.accumulation * processes)
+
+
+def autocast_dtype(base: Base, weights: torch.dtype, config: StudentConfig) -> torch.dtype | None:
+    """The dtype of mixed precision, None where everything is computed in the weights' own. Raises InputError."""
+    wanted, where = base.dtype if config.dtype == "auto" else DTYPES[config.dtype], f"students.{config.name}.dtype"
+    if wanted == torch.float16 and base.device.type != "cuda":
+        raise InputError("float16 is trained on a GPU alone", where=where, mend="use bfloat16 or float32")
+    if wanted == torch.float16:
+        return wanted  # with its loss scaler, also where the frozen weights are float16
+    if wanted == weights:
+        return None
+    if weights != torch.float32:
+        what = f"{config.dtype} cannot be computed on weights in {str(weights).removeprefix('torch.')}"
+        raise InputError(what, where=where, mend="use auto, or set model.dtype: float32")
+    return wanted
+
+
+def trackers(config: StudentConfig, logs: Path) -> list[TrainerCallback]:
+    """Callbacks of the trackers that ``report_to`` names; TensorBoard events go to ``logs``. Raises InputError."""
+    found: list[Any] = []
+    for name in config.report_to:
+        where = f"students.{config.name}.report_to"
+        try:
+            if name == "tensorboard":
+                callback = TensorBoardCallback()
+                callback.logging_dir = str(logs)
+                found.append(callback)
+            else:
+                found += [make() for make in get_reporting_integration_callbacks([name])]
+        except (RuntimeError, ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{name!r}: {reason}", where=where, mend="install it, or set report_to: []") from None
+    return found

@@ -1,0 +1,145 @@
+"""Students as stages of a run: trained in order into ``students/NAME/``, taken from there when nothing they depend on
+has changed, gone on with from a checkpoint after a kill.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvopt.errors import InputError
+from kvopt.files import sha256_json
+from kvopt.reference import Reference
+from kvopt.run import Run
+from kvopt.train.config import StudentConfig
+from kvopt.train.launch import Launch
+from kvopt.train.losses import build_loss
+from kvopt.train.pool import Pool, build_pool, check_choices
+from kvopt.train.student import read_student_record, save_student
+from kvopt.train.trainer import Job, Trained, train_student
+
+UNRELATED = {"name", "contexts", "accumulation", "gradient_checkpointing", "checkpoint_every", "log_every", "report_to"}
+"""Settings that do not change what a student becomes, but for rounding (contexts count by their content)."""
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What the first process sends to the others."""
+
+    config: StudentConfig
+    pool: Pool
+    seed: int
+    key: str
+    reference: Reference | None
+
+
+def train_students(run: Run, only: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Train the config's students (or those in ``only``) in order; returns the record of each.
+
+    Under ``accelerate launch`` every process calls it; only the first locks and writes the run directory, and the
+    others return nothing.
+
+    Raises:
+        InputError: an unknown student or context, settings that do not fit. KvoptError: a student diverged.
+    """
+    configs = chosen(run, only)
+    launch = Launch(run.config.model.device)
+    if launch.is_first:
+        with run.opened():
+            return [_student(run, config, launch) for config in _until_done(configs, launch)]
+    while (order := launch.share()) is not None:
+        train_student(_job(run, order))
+    return []
+
+
+def chosen(run: Run, only: Sequence[str] = ()) -> list[StudentConfig]:
+    """The students to train, their contexts checked. Raises InputError."""
+    known = {student.name: student for student in run.config.students}
+    for name in only:
+        if name not in known:
+            raise InputError(f"no student {name!r} in the config", mend="known: " + (", ".join(known) or "none"))
+    configs = [student for student in run.config.students if not only or student.name in only]
+    for config in configs:
+        check_choices(run, config)
+    return configs
+
+
+def _until_done(configs: Sequence[StudentConfig], launch: Launch) -> Iterator[StudentConfig]:
+    yield from configs
+    launch.share(None)
+
+
+def _student(run: Run, config: StudentConfig, launch: Launch) -> dict[str, Any]:
+    """One student, from its folder or trained."""
+    seed = run.config.seed if config.seed is None else config.seed
+    pool = build_pool(run, config)
+    reference = run.reference if build_loss(config.loss).anchor == "original" else None
+    key = student_key(run, config, pool, seed, reference)
+    folder = run.directory / "students" / config.name
+    record = read_student_record(folder) if folder.is_dir() else None
+    if record is not None and record.get("key") == key:
+        run.say(f"student {config.name}: as it was trained")
+        return record
+    stage = f"students/{config.name}"
+    run.directory.begin(stage, key, stage, f".training/{config.name}")
+    order = launch.share(_Order(config, pool, seed, key, reference))
+    with run.directory.ledger(stage, processes=launch.processes) as entry:
+        trained = _train(run, order)
+        entry |= {"steps": trained.steps, "tokens_in": trained.tokens, "gold_tokens": trained.gold_tokens}
+        entry |= {"resumed_from": trained.resumed} if trained.resumed else {}
+        save_student(trained.student, folder, run.base, record_of(run, order, trained))
+    shutil.rmtree(run.directory / ".training" / config.name, ignore_errors=True)
+    return read_student_record(folder) or {}
+
+
+def _train(run: Run, order: _Order) -> Trained:
+    job = _job(run, order)
+    name, steps = order.config.name, job.plan.steps
+    dropped = f", {order.pool.dropped} rows too long" if order.pool.dropped else ""
+    contexts = ", ".join(item.name for item in order.pool.contexts)
+    run.say(f"student {name}: {steps} steps of {order.config.batch_size} rows under {contexts}{dropped}")
+    with run.progress.bar(name, steps, unit="step") as bar:
+
+        def report(step: int, loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.4f}")
+            bar.update(step - bar.n)
+
+        job.report = report
+        return train_student(job)
+
+
+def _job(run: Run, order: _Order) -> Job:
+    name = order.config.name
+    folder: Path = run.directory / ".training" / name
+    logs: Path = run.directory / "logs" / name
+    return Job(run.base, order.config, order.pool, order.seed, order.key, folder, logs, order.reference)
+
+
+def student_key(run: Run, config: StudentConfig, pool: Pool, seed: int, reference: Reference | None) -> str:
+    """Identity of all that a student depends on: base, contexts, rows, settings, seed."""
+    settings = config.model_dump(mode="json", exclude=UNRELATED)
+    anchor = reference.key if reference else None
+    return sha256_json([settings, pool.sha256(), run.base.identity, str(run.base.dtype), seed, anchor])
+
+
+def record_of(run: Run, order: _Order, trained: Trained) -> dict[str, Any]:
+    """What ``kvopt-student.json`` says beside the identity of base and weights."""
+    return {
+        "key": order.key,
+        "template_sha256": run.template.sha256,
+        "data_sha256": run.dataset.sha256,
+        "contexts": order.pool.facts(),
+        "rows": order.pool.rows,
+        "rows_dropped": order.pool.dropped,
+        "seed": order.seed,
+        "settings": order.config.model_dump(mode="json", exclude={"name", "contexts"}),
+        "steps": trained.steps,
+        "epochs": trained.history[-1]["epoch"] if trained.history else 0.0,
+        "tokens": trained.tokens,
+        "gold_tokens": trained.gold_tokens,
+        "stages": trained.stages,
+        "history": trained.history,
+    }

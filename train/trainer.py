@@ -1,0 +1,331 @@
+"""Training a student: ``transformers.Trainer`` over a stream of (row, context) items.
+
+The stream is one long epoch in a fixed order, so the trainer's own resuming, accumulation and sharing among processes
+are exact; epochs over the rows are the schedule's. A checkpoint counts only when its last file, ``complete.json``, is
+there and belongs to this job, so a process may be killed while it writes one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from kvopt.errors import KvoptError
+from kvopt.files import write_json
+from kvopt.model import Base, enable_checkpointing
+from kvopt.reference import Reference
+from kvopt.train.config import StudentConfig
+from kvopt.train.forward import ContextLoss
+from kvopt.train.gold import gold_nll
+from kvopt.train.half import HalfFineTuning
+from kvopt.train.losses import build_loss
+from kvopt.train.pool import Pool, PoolContext
+from kvopt.train.schedules import Schedule, StateAdaptive, build_schedule
+from kvopt.train.settings import arguments, trackers
+from kvopt.train.student import Student, full_student, lora_student
+
+COMPLETE = "complete.json"
+WEIGHTS = "trained.safetensors"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a student is trained and what it meets when.
+
+    Attributes:
+        steps: optimizer steps. batch_size: items a step.
+    """
+
+    schedule: Schedule
+    pool: Pool
+    steps: int
+    batch_size: int
+
+    def items(self, positions: Sequence[int], kept: tuple[int, ...]) -> list[tuple[int, int]]:
+        """(row, context) at each position of the stream."""
+        return [(self.schedule.row(p), self.schedule.context(p, kept)) for p in positions]
+
+    def step_items(self, step: int, kept: tuple[int, ...]) -> list[tuple[int, int]]:
+        """All items of a step (from 0)."""
+        return self.items(range(step * self.batch_size, (step + 1) * self.batch_size), kept)
+
+    def epoch(self, step: int) -> float:
+        """Passes over the rows before a step."""
+        return step * self.batch_size / self.schedule.per_epoch
+
+
+def make_plan(config: StudentConfig, pool: Pool, seed: int) -> Plan:
+    """The plan of a config: ``steps`` as given, or as many as the epochs or tokens take, up to a whole step."""
+    schedule = build_schedule(config.schedule, pool.rows, pool.weights, seed)
+    if config.steps is not None:
+        steps = config.steps
+    elif config.tokens is not None:
+        steps, seen = 0, 0
+        endless = Plan(schedule, pool, 0, config.batch_size)
+        while seen < config.tokens:
+            seen += sum(pool.tokens(*item) for item in endless.step_items(steps, ()))
+            steps += 1
+    else:
+        steps = math.ceil((config.epochs or 1) * schedule.per_epoch / config.batch_size - 1e-9)
+    return Plan(schedule, pool, steps, config.batch_size)
+
+
+@dataclass
+class Trained:
+    """A trained student and how it got there.
+
+    Attributes:
+        student: its model, trained.
+        steps: optimizer steps, all of them. resumed: those that an earlier process had done.
+        tokens: through the student (see ``Pool.tokens``). gold_tokens: that the loss was computed on.
+        history: ``{"step", "epoch", "loss", "grad_norm", "learning_rate"}`` every ``log_every`` steps; the loss is the
+            mean per gold token since the last entry.
+        stages: ``{"step", "gold_nll", "kept"}`` at every scoring of the pool (state-adaptive).
+    """
+
+    student: Student
+    steps: int
+    resumed: int
+    tokens: int
+    gold_tokens: int
+    history: list[dict[str, Any]]
+    stages: list[dict[str, Any]]
+
+
+@dataclass
+class Job:
+    """What one student's training stands on.
+
+    Args:
+        key: identity of the job; checkpoints of another are not taken up.
+        folder: where checkpoints go.
+        logs: where TensorBoard events go.
+        report: called with (step, loss) at every entry of the history.
+    """
+
+    base: Base
+    config: StudentConfig
+    pool: Pool
+    seed: int
+    key: str
+    folder: Path
+    logs: Path
+    reference: Reference | None = None
+    report: Callable[[int, float], None] | None = None
+    plan: Plan = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plan = make_plan(self.config, self.pool, self.seed)
+
+
+def train_student(job: Job) -> Trained:
+    """Train one student, going on from the job's last complete checkpoint.
+
+    Raises:
+        InputError: settings that do not fit together or this machine.
+        KvoptError: the loss or the gradient is not finite; the last checkpoint is kept.
+    """
+    student = make_student(job.base, job.config, job.seed)
+    if job.config.gradient_checkpointing:
+        enable_checkpointing(student.base.model)
+    trainer = StudentTrainer(job, student)
+    last = last_checkpoint(job.folder, job.key)
+    resumed = int(last.name.rpartition("-")[2]) if last else 0
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    student.model.eval()
+    steps = trainer.state.global_step
+    items = [item for step in range(steps) for item in job.plan.step_items(step, trainer.kept_at(step))]
+    return Trained(
+        student,
+        steps,
+        resumed,
+        sum(job.pool.tokens(*item) for item in items),
+        sum(job.pool.gold_counts[row] for row, _ in items),
+        [_entry(log) for log in trainer.state.log_history if "loss" in log],
+        trainer.stages,
+    )
+
+
+def _entry(log: dict[str, Any]) -> dict[str, Any]:
+    return {name: log[name] for name in ("step", "epoch", "loss", "grad_norm", "learning_rate") if name in log}
+
+
+def make_student(base: Base, config: StudentConfig, seed: int) -> Student:
+    """The untrained student of a config."""
+    if config.method == "lora":
+        lora = config.lora
+        return lora_student(
+            base, config.name, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, seed=seed
+        )
+    return full_student(base, config.name, torch.float32 if config.masters == "float32" else base.dtype)
+
+
+def last_checkpoint(folder: Path, key: str) -> Path | None:
+    """The newest whole checkpoint of this job, None without one."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            complete = json.loads((path / COMPLETE).read_text("utf-8"))
+        except (OSError, ValueError):
+            continue
+        if complete.get("key") == key:
+            found.append((int(path.name.rpartition("-")[2]), path))
+    return max(found)[1] if found else None
+
+
+class StudentTrainer(Trainer):
+    """``transformers.Trainer`` with our loss, our stream, and checkpoints of the trained weights alone."""
+
+    loss_is_scaled_for_ga = True  # by the gold tokens of the whole step
+
+    def __init__(self, job: Job, student: Student) -> None:
+        self.job, self.plan = job, job.plan
+        self.student, self.trained = student.base, student.trainable()
+        self.stages: list[dict[str, Any]] = []
+        self.half = HalfFineTuning(job.seed) if job.config.half else None
+        callbacks = [*([self.half] if self.half else []), _Conduct(self), *trackers(job.config, job.logs)]
+        loss = ContextLoss(student.base, job.base, job.pool, build_loss(job.config.loss), job.reference)
+        super().__init__(
+            model=loss,
+            args=arguments(job, student),
+            train_dataset=range(job.plan.steps * job.plan.batch_size),  # type: ignore[arg-type]
+            data_collator=self._collate,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+
+    # ---- the stream
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+    def _collate(self, positions: Sequence[int]) -> dict[str, Tensor]:
+        """Positions of a micro-batch; ``labels`` lets the trainer count the gold tokens of a step."""
+        counts = self.job.pool.gold_counts
+        gold = sum(counts[self.plan.schedule.row(p)] for p in positions)
+        return {"positions": torch.tensor(positions), "labels": torch.zeros(gold, dtype=torch.int64)}
+
+    def kept_at(self, step: int) -> tuple[int, ...]:
+        """The contexts that a state-adaptive schedule had chosen by a step."""
+        names = [item.name for item in self.job.pool.contexts]
+        past = [stage["kept"] for stage in self.stages if stage["step"] <= step]
+        return tuple(names.index(name) for name in past[-1]) if past else ()
+
+    def rescore(self) -> None:
+        """Score the pool under the student as it is now, and choose."""
+        step, schedule = self.state.global_step, self.plan.schedule
+        if not isinstance(schedule, StateAdaptive) or any(stage["step"] == step for stage in self.stages):
+            return
+        contexts = self.job.pool.contexts
+        self.model.eval()
+        with self.compute_loss_context_manager():
+            nll = [self._gold_nll(item, schedule.scored_rows) for item in contexts]
+        kept = schedule.choose(nll)
+        scores = {item.name: value for item, value in zip(contexts, nll, strict=True)}
+        self.stages.append({"step": step, "gold_nll": scores, "kept": [contexts[i].name for i in kept]})
+
+    def _gold_nll(self, item: PoolContext, rows: int) -> float:
+        encoded = replace(item.encoded, rows=item.encoded.rows[:rows])
+        return gold_nll(self.student, item.context, encoded, batch_size=self.plan.batch_size).mean
+
+    # ---- the loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Sum over the micro-batch divided by the gold tokens of the whole step; times the number of processes, whose
+        gradients are averaged.
+        """
+        step = self.state.global_step
+        loss = model(self.plan.items(inputs["positions"].tolist(), self.kept_at(step)))
+        loss = loss * self.args.world_size / num_items_in_batch
+        self._check_finite("loss", loss.detach())
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if not self.args.fp16:  # float16 overflows now and then, and its loss scaler skips such steps
+            self._check_finite("gradient norm", norm)
+        return norm
+
+    def _check_finite(self, what: str, value: Any) -> None:
+        number = float(value)
+        if math.isfinite(number):
+            return
+        last = last_checkpoint(self.job.folder, self.job.key)
+        kept = (
+            f"the state of step {last.name.rpartition('-')[2]} is kept in {last}" if last else "nothing was saved yet"
+        )
+        name, step = self.job.config.name, self.state.global_step
+        raise KvoptError(f"students.{name}: {what} {number} at step {step}; {kept}; lower learning_rate")
+
+    # ---- checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The trained weights; the base's are not copied."""
+        if output_dir is None or not self.args.should_save:
+            return
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        tensors = {name: p.detach().cpu().contiguous() for name, p in self.trained.items()}
+        save_file(tensors, str(Path(output_dir) / WEIGHTS))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = self.job.folder / f"checkpoint-{self.state.global_step}"
+            write_json(folder / COMPLETE, {"key": self.job.key, "stages": self.stages})
+            for older in self.job.folder.glob("checkpoint-*"):
+                if older != folder:
+                    shutil.rmtree(older, ignore_errors=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        tensors = load_file(str(folder / WEIGHTS))
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(tensors[name])
+        self.stages = json.loads((folder / COMPLETE).read_text("utf-8"))["stages"]
+
+
+class _Conduct(TrainerCallback):
+    """What happens between steps: scoring of the pool, half fine-tuning, checkpoints, progress."""
+
+    def __init__(self, trainer: StudentTrainer) -> None:
+        self.trainer = trainer
+        self.epoch: int | None = None
+        config, steps = trainer.job.config, trainer.plan.steps
+        every = config.checkpoint_every or max(1, steps // 10)
+        self.save_every = (
+            math.ceil(every / config.log_every) * config.log_every
+        )  # the loss since the last log is not kept
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, epoch = self.trainer, self.trainer.plan.epoch(state.global_step)
+        if trainer.plan.schedule.rescores_at(state.global_step):
+            trainer.rescore()
+        if trainer.half is not None and self.epoch != math.floor(epoch):
+            state.epoch = epoch
+            trainer.half.on_epoch_begin(args, state, control, **kwargs)
+        self.epoch = math.floor(epoch)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step, steps = state.global_step, self.trainer.plan.steps
+        state.epoch = self.trainer.plan.epoch(step)
+        control.should_save = step % self.save_every == 0 and step < steps
+        control.should_log = control.should_log or step == steps
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if self.trainer.job.report and "loss" in logs:
+            self.trainer.job.report(state.global_step, logs["loss"])
