@@ -5,7 +5,7 @@ has changed, gone on with from a checkpoint after a kill.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,18 @@ def train_students(run: Run, only: Sequence[str] = ()) -> list[dict[str, Any]]:
     launch = Launch(run.config.model.device)
     if launch.is_first:
         with run.opened():
-            return [_student(run, config, launch) for config in _until_done(configs, launch)]
+            records = students(run, configs, launch)
+        launch.share(None)
+        return records
     while (order := launch.share()) is not None:
         train_student(_job(run, order))
     return []
+
+
+def students(run: Run, configs: Sequence[StudentConfig], launch: Launch | None = None) -> list[dict[str, Any]]:
+    """As :func:`train_students`, in a run that is open; ``configs`` from :func:`chosen`."""
+    launch = launch or Launch(run.config.model.device)
+    return [_student(run, config, launch) for config in configs]
 
 
 def chosen(run: Run, only: Sequence[str] = ()) -> list[StudentConfig]:
@@ -65,11 +73,6 @@ def chosen(run: Run, only: Sequence[str] = ()) -> list[StudentConfig]:
     for config in configs:
         check_choices(run, config)
     return configs
-
-
-def _until_done(configs: Sequence[StudentConfig], launch: Launch) -> Iterator[StudentConfig]:
-    yield from configs
-    launch.share(None)
 
 
 def _student(run: Run, config: StudentConfig, launch: Launch) -> dict[str, Any]:

@@ -8,16 +8,21 @@ from typing import Annotated
 import typer
 
 from kvopt.cli.common import ConfigPath, Json, Out, Sets, open_run, print_json, show_board
+from kvopt.cli.students import prepared, show_students
 
 
 def run_all(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json = False) -> None:
-    """All stages: reference, mutations, learned contexts, scores, leaderboard. Run it again to go on after an
-    interruption.
+    """All stages: reference, mutations, learned contexts, scores, leaderboard, students. Run it again to go on after
+    an interruption.
     """
     run = open_run(config, sets, out)
+    train_students = prepared(run)
     with run.opened():
         board = run.run()
-    show_board(board, run.directory.path, as_json)
+        records = train_students()
+    show_board(board | ({"students": records} if records else {}), run.directory.path, as_json)
+    if not as_json:
+        show_students(records, run.directory.path, False)
 
 
 def mutate(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json = False) -> None:

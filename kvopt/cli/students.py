@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvopt.cli.common import ConfigPath, Json, Out, Sets, open_run, print_json
+
+if TYPE_CHECKING:
+    from kvopt.run import Run
 
 
 def train(
@@ -27,6 +31,16 @@ def train(
     run = open_run(config, sets, out)
     records = train_students(run, only or ())
     show_students(records, run.directory.path, as_json)
+
+
+def prepared(run: Run) -> Callable[[], list[dict[str, Any]]]:
+    """What trains the run's students once it is open; their contexts are checked now, before other work."""
+    if not run.config.students:
+        return list
+    from kvopt.train.stages import chosen, students
+
+    configs = chosen(run)
+    return lambda: students(run, configs)
 
 
 def show_students(records: list[dict[str, Any]], folder: Path, as_json: bool) -> None:
