@@ -13,7 +13,7 @@ import typer
 
 import kvopt
 from kvopt.cli import bench as benchmarks
-from kvopt.cli import contexts, merging, starting, students
+from kvopt.cli import contexts, evaluation, exporting, merging, starting, students
 from kvopt.errors import InputError, KvoptError
 from kvopt.files import write_error
 
@@ -35,10 +35,15 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "score": contexts.score,
     "optimize": contexts.optimize,
     "train": students.train,
+    "evaluate": evaluation.evaluate,
     "compare": contexts.compare,
+    "export": exporting.export,
     "inspect": contexts.inspect,
     "lines": merging.lines,
     "soup": merging.soup,
+    "move": exporting.move,
+    "compose": exporting.compose,
+    "truncate": exporting.truncate,
     "config": starting.show_config,
 }
 for name, command in COMMANDS.items():

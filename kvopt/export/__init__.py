@@ -1,0 +1,102 @@
+"""Contexts as files that other tools load. One small file an exporter; :data:`EXPORTERS` finds it by its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import kvopt
+from kvopt.errors import InputError
+from kvopt.export import hf_cache, peft_adapter, prompt_embeds, text, trl_dataset, vllm
+from kvopt.export.card import card
+from kvopt.export.exporter import Exporter, Options, Written, refuse_kind
+from kvopt.export.source import Source, open_source
+from kvopt.files import replacing_directory, write_json, write_text
+
+RECORD = "kvopt-export.json"
+FORMAT_VERSION = 1
+EXPORTERS: dict[str, Exporter] = {
+    exporter.name: exporter
+    for exporter in (
+        Exporter("peft", ("kv", "soft"), peft_adapter.write),
+        Exporter("prompt-embeds", ("soft",), prompt_embeds.write),
+        Exporter("hf-cache", ("kv", "soft"), hf_cache.write),
+        Exporter("text", ("text",), text.write),
+        Exporter("trl-dataset", ("text",), trl_dataset.write),
+        Exporter("vllm", ("kv", "soft"), vllm.write),
+    )
+}
+
+__all__ = ["EXPORTERS", "Options", "Source", "export", "open_source"]
+
+
+def export(
+    context: str | Path,
+    to: str,
+    out: Path | None = None,
+    *,
+    base: str | None = None,
+    options: Options | None = None,
+) -> dict[str, Any]:
+    """Write a context in another tool's format.
+
+    Args:
+        context: a context folder, or ``RUN#NAME`` (a learned context, a mutation, or ``original``).
+        to: one of EXPORTERS.
+        out: the folder to write (default ``exports/NAME-TO``); an earlier export there is replaced, anything else
+            refused.
+        base: the model to use instead of the one that the context names.
+        options: of single exporters.
+
+    Returns:
+        What ``kvopt-export.json`` holds, and ``folder``.
+
+    Raises:
+        InputError: no such context, a kind that the format cannot hold, or a folder with other things in it.
+    """
+    if to not in EXPORTERS:
+        raise InputError(f"no format {to!r}", where="--to", mend="one of " + ", ".join(EXPORTERS))
+    exporter = EXPORTERS[to]
+    source = open_source(str(context), base=base)
+    if source.kind not in exporter.kinds:
+        able = [name for name, other in EXPORTERS.items() if source.kind in other.kinds]
+        raise refuse_kind(source, to, f"use --to {', '.join(able)}")
+    folder = Path(out) if out is not None else Path("exports") / f"{source.name}-{to}"
+    _check_place(folder, source)
+    with replacing_directory(folder) as place:
+        written = exporter.write(source, place, options or Options())
+        facts = _facts(source, to, written)
+        write_json(place / RECORD, facts)
+        write_text(place / "README.md", card(source, to, written))
+    return {"folder": str(folder), **facts}
+
+
+def _facts(source: Source, to: str, written: Written) -> dict[str, Any]:
+    record = source.record or {}
+    return {
+        "format_version": FORMAT_VERSION,
+        "kvopt_version": kvopt.__version__,
+        "to": to,
+        "name": source.name,
+        "kind": source.kind,
+        "tokens": source.tokens,
+        "base": record.get("base") or {"name": source.base_name},
+        "template_sha256": record.get("template_sha256") or (source.template.sha256 if source.template else None),
+        "data_sha256": record.get("data_sha256"),
+        "content_sha256": record.get("content_sha256"),
+        "template_tokens": source.template_tokens,
+        "metrics": source.metrics,
+        "summary": written.summary,
+        **written.facts,
+        "snippet": written.snippet,
+    }
+
+
+def _check_place(folder: Path, source: Source) -> None:
+    """An export replaces an earlier export and nothing else."""
+    if source.folder is not None and folder.resolve() == source.folder.resolve():
+        raise InputError("is the context itself", where=str(folder), mend="choose another --out folder")
+    if not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / RECORD).is_file()):
+        raise InputError("is there already and is no export", where=str(folder), mend="choose another --out folder")

@@ -1,0 +1,88 @@
+"""The model card of an export: what it is, for which base, how good, how to use it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kvopt
+from kvopt.builtin_base import HUB_ID, NAME
+from kvopt.export.exporter import Written
+from kvopt.export.source import Source
+
+HASHES = ("weights", "config", "tokenizer", "chat_template")
+
+
+def card(source: Source, to: str, written: Written) -> str:
+    """The README.md of an export folder, with the front matter that the hub reads."""
+    parts = [
+        _front_matter(source, to, written),
+        f"# {source.name}\n\n{written.summary}",
+        _what_it_is(source),
+        "## How good it is\n\n" + _metrics(source),
+        f"## Use it\n\nFrom inside this folder:\n\n```python\n{written.snippet}```\n\n{_behind(source)}",
+        "## Know\n\n" + "\n".join(f"- {note}" for note in written.notes),
+        f"Written by kvopt {kvopt.__version__} (`kvopt export --to {to}`).",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(source: Source, to: str, written: Written) -> str:
+    base = HUB_ID if source.base_name == NAME else source.base_name
+    lines = ["---", f"library_name: {written.library}", f"base_model: {_quoted(base)}", "tags:"]
+    lines += [f"- {tag}" for tag in ("kvopt", f"{source.kind}-context", to)]
+    return "\n".join([*lines, "---"])
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _what_it_is(source: Source) -> str:
+    rows: list[tuple[str, Any]] = [("kind", source.kind), ("slots", source.tokens), ("base", f"`{source.base_name}`")]
+    record = source.record or {}
+    stored = record.get("base") or {}
+    rows += [(f"base {what}", f"`{stored[what][:16]}…`") for what in HASHES if stored.get(what)]
+    if source.kind != "text" and not stored.get("weights"):
+        rows.append(("identity of the base", "unknown: kvopt did not make this context"))
+    rows += [(what, f"`{record[key][:16]}…`") for what, key in _DATA if record.get(key)]
+    settings = record.get("settings") or {}
+    if settings:
+        rows.append(("learned", f"{record.get('best_step')} steps from `init: {settings.get('init')}`"))
+    if record.get("origin"):
+        rows.append(("made by", f"`{record['origin'].get('operation')}`"))
+    if source.template_tokens:
+        rows.append(("stands for", f"{source.template_tokens} tokens of the original template"))
+    return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows if value is not None)
+
+
+_DATA = (("template", "template_sha256"), ("data", "data_sha256"), ("content", "content_sha256"))
+
+
+def _metrics(source: Source) -> str:
+    metrics = source.metrics
+    if not metrics:
+        return "Not measured. `kvopt score CONFIG --context FOLDER` measures it on a template and its data."
+    kl = metrics["kl_forward"]
+    interval = f" (95 % interval {kl['ci95'][0]:.4f} to {kl['ci95'][1]:.4f})" if kl.get("ci95") else ""
+    lines = [f"On the {metrics['split']} rows: forward KL {kl['mean']:.4f} nats per gold token{interval}."]
+    if "gold_nll" in metrics:
+        lines.append(f"Gold NLL {metrics['gold_nll']:.4f}, top-1 agreement {metrics['top1_agreement']:.1%}")
+        lines[-1] += f", {metrics['examples']} examples." if "examples" in metrics else "."
+    lines.append(
+        "Forward KL is from the base under the original template to the base behind this context; 0 is no difference."
+    )
+    if source.run is not None and (floor := source.run.board.get("noise_floor")):
+        lines.append(f"Nothing below the noise floor, {floor['kl_forward']:.1e}, means anything.")
+    return " ".join(lines)
+
+
+def _behind(source: Source) -> str:
+    if source.kind == "text":
+        return ""
+    exact = ""
+    if source.template_tokens and (source.run is None or source.run.scope == "leading"):
+        exact = (
+            f" Exactly, whatever the tokenizer does at the seam: tokenize the whole prompt as under the original template"
+            f" and drop its first {source.template_tokens} ids."
+        )
+    return f"`body` is what stands behind the context: the prompt from its first slot on, chat marks included.{exact}"

@@ -1,0 +1,74 @@
+"""``--to peft``: a PEFT adapter. kv as CARTRIDGE (PEFT ≥ 0.19) or PREFIX_TUNING (the same tensor, for older ones), soft
+as PROMPT_TUNING.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from einops import rearrange
+
+from kvopt.contexts.adapter import FORMAT_VERSION, KV_TYPES, RECORD
+from kvopt.contexts.context import KVContext, SoftContext
+from kvopt.contexts.folder import write_adapter
+from kvopt.errors import InputError
+from kvopt.export.exporter import Options, Written, base_lines, body_line
+from kvopt.export.source import Source
+from kvopt.files import write_json
+
+FITS = {"kv": KV_TYPES, "soft": ("PROMPT_TUNING",)}
+
+SNIPPET = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{base}
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), ".")  # this folder
+{body}
+inputs = tokenizer(body, add_special_tokens=False, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+
+
+def write(source: Source, place: Path, options: Options) -> Written:
+    """The adapter, with kvopt.json beside it: the folder is a context that kvopt reads back too."""
+    peft_type = options.peft_type or FITS[source.kind][0]
+    if peft_type not in FITS[source.kind]:
+        raise InputError(
+            f"a {source.kind} context is not a {peft_type} adapter",
+            where="--peft-type",
+            mend="it can be " + " or ".join(FITS[source.kind]),
+        )
+    fields: dict[str, Any] = {
+        "peft_type": peft_type,
+        "base_model_name_or_path": source.base_name,
+        "num_virtual_tokens": source.tokens,
+    }
+    fields |= {name: source.config.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")}
+    tensor, context = source.tensor, None
+    if source.kind == "kv":
+        states = source.states
+        tensor = rearrange(states, "t l two h d -> t (l two h d)")
+        context = KVContext(source.name, states.contiguous())
+        if peft_type == "CARTRIDGE":
+            fields["num_frozen_tokens"] = source.config.get("num_frozen_tokens") or 0
+    write_adapter(place, tensor, fields)
+    if source.record is not None:
+        digest = (context or SoftContext(source.name, tensor)).sha256()
+        positions = {"first": 0, "body": source.tokens}
+        record = {**source.record, "format_version": FORMAT_VERSION, "content_sha256": digest, "positions": positions}
+        write_json(place / RECORD, record)
+    return Written(
+        summary=f"A PEFT {peft_type} adapter: {source.tokens} {'slots of keys and values' if context else 'input embeddings'}.",
+        snippet=SNIPPET.format(base=base_lines(source.base_name), body=body_line(source)),
+        library="peft",
+        notes=(
+            "PEFT checks the shapes alone: on another base, even one of the same size, it answers nonsense without a"
+            " warning. `kvopt.json` names the base by its hashes, and kvopt refuses another one.",
+            "Pad batches on the left for generation; on models with sliding windows, use batches of equal lengths.",
+        ),
+        facts={"peft_type": peft_type},
+    )

@@ -1,0 +1,1 @@
+"""Scripts that are copied into exports. Each runs on its own, without kvopt."""

@@ -1,0 +1,234 @@
+"""What is exported: a context named on the command line, with what its folder and its run say about it. No weights are
+loaded unless an exporter asks for them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from kvopt.contexts.adapter import adapter_config, check_finite, kind_of, read_record, read_tensor
+from kvopt.errors import InputError
+from kvopt.model import Base, ModelConfig, load_base, load_tokenizer
+from kvopt.mutate.record import read_mutations
+from kvopt.rendering import Renderer
+from kvopt.template import Template
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run directory says about its template and base."""
+
+    path: Path
+    template: Template
+    base: str
+    chat_kwargs: Mapping[str, Any]
+    scope: str
+    board: dict[str, Any]
+
+    def row(self, name: str) -> dict[str, Any] | None:
+        """The context's row of the leaderboard, None where it has none."""
+        return next((row for row in self.board.get("contexts", []) if row.get("name") == name), None)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A context to export.
+
+    Attributes:
+        name, kind: of the context; kind is text, soft or kv.
+        base_name: the model it belongs to.
+        folder, config, record: of a learned context: its folder, PEFT config, and kvopt.json (None for another's).
+        template: of a text context.
+        run: the run that it comes from, where known.
+    """
+
+    name: str
+    kind: str
+    base_name: str
+    folder: Path | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] | None = None
+    template: Template | None = None
+    run: RunFacts | None = None
+
+    @cached_property
+    def tensor(self) -> Tensor:
+        """``prompt_embeddings`` [T, …] in fp32. Raises InputError for a damaged one."""
+        folder = self._folder()
+        tensor = read_tensor(folder)
+        check_finite(tensor, folder)
+        if tensor.ndim != 2 or tensor.shape[0] != self.config.get("num_virtual_tokens"):
+            raise InputError(f"its tensor has shape {list(tensor.shape)}", where=str(folder), mend="rebuild it")
+        return tensor.float()
+
+    @property
+    def tokens(self) -> int | None:
+        """Slots; for text, the tokens that the leaderboard gives."""
+        if self.kind == "text":
+            row = self.run.row(self.name) if self.run else None
+            return row["tokens"] if row else None
+        return self.tensor.shape[0]
+
+    @cached_property
+    def base(self) -> Base:
+        """The base in fp32 on the CPU, loaded when an exporter asks for it."""
+        return load_base(ModelConfig(base=self.base_name, dtype="float32", device="cpu"))
+
+    @cached_property
+    def states(self) -> Tensor:
+        """Keys and values [T, L, 2, H, d] that a learned context puts in front of bodies, at positions 0 … T − 1.
+
+        A soft prompt is prefilled, and a moved context moved back: both load the base.
+        """
+        first = int(((self.record or {}).get("positions") or {}).get("first", 0))
+        if self.kind == "soft" or first:
+            from kvopt.contexts.folder import load_context
+            from kvopt.contexts.moving import states_of
+
+            return states_of(load_context(self._folder(), self.base), self.base)
+        layers, heads, width = (self.config.get(k) for k in ("num_layers", "num_attention_heads", "token_dim"))
+        tensor = self.tensor
+        if not (layers and heads and width) or width % heads or tensor.shape[1] != 2 * layers * width:
+            raise InputError(
+                "adapter_config.json does not say how its tensor divides into layers and heads", where=str(self.folder)
+            )
+        return rearrange(tensor, "t (l two h d) -> t l two h d", l=layers, two=2, h=heads)
+
+    @property
+    def template_tokens(self) -> int | None:
+        """Tokens of the original template that the context stands for, None where nothing says it."""
+        known = (self.record or {}).get("template_tokens") or (
+            self.run.board.get("template_tokens") if self.run else None
+        )
+        return int(known) if known else None
+
+    @cached_property
+    def metrics(self) -> dict[str, Any] | None:
+        """How good it is: ``{"split", "kl_forward", …}`` of the leaderboard, else of its own record, else None."""
+        row = self.run.row(self.name) if self.run else None
+        if row:
+            return {"split": self.run.board.get("split", "validation"), **_numbers(row)} if self.run else None
+        return recorded_metrics(self.record)
+
+    def body_example(self) -> str | None:
+        """The prompt's text behind the context, slots left as ``{{name}}``; None where the template is not known."""
+        if self.run is None or self.kind == "text":
+            return None
+        template = self.run.template
+        template = template.without_trailing_static() if self.run.scope == "all" else template
+        try:
+            tokenizer, _ = load_tokenizer(ModelConfig(base=self.base_name))
+            values = {name: "{{" + name + "}}" for name in template.slots}
+            rendered = Renderer(tokenizer, self.run.chat_kwargs).render(template, values)
+        except InputError:  # a card can do without an example
+            return None
+        return rendered.text[rendered.first_slot :]
+
+    def _folder(self) -> Path:
+        if self.folder is None:
+            raise ValueError(f"{self.name} is a text context and has no folder")
+        return self.folder
+
+
+def recorded_metrics(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What ``kvopt.json`` says of a context's quality: its scores, else the best point of its learning curve."""
+    record = record or {}
+    for split, numbers in (record.get("scores") or {}).items():
+        return {"split": split, **_numbers(numbers)}
+    history = record.get("history") or []
+    if not history:
+        return None
+    best = min(history, key=lambda point: point["held_out_kl"])
+    return {"split": "selection", "kl_forward": {"mean": best["held_out_kl"], "ci95": None}, "step": best["step"]}
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = ("kl_forward", "gold_nll", "top1_agreement", "examples", "gold_tokens")
+    return {name: row[name] for name in wanted if name in row}
+
+
+def open_source(spec: str, *, base: str | None = None) -> Source:
+    """The context that a command names: a folder, ``RUN/contexts/NAME``, or ``RUN#NAME`` (a learned context, a
+    mutation, or ``original``).
+
+    Args:
+        spec: as above.
+        base: the model to use instead of the one that the context names.
+
+    Raises:
+        InputError: nothing of that name, or a folder that is no context.
+    """
+    path = Path(spec)
+    if "#" in spec and not path.exists():
+        folder, _, name = spec.rpartition("#")
+        return _of_run(Path(folder), name, base)
+    if not path.exists():
+        raise InputError("no such context", where=spec, mend="give a context's folder, or RUN#NAME")
+    if (path / "manifest.json").is_file() and not (path / "adapter_config.json").is_file():
+        raise InputError("is a run directory", where=spec, mend=f"name one of its contexts: {spec}#NAME")
+    return _learned(path, None, base)
+
+
+def _learned(folder: Path, run: RunFacts | None, base: str | None) -> Source:
+    config, record = adapter_config(folder), read_record(folder)
+    parent = folder.resolve().parent
+    if run is None and parent.name == "contexts" and (parent.parent / "manifest.json").is_file():
+        with suppress(InputError):  # the context stands without its run
+            run = read_run(parent.parent)
+    name = (record or {}).get("name") or folder.resolve().name
+    stored = ((record or {}).get("base") or {}).get("name") or config.get("base_model_name_or_path")
+    chosen = base or stored
+    if not chosen:
+        raise InputError("does not name its base", where=str(folder), mend="give it with --base")
+    return Source(name, kind_of(config), chosen, folder=folder, config=config, record=record, run=run)
+
+
+def _of_run(folder: Path, name: str, base: str | None) -> Source:
+    run = read_run(folder)
+    learned = folder / "contexts" / name
+    if learned.is_dir() and name:
+        return _learned(learned, run, base)
+    if name == "original":
+        return Source(name, "text", base or run.base, template=run.template, run=run)
+    journal = folder / "mutations.jsonl"
+    mutations = [m for m in read_mutations(journal) if m.accepted] if journal.is_file() else []
+    for mutation in mutations:
+        if mutation.name == name and mutation.template is not None:
+            return Source(name, "text", base or run.base, template=mutation.template, run=run)
+    names = sorted(p.name for p in (folder / "contexts").glob("*") if p.is_dir() and not p.name.startswith("."))
+    names += [str(m.name) for m in mutations]
+    shown = ", ".join(["original", *names][:12]) + (", …" if len(names) > 11 else "")
+    raise InputError(f"no context {name!r}", where=str(folder), mend=f"there are {shown}")
+
+
+def read_run(folder: Path) -> RunFacts:
+    """Template, base and leaderboard of a run directory. Raises InputError for a folder that is none."""
+    from kvopt.config import load_config
+
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise InputError("is not a run directory", where=str(folder), mend="it has no config.yaml")
+    config, base_dir = load_config(path)
+    board: dict[str, Any] = {}
+    if (folder / "leaderboard.json").is_file():
+        try:
+            board = json.loads((folder / "leaderboard.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            board = {}
+    template = config.template.build(base_dir)
+    return RunFacts(folder, template, config.model.base, config.template.chat_kwargs, config.template.scope, board)
+
+
+def fp32(tensor: Tensor) -> Tensor:
+    """A contiguous fp32 copy on the CPU, as files hold it."""
+    return tensor.detach().to("cpu", torch.float32).contiguous()
