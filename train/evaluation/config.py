@@ -174,7 +174,7 @@ class FrozenConfig(_Section):
 
     instructions: tuple[str, ...] = Field(FROZEN_INSTRUCTIONS, min_length=1)
     rows: int = Field(16, ge=1, description="validation rows for each instruction")
-    max_new_tokens: int = Field(48, ge=1)
+    max_new_tokens: int | None = Field(None, ge=1, description="default: as under the other contexts")
 
 
 class EvaluateConfig(_Section):

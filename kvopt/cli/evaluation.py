@@ -1,0 +1,57 @@
+"""Commands that measure models: evaluate, study."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvopt.cli.common import WIDTH_OF_FILES, ConfigPath, Json, Out, Sets, open_run, print_json
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def evaluate(
+    config: ConfigPath,
+    student: Annotated[
+        list[str] | None,
+        typer.Option("--student", metavar="NAME", help="A trained student, or base; may be repeated. Default: all."),
+    ] = None,
+    context: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--context",
+            metavar="SPEC",
+            help="Only under this context: one of the config's, a group (held-out, templates, learned), or as in "
+            "kvopt score; may be repeated.",
+        ),
+    ] = None,
+    sets: Sets = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the base and the trained students on the validation rows: answers, likelihoods, forgetting. Run it again
+    to go on after an interruption.
+    """
+    run = open_run(config, sets, out)
+    from kvopt.train.evaluation.evaluate import evaluate_all
+    from kvopt.train.evaluation.tables import tables
+
+    with run.opened():
+        documents = evaluate_all(run, student or (), context or ())
+    if as_json:
+        print_json({"students": documents})
+        return
+    show(tables(documents))
+    print(f"run directory: {run.directory.path}")
+
+
+def show(views: list[Any]) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
+    for view in views:
+        renderable: RenderableType = view
+        console.print(renderable)

@@ -1,0 +1,137 @@
+"""What answers are given under: every context of an evaluation, in groups.
+
+original, held-out (accepted mutations that no student is trained on), templates (written by hand), none, learned (soft
+and KV contexts), other (named on the command line).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from kvopt.contexts import Context, TextContext
+from kvopt.contexts.initial import split_spec
+from kvopt.errors import InputError
+from kvopt.run import Run
+from kvopt.train.config import StudentConfig
+from kvopt.train.evaluation.config import EvaluateConfig
+from kvopt.train.evaluation.templates import read_templates
+from kvopt.train.pool import WITH_COUNT, resolve
+
+GROUPS = ("original", "held-out", "templates", "none", "learned", "other")
+WORDINGS = ("original", "held-out", "templates")
+"""The groups whose contexts state the task in words: together they are the group "wordings"."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A context that answers are given under."""
+
+    group: str
+    context: Context
+
+    @property
+    def name(self) -> str:
+        return self.context.name
+
+    @property
+    def is_text(self) -> bool:
+        return isinstance(self.context, TextContext)
+
+
+def conditions(run: Run, settings: EvaluateConfig, students: Sequence[StudentConfig]) -> list[Condition]:
+    """Every context of the ``evaluate`` section.
+
+    Args:
+        students: all that the config trains; mutations that any of them is trained on are not held out.
+
+    Raises:
+        InputError: templates that cannot be used, names that are taken twice, learned contexts that do not exist.
+    """
+    found = [Condition("original", run.original)]
+    found += [Condition("held-out", context) for context in held_out_mutations(run, settings, students)]
+    found += [Condition("templates", context) for context in template_contexts(run, settings)]
+    found.append(Condition("none", run.none))
+    found += [Condition("learned", context) for context in _learned(run, settings)]
+    _check_names(found)
+    return found
+
+
+def named_conditions(run: Run, specs: Sequence[str], every: Sequence[Condition]) -> list[Condition]:
+    """The conditions that ``--context`` names: one of the config's, a whole group, or any other context."""
+    found: list[Condition] = []
+    for spec in specs:
+        known = [condition for condition in every if spec in (condition.name, condition.group)]
+        found += known or [Condition("other", context) for context in run.named_context(spec)]
+    unique = {condition.name: condition for condition in found}
+    return list(unique.values())
+
+
+def template_contexts(run: Run, settings: EvaluateConfig) -> list[TextContext]:
+    """The templates written by hand."""
+    if settings.templates is None:
+        return []
+    templates = read_templates(run.base_dir / settings.templates, run.template)
+    return [run.text_context(name, template) for name, template in templates.items()]
+
+
+def held_out_mutations(run: Run, settings: EvaluateConfig, students: Sequence[StudentConfig]) -> list[TextContext]:
+    """``held_out_mutations`` accepted mutations, drawn with the config's seed from those that no student is trained
+    on, and that no learned context starts from; fewer, with a warning, when there are not enough.
+    """
+    if settings.held_out_mutations == 0:
+        return []
+    if run.config.mutations.count == 0:
+        run.say("warning: no held-out mutations, because mutations.count is 0")
+        return []
+    used = mutations_in_use(run, students)
+    free = [context for context in run.mutation_contexts if context.name not in used]
+    chosen = Random(f"held-out:{run.config.seed}").sample(free, min(settings.held_out_mutations, len(free)))
+    if len(chosen) < settings.held_out_mutations:
+        run.say(
+            f"warning: {len(chosen)} mutations are held out, not {settings.held_out_mutations}: of"
+            f" {len(run.mutation_contexts)} accepted ones {len(used)} are trained on; raise mutations.count"
+        )
+    return sorted(chosen, key=lambda context: context.name)
+
+
+def mutations_in_use(run: Run, students: Sequence[StudentConfig]) -> set[str]:
+    """Names of the mutations that students are trained on, directly or by a learned context that starts from one."""
+    used: set[str] = set()
+    for student in students:
+        taken: set[str] = set()
+        seed = run.config.seed if student.seed is None else student.seed
+        for choice in student.contexts:
+            kind = choice.context.partition(":")[0]
+            if kind in WITH_COUNT:
+                found = resolve(run, choice, seed, taken, f"students.{student.name}.contexts")
+                taken |= {context.name for context in found}
+            else:
+                taken.add(choice.context)
+        used |= taken
+    for context in run.config.contexts:
+        kind, argument = split_spec(context.init, context.name)
+        if kind == "best-mutation" and run.ranked_mutations:
+            used.add(run.ranked_mutations[0][0].name)
+        elif kind == "mutation":
+            used.add(argument)
+    return used & {context.name for context in run.mutation_contexts}
+
+
+def _learned(run: Run, settings: EvaluateConfig) -> list[Context]:
+    names = [context.name for context in run.config.contexts]
+    wanted = names if settings.contexts is None else settings.contexts
+    for name in wanted:
+        if name not in names:
+            mend = "known: " + (", ".join(names) or "none")
+            raise InputError(f"no learned context {name!r}", where="evaluate.contexts", mend=mend)
+    return list(run.learned(wanted)) if wanted else []
+
+
+def _check_names(found: Sequence[Condition]) -> None:
+    names = [condition.name for condition in found]
+    for name in names:
+        if names.count(name) > 1:
+            mend = "name the template otherwise"
+            raise InputError(f"two contexts are named {name!r}", where="evaluate.templates", mend=mend)

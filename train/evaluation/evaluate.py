@@ -1,0 +1,277 @@
+"""Evaluating the base and students: the stages, what each stores, and the document that comes of it.
+
+For each model and context a file ``students/NAME/evaluation/CONTEXT.jsonl`` holds the answer and the gold likelihood of
+every row, with the key of everything these depend on; what is there is not computed again. ``evaluation.json`` above it
+is made from those files:
+
+``format_version``; ``name``; ``base``; ``dtype``; ``student`` (what the student's folder says of itself, None for the
+base); ``rows`` (``answered``, ``scored``); ``headlines`` (one quantity for each metric); ``quantities`` (those of the
+metrics, then ``answer_cut``, the share of answers that were cut, and per gold token ``gold_nll``, ``kl_from_base``,
+KL[base under the original template ‖ model under this context], and ``top1_agreement``); ``contexts`` (``name``,
+``group``, ``kind``, ``tokens``, ``answers``, ``quantities``: ``{mean, ci95}``); ``groups`` (``group``, ``contexts``,
+``quantities``: ``{mean, ci95, min, max, std, spread, spread_ci95}`` over the contexts, ``consistency``); ``no_context``
+and ``frozen_prompt`` (``same_as_original``, ``valid_json``, ``looks_like_task``); ``forgetting`` (``kl_from_base``,
+``gold_nll``, ``base_gold_nll``, ``gold_nll_change``, ``top1_agreement`` on the probes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from kvopt.contexts import TextContext
+from kvopt.encoding import Row
+from kvopt.files import sha256_json, write_json
+from kvopt.generate import answer_text, generate
+from kvopt.progress import advance
+from kvopt.run import Run
+from kvopt.train.config import StudentConfig
+from kvopt.train.evaluation.conditions import Condition, conditions, named_conditions
+from kvopt.train.evaluation.document import build_document
+from kvopt.train.evaluation.frozen import frozen_answers, frozen_template
+from kvopt.train.evaluation.likelihood import likelihoods
+from kvopt.train.evaluation.metrics import Item, Metric, Verdict, build_metrics
+from kvopt.train.evaluation.models import BASE, Subject, subject, subjects
+from kvopt.train.evaluation.probes import Probes, load_probes
+from kvopt.train.evaluation.rows import file_name, stored_rows, write_rows
+
+VERSION = 1
+"""Raise it when the same inputs give other answers or likelihoods."""
+UNANSWERED = "failed:"
+"""How the note of an answer begins that an endpoint never judged."""
+
+
+@dataclass
+class Evaluation:
+    """What is measured, and of whom; one for all models of a command, so that contexts and metrics are made once.
+
+    Args:
+        run: opened.
+        students: all that the config trains (their mutations are not held out).
+        chosen: these conditions instead of those of the config; nothing but answers and likelihoods then.
+    """
+
+    run: Run
+    students: Sequence[StudentConfig]
+    chosen: Sequence[Condition] | None = None
+
+    def __post_init__(self) -> None:
+        self.settings = self.run.config.evaluate
+        self.metrics: list[Metric] = build_metrics(self.settings.metrics, self.run.base_dir)
+        validation = self.run.dataset.validation
+        self.answered = validation[: self.settings.rows]
+        self.scored = validation
+
+    @cached_property
+    def conditions(self) -> list[Condition]:
+        """Every context, in groups. The first look at them makes mutations and learned contexts that are missing."""
+        return list(self.chosen) if self.chosen is not None else conditions(self.run, self.settings, self.students)
+
+    @cached_property
+    def probes(self) -> Probes | None:
+        if self.settings.probes is None or self.chosen is not None:
+            return None
+        return load_probes(self.run, self.settings.probes, self.settings.batch_size)
+
+    # ---- one model
+
+    def evaluate(self, model: Subject) -> dict[str, Any]:
+        """All stages for one model; returns the document, which is written unless conditions were chosen."""
+        self.run.say(f"evaluating {model.name} under {len(self.conditions)} contexts")
+        work = len(self.conditions) * (len(self.answered) + len(self.scored))
+        with self.run.progress.bar(model.name, work) as bar:
+            rows = {condition.name: self.answers(model, condition, bar) for condition in self.conditions}
+        verdicts = {name: self._verdicts(model, name, found) for name, found in rows.items()}
+        whole = self.chosen is None
+        document = build_document(
+            self,
+            model,
+            rows,
+            verdicts,
+            frozen=self.frozen(model) if whole and self.settings.frozen else None,
+            probes=self.probed(model) if self.probes else None,
+            base_probes=self.probed(subject(self.run, BASE)) if self.probes else None,
+        )
+        if whole:
+            write_json(model.folder / "evaluation.json", document)
+        return document
+
+    def answers(self, model: Subject, condition: Condition, bar: tqdm) -> list[dict[str, Any]]:
+        """Answer (of the first ``rows`` rows) and gold likelihood of every validation row under one context."""
+        rows = self._rows_under(condition)
+        stream = [(row.example_id, row.body, row.gold) for row in rows]
+        limits = [len(self.answered), self.settings.max_new_tokens]
+        key = self._key(model, [condition.context.sha256(), stream, limits])
+        path = self._path(model, f"{file_name(condition.name)}.jsonl")
+        if (stored := stored_rows(path, key, len(rows))) is not None:
+            bar.update(len(self.answered) + len(rows))
+            return stored
+        limit = self.settings.max_new_tokens
+        with self.run.directory.ledger(f"evaluate/{model.name}/{condition.name}") as entry:
+            prefix = condition.context.prefix(model.model)
+            batch_size = self.settings.batch_size
+            scores = likelihoods(
+                model.model, self.run.base, prefix, rows, self.run.reference, batch_size=batch_size,
+                progress=advance(bar),
+            )  # fmt: skip
+            bodies = [row.body for row in rows[: len(self.answered)]]
+            ids = generate(
+                model.model, prefix, bodies, max_new_tokens=limit, stop=self.run.answer_ends, batch_size=batch_size,
+                progress=advance(bar),
+            )  # fmt: skip
+            tokens = condition.context.tokens + sum(map(len, rows)) + sum(map(len, bodies))
+            entry |= {"tokens_in": tokens, "tokens_out": sum(map(len, ids))}
+        texts = [answer_text(model.model, one) for one in ids]
+        found = []
+        for i, (example, score) in enumerate(zip(self.scored, scores, strict=True)):
+            row: dict[str, Any] = {"example_id": example.id, "gold": example.output}
+            if i < len(ids):
+                row |= {"answer": texts[i], "answer_tokens": len(ids[i]), "cut": len(ids[i]) >= limit}
+            found.append(row | asdict(score))
+        return write_rows(path, key, found)
+
+    def _rows_under(self, condition: Condition) -> tuple[Row, ...]:
+        """The validation rows as they stand behind a context."""
+        if isinstance(condition.context, TextContext):
+            return condition.context.bodies(self.run.rows("validation")).rows
+        return self.run.behind("validation").rows
+
+    # ---- metrics
+
+    def _verdicts(self, model: Subject, condition: str, rows: list[dict[str, Any]]) -> dict[str, list[Verdict]]:
+        """What each metric says about the answers under one context."""
+        items = [
+            Item(row["example_id"], example.values, row["gold"], row["answer"])
+            for row, example in zip(rows, self.answered, strict=False)
+        ]
+        found = {}
+        for metric, settings in zip(self.metrics, self.settings.metrics, strict=True):
+            if metric.remote:
+                key = sha256_json([rows[0]["key"], settings.model_dump(mode="json"), len(items)])[:16]
+                path = self._path(model, f"{file_name(condition)}.{file_name(metric.name)}.jsonl")
+                found[metric.name] = self._remote_verdicts(metric, items, path, key)
+            else:
+                found[metric.name] = metric.verdicts(items)
+        return found
+
+    def _remote_verdicts(self, metric: Metric, items: list[Item], path: Path, key: str) -> list[Verdict]:
+        """Stored verdicts; answers that the endpoint never judged are sent again."""
+        stored = stored_rows(path, key, len(items)) or []
+        verdicts = {
+            i: Verdict({q: (r[0], r[1]) for q, r in row["ratios"].items()}, row["note"]) for i, row in enumerate(stored)
+        }
+        open_ = [i for i in range(len(items)) if i not in verdicts or _unanswered(verdicts[i])]
+        if open_:
+            with self.run.progress.bar(metric.name, len(open_)) as bar:
+                for i, verdict in zip(open_, metric.verdicts([items[i] for i in open_], advance(bar)), strict=True):
+                    verdicts[i] = verdict
+        found = [verdicts[i] for i in range(len(items))]
+        if open_:
+            rows = [
+                {"example_id": item.example_id, "ratios": {q: list(r) for q, r in v.ratios.items()}, "note": v.note}
+                for item, v in zip(items, found, strict=True)
+            ]
+            write_rows(path, key, rows)
+        if failed := sum(map(_unanswered, found)):
+            self.run.say(f"warning: {metric.name} could not judge {failed} of {len(found)} answers ({path.stem})")
+        return found
+
+    # ---- probes
+
+    def frozen(self, model: Subject) -> list[list[str]]:
+        """Answers under each instruction that asks for something else, [instruction][row]."""
+        settings = self.settings.frozen
+        assert settings is not None
+        examples = self.answered[: settings.rows]
+        limit = settings.max_new_tokens or self.settings.max_new_tokens
+        templates = [frozen_template(self.run.template, instruction) for instruction in settings.instructions]
+        asked = [[template.to_json() for template in templates], [(e.id, e.values) for e in examples], limit]
+        key, path = self._key(model, ["frozen", asked]), self._path(model, "frozen-prompt.jsonl")
+        stored = stored_rows(path, key, len(templates) * len(examples))
+        if stored is None:
+            with (
+                self.run.directory.ledger(f"evaluate/{model.name}/frozen-prompt"),
+                self.run.progress.bar("frozen prompts", len(templates) * len(examples)) as bar,
+            ):
+                answers = [
+                    frozen_answers(
+                        model.model, self.run.encoder, template, examples, max_new_tokens=limit,
+                        stop=self.run.answer_ends, batch_size=self.settings.batch_size, progress=advance(bar),
+                    )
+                    for template in templates
+                ]  # fmt: skip
+            stored = write_rows(
+                path,
+                key,
+                [
+                    {"instruction": instruction, "example_id": example.id, "answer": answer}
+                    for instruction, found in zip(settings.instructions, answers, strict=True)
+                    for example, answer in zip(examples, found, strict=True)
+                ],
+            )
+        flat = [row["answer"] for row in stored]
+        return [flat[start : start + len(examples)] for start in range(0, len(flat), len(examples))]
+
+    def probed(self, model: Subject) -> list[dict[str, Any]]:
+        """Gold likelihood of every probe row."""
+        assert self.probes is not None
+        rows = self.probes.encoded.rows
+        key, path = self._key(model, ["probes", self.probes.sha256()]), self._path(model, "probes.jsonl")
+        if (stored := stored_rows(path, key, len(rows))) is not None:
+            return stored
+        reference = self.probes.reference
+        with (
+            self.run.directory.ledger(f"evaluate/{model.name}/probes", tokens_in=sum(map(len, rows))),
+            self.run.progress.bar("probes", len(rows)) as bar,
+        ):
+            found = likelihoods(
+                model.model,
+                self.run.base,
+                self.probes.prefix(model.model),
+                rows,
+                reference,
+                batch_size=self.settings.batch_size,
+                progress=advance(bar),
+            )
+        entries = [{"example_id": row.example_id, **asdict(one)} for row, one in zip(rows, found, strict=True)]
+        return write_rows(path, key, entries)
+
+    # ---- keys and places
+
+    def _key(self, model: Subject, parts: list[Any]) -> str:
+        """Identity of everything that a stage's rows depend on."""
+        run = self.run
+        shared = [
+            VERSION,
+            model.identity,
+            str(run.base.dtype),
+            run.base.device.type,
+            run.reference.key,
+            sorted(run.answer_ends),
+            self.settings.batch_size,
+        ]
+        return sha256_json([shared, parts])[:16]
+
+    @staticmethod
+    def _path(model: Subject, name: str) -> Path:
+        return model.folder / "evaluation" / name
+
+
+def _unanswered(verdict: Verdict) -> bool:
+    return str(verdict.note).startswith(UNANSWERED)
+
+
+def evaluate_all(run: Run, names: Sequence[str] = (), specs: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """``kvopt evaluate``: the documents of these models (default: the base and every trained student), under these
+    contexts (default: those of the config).
+    """
+    models = subjects(run, names)
+    evaluation = Evaluation(run, run.config.students)
+    if specs:
+        evaluation = Evaluation(run, run.config.students, named_conditions(run, specs, evaluation.conditions))
+    return [evaluation.evaluate(model) for model in models]

@@ -1,0 +1,138 @@
+"""Means over examples, statistics over contexts, and bootstrap intervals of both.
+
+Every quantity is a ratio of sums over examples: under context c, Σ_i numerator[c, i] / Σ_i denominator[c, i]. A group
+of contexts has the mean, lowest and highest, standard deviation (over the contexts at hand, divisor n) and spread
+(highest − lowest) of these values. Intervals are 95 % percentile bootstraps over examples (scipy): one draw takes the
+same examples under every context, so that a group's interval is that of a paired comparison.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from scipy.stats import bootstrap
+
+from kvopt.train.evaluation.metrics.base import Ratio
+from kvopt.train.evaluation.metrics.json_answers import same_value
+
+Ratios = Mapping[str, Sequence[Mapping[str, Ratio]]]
+"""Context name → the ratios by quantity of each example, the same examples in the same order everywhere."""
+
+
+def summarize(
+    ratios: Ratios, groups: Mapping[str, Sequence[str]], *, seed: int, resamples: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """(quantities by context, quantities by group).
+
+    A context's quantity is ``{"mean", "ci95"}``, a group's ``{"mean", "ci95", "min", "max", "std", "spread",
+    "spread_ci95"}``. Values that do not exist (0 / 0, or an interval of one example) are None.
+    """
+    names = list(ratios)
+    quantities = list(dict.fromkeys(q for name in names for row in ratios[name] for q in row))
+    pairs = np.array(
+        [[[row.get(q, (0.0, 0.0)) for row in ratios[name]] for q in quantities] for name in names], dtype=np.float64
+    )  # [contexts, quantities, examples, 2]
+    members = {group: [names.index(name) for name in chosen] for group, chosen in groups.items()}
+
+    def statistic(counts: np.ndarray) -> np.ndarray:
+        """[outputs, draws] for counts [draws, examples] of how often each example was drawn."""
+        sums = np.einsum("cqik,ri->kcqr", pairs, counts)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            values = np.where(sums[1] == 0, np.nan, sums[0] / sums[1])  # [contexts, quantities, draws]
+        spreads = [values[m].max(0) - values[m].min(0) for m in members.values()]
+        return np.concatenate([*values, *(values[m].mean(0) for m in members.values()), *spreads])
+
+    low, high = _interval(statistic, pairs.shape[2], seed, resamples)
+    sums = pairs.sum(2)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = np.where(sums[..., 1] == 0, np.nan, sums[..., 0] / sums[..., 1])  # [contexts, quantities]
+    shape = (-1, len(quantities))
+    low, high = low.reshape(shape), high.reshape(shape)
+    by_context = {
+        name: {
+            q: {"mean": _number(values[c, i]), "ci95": _pair(low[c, i], high[c, i])} for i, q in enumerate(quantities)
+        }
+        for c, name in enumerate(names)
+    }
+    by_group = {}
+    for g, (group, chosen) in enumerate(members.items()):
+        mean_row, spread_row = len(names) + g, len(names) + len(members) + g
+        by_group[group] = {
+            q: _of_group(values[chosen, i])
+            | {
+                "ci95": _pair(low[mean_row, i], high[mean_row, i]),
+                "spread_ci95": _pair(low[spread_row, i], high[spread_row, i]),
+            }
+            for i, q in enumerate(quantities)
+        }
+    return by_context, by_group
+
+
+def ratio_of(rows: Sequence[Ratio], *, seed: int, resamples: int) -> dict[str, Any]:
+    """``{"mean", "ci95"}`` of one quantity."""
+    by_context, _ = summarize({"": [{"": row} for row in rows]}, {}, seed=seed, resamples=resamples)
+    return by_context[""][""]
+
+
+def agreement(answers: Sequence[Sequence[str]]) -> list[Ratio]:
+    """For each example: pairs of contexts whose answers agree, and pairs of contexts; ``answers[c][i]`` is context c's
+    answer to example i. Answers agree when they are the same text (space around it apart) or the same JSON value.
+    """
+    pairs = list(combinations(range(len(answers)), 2))
+    return [
+        (float(sum(same_value(answers[a][i], answers[b][i]) for a, b in pairs)), float(len(pairs)))
+        for i in range(len(answers[0]))
+    ]
+
+
+def _interval(
+    statistic: Callable[[np.ndarray], np.ndarray], examples: int, seed: int, resamples: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Percentiles 2.5 and 97.5 of each output of the statistic; NaN where there are none."""
+    if examples < 2:
+        nothing = np.full(len(statistic(np.ones((1, examples)))), np.nan)
+        return nothing, nothing
+
+    def of_positions(positions: np.ndarray, axis: int = -1) -> np.ndarray:
+        drawn = positions.reshape(-1, examples).astype(np.int64)
+        counts = np.stack([np.bincount(row, minlength=examples) for row in drawn]).astype(np.float64)
+        found = statistic(counts)
+        return found.reshape(len(found), *positions.shape[:-1])
+
+    with warnings.catch_warnings():  # draws in which a quantity does not exist give NaN, which is what we report
+        warnings.simplefilter("ignore")
+        result = bootstrap(
+            (np.arange(examples),),
+            of_positions,
+            vectorized=True,
+            method="percentile",
+            n_resamples=resamples,
+            batch=500,
+            rng=np.random.default_rng(seed),
+        )
+    return np.asarray(result.confidence_interval.low), np.asarray(result.confidence_interval.high)
+
+
+def _of_group(values: np.ndarray) -> dict[str, Any]:
+    known = values[~np.isnan(values)]
+    if len(known) < len(values) or not len(values):
+        return dict.fromkeys(("mean", "min", "max", "std", "spread"))
+    return {
+        "mean": float(values.mean()),
+        "min": float(values.min()),
+        "max": float(values.max()),
+        "std": float(values.std()),
+        "spread": float(values.max() - values.min()),
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _pair(low: float, high: float) -> list[float] | None:
+    return None if np.isnan(low) or np.isnan(high) else [float(low), float(high)]

@@ -1,0 +1,90 @@
+"""Evaluations as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+
+def tables(documents: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Answers by group of contexts, then what was forgotten."""
+    found = [answers_table(documents)]
+    if any(document["forgetting"] or document["frozen_prompt"] or document["no_context"] for document in documents):
+        found.append(forgetting_table(documents))
+    return found
+
+
+def answers_table(documents: Sequence[Mapping[str, Any]]) -> Table:
+    """One line for each model and group."""
+    headlines = documents[0]["headlines"]
+    rows = documents[0]["rows"]
+    view = _table(
+        f"answers to {rows['answered']} validation rows, likelihoods of {rows['scored']}",
+        "means over the group's contexts; ± half of the 95 % interval over examples; spread: highest − lowest context",
+    )
+    view.add_column("model", overflow="fold", min_width=6)
+    view.add_column("under", no_wrap=True)
+    for heading in ("n", *(part for headline in headlines for part in (headline, "spread"))):
+        view.add_column(heading, justify="right", overflow="fold")
+    for heading in ("agree", "gold NLL", "KL"):
+        view.add_column(heading, justify="right", no_wrap=True)
+    for document in documents:
+        for group in document["groups"]:
+            quantities = group["quantities"]
+            cells = [document["name"], group["group"], str(len(group["contexts"]))]
+            for headline in headlines:
+                cells += [with_interval(quantities[headline]), _plain(quantities[headline]["spread"], 3)]
+            consistency = group["consistency"]
+            cells += [_plain(consistency["mean"], 2) if consistency else "–"]
+            cells += [_plain(quantities[q]["mean"], 3) for q in ("gold_nll", "kl_from_base")]
+            view.add_row(*cells, end_section=group is document["groups"][-1])
+    return view
+
+
+def forgetting_table(documents: Sequence[Mapping[str, Any]]) -> Table:
+    """One line for each model: probes, frozen prompts, no context."""
+    view = _table("forgetting", "probe prompts: nats per gold token; shares of answers that still look like the task's")
+    view.add_column("model", overflow="fold", min_width=6)
+    for heading in ("probe KL(base ‖ model)", "probe NLL", "change", "task KL", "frozen prompt", "no context"):
+        view.add_column(heading, justify="right", overflow="fold")
+    for document in documents:
+        forgetting, frozen, bare = document["forgetting"], document["frozen_prompt"], document["no_context"]
+        original = next((c for c in document["contexts"] if c["group"] == "original"), None)
+        view.add_row(
+            document["name"],
+            with_interval(forgetting["kl_from_base"], 4) if forgetting else "–",
+            _plain(forgetting["gold_nll"]["mean"], 3) if forgetting else "–",
+            with_interval(forgetting["gold_nll_change"]) if forgetting else "–",
+            with_interval(original["quantities"]["kl_from_base"]) if original else "–",
+            _plain(frozen["looks_like_task"]["mean"], 2) if frozen else "–",
+            _plain(bare["looks_like_task"]["mean"], 2) if bare else "–",
+        )
+    return view
+
+
+def _table(title: str, caption: str) -> Table:
+    return Table(
+        title=title,
+        caption=caption,
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+        collapse_padding=True,
+        title_justify="left",
+        caption_justify="left",
+    )
+
+
+def with_interval(value: Mapping[str, Any], digits: int = 3) -> str:
+    """``0.461±0.042``; a dash for what does not exist."""
+    if value["mean"] is None:
+        return "–"
+    half = f"±{(value['ci95'][1] - value['ci95'][0]) / 2:.{digits}f}" if value["ci95"] else ""
+    return f"{value['mean']:.{digits}f}{half}"
+
+
+def _plain(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

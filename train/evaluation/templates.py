@@ -1,0 +1,67 @@
+"""Templates written by hand, several in one file: the wordings that a student never saw and no operator made.
+
+``.yaml``, ``.yml`` or ``.json``: a list of entries with a ``name`` and either ``messages`` or ``text``. Any other file:
+texts with a line ``---`` between them, named ``FILE-1``, ``FILE-2``, …. A text with slots is the whole prompt (one user
+message for a chat template); one without takes the place of the static text before the first slot.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kvopt.errors import InputError
+from kvopt.template import Template
+from kvopt.textfile import template_of
+from kvopt.train.evaluation.config import NAME
+
+BETWEEN = re.compile(r"^---[ \t]*\r?(?:\n|\Z)", re.MULTILINE)
+
+
+def read_templates(path: Path, original: Template) -> dict[str, Template]:
+    """The templates of a file by name, in its order. Raises InputError for the first that cannot be used."""
+    try:
+        source = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError("no such file", where=str(path), mend="paths are relative to the config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot be read as UTF-8 text: {error}", where=str(path)) from None
+    entries = _listed(source, path) if path.suffix.lower() in (".json", ".yaml", ".yml") else _divided(source, path)
+    if not entries:
+        raise InputError("holds no templates", where=str(path))
+    templates: dict[str, Template] = {}
+    for name, value in entries:
+        if name in templates:
+            raise InputError(f"two templates are named {name!r}", where=str(path))
+        templates[name] = template_of(value, original, where=f"{path}: {name}")
+    return templates
+
+
+def _divided(source: str, path: Path) -> list[tuple[str, Any]]:
+    texts = [text.strip("\n") for text in BETWEEN.split(source)]
+    stem = re.sub(r"[^A-Za-z0-9_-]", "-", path.stem)
+    return [(f"{stem}-{number}", text) for number, text in enumerate((t for t in texts if t.strip()), 1)]
+
+
+def _listed(source: str, path: Path) -> list[tuple[str, Any]]:
+    try:
+        value = yaml.safe_load(source)  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise InputError(f"not valid JSON or YAML: {error}".replace("\n", " "), where=str(path)) from None
+    if not isinstance(value, list):
+        raise InputError("is not a list of templates", where=str(path), mend="write - {name: …, text: …}")
+    return [_entry(item, f"{path}[{i}]") for i, item in enumerate(value)]
+
+
+def _entry(item: Any, where: str) -> tuple[str, Any]:
+    if not isinstance(item, dict) or not isinstance(item.get("name"), str) or not re.match(NAME, item["name"]):
+        mend = "letters, digits, - and _; an entry has name and text, or name and messages"
+        raise InputError("the entry has no usable name", where=where, mend=mend)
+    if unknown := sorted(item.keys() - {"name", "text", "messages"}):
+        raise InputError(f"unknown key {unknown[0]!r}", where=where, mend="known: name, text, messages")
+    if isinstance(item.get("text"), str) and "messages" not in item:
+        return item["name"], item["text"]
+    return item["name"], {key: item[key] for key in ("messages", "text") if key in item}
