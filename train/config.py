@@ -105,8 +105,35 @@ class ASFTConfig(_Section):
     )
 
 
+class TeacherConfig(_Section):
+    """Who scores the answers of on-policy distillation."""
+
+    context: str = Field(
+        "original",
+        min_length=1,
+        description="what it sees: original, none, text:FILE, a mutation's or "
+        "learned context's name, or a context folder",
+    )
+    base: str | None = Field(None, description="a larger model with the same tokenizer; default: the base itself")
+
+
+class OnPolicyConfig(_Section):
+    """Distillation on answers that the student draws itself (GKD); gold outputs are not used."""
+
+    kind: Literal["on-policy"]
+    divergence: Literal["reverse", "jsd"] = Field(
+        "reverse", description="KL(student ‖ teacher), or the generalised JSD"
+    )
+    beta: float = Field(0.5, gt=0, lt=1, description="of the JSD: β KL(teacher ‖ m) + (1 − β) KL(student ‖ m)")
+    temperature: float = Field(1.0, ge=0, description="of the student's drawing; 0 takes the most likely tokens")
+    max_new_tokens: int = Field(64, ge=1, description="an answer is cut here")
+    teacher: TeacherConfig = TeacherConfig()
+
+
 ScheduleConfig = Annotated[ExpandConfig | ResampleConfig | StateAdaptiveConfig, Field(discriminator="kind")]
-LossConfig = Annotated[CrossEntropyConfig | AnchoredKLConfig | DFTConfig | ASFTConfig, Field(discriminator="kind")]
+LossConfig = Annotated[
+    CrossEntropyConfig | AnchoredKLConfig | DFTConfig | ASFTConfig | OnPolicyConfig, Field(discriminator="kind")
+]
 
 
 class StudentConfig(_Section):
@@ -120,6 +147,9 @@ class StudentConfig(_Section):
     )
     half: bool = Field(
         False, description="half fine-tuning (method: full): every epoch freezes a random half of the matrices"
+    )
+    start: str | None = Field(
+        None, description="folder of a student of the same method to go on from; default: the base"
     )
     contexts: list[ContextChoice] = Field(min_length=1, description="what it is trained under")
     schedule: ScheduleConfig = Field(ExpandConfig(), description="which row meets which context when")
@@ -165,6 +195,8 @@ class StudentConfig(_Section):
             raise ValueError(f"give one of steps, epochs and tokens (given: {', '.join(given)})")
         if self.tokens is not None and self.schedule.kind == "state-adaptive":
             raise ValueError("state-adaptive cannot tell how many steps so many tokens are; give steps or epochs")
+        if self.tokens is not None and self.loss.kind == "on-policy":
+            raise ValueError("on-policy cannot tell how many steps so many tokens are; give steps or epochs")
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}")
         if self.half and self.method != "full":

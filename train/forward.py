@@ -44,10 +44,21 @@ class ContextLoss(nn.Module):
         self.model = student.model
         self.student, self.base = student, base
         self.pool, self.loss, self.reference = pool, loss, reference
+        self.counted = [0, 0]  # what a loss counts while it runs; kept in checkpoints
         self._prefixes: dict[tuple[str, int], Prefix] = {}
 
-    def forward(self, items: Sequence[Item]) -> Tensor:
-        """Sum of the loss over the gold tokens of ``items``, float32."""
+    def weight_of(self, row: int) -> int:
+        """What a row counts in the mean over a step: its gold tokens."""
+        return self.pool.gold_counts[row]
+
+    def spent(self, items: Sequence[Item]) -> tuple[int, int]:
+        """Tokens that training on these items put through the student, and tokens that the loss was computed on."""
+        return sum(self.pool.tokens(*item) for item in items), sum(self.pool.gold_counts[row] for row, _ in items)
+
+    def forward(self, items: Sequence[Item], position: int = 0) -> Tensor:
+        """Sum of the loss over the gold tokens of ``items``, float32. ``position`` is their place in the training
+        stream, for losses that draw at random.
+        """
         sums = [self.loss(self._gold(context, rows)).sum() for context, rows in self._groups(items)]
         return torch.stack(sums).sum()
 

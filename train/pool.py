@@ -124,26 +124,30 @@ def build_pool(run: Run, config: StudentConfig) -> Pool:
                 raise InputError(f"{context.name!r} stands twice", where=where, mend="give it once, with a weight")
             taken.add(context.name)
             chosen.append((context, choice.weight))
-    contexts = [_with_rows(run, context, weight) for context, weight in chosen]
+    contexts = [in_front_of_rows(run, context, weight) for context, weight in chosen]
     return _fitting(contexts, config, run.base.geometry.window)
 
 
 def check_choices(run: Run, config: StudentConfig) -> None:
     """Refuse, before any work, contexts that cannot be there. Raises InputError."""
-    where = f"students.{config.name}.contexts"
-    names = ["original", "none", *(context.name for context in run.config.contexts)]
     for choice in config.contexts:
-        kind, _, argument = choice.context.partition(":")
-        if kind in WITH_COUNT:
-            if not argument.isdecimal() or int(argument) < 1:
-                raise InputError(f"{choice.context!r} needs a number", where=where, mend=f"write {kind}:4")
-            if int(argument) > run.config.mutations.count:
-                what = f"{choice.context!r} wants more mutations than mutations.count ({run.config.mutations.count})"
-                raise InputError(what, where=where, mend="raise mutations.count")
-        elif kind == "text":
-            template_from_file(run.base_dir / argument, run.template)
-        elif choice.context not in names and not _is_mutation(run, choice.context):
-            _check_folder(run, choice.context, names, where)
+        check_choice(run, choice.context, f"students.{config.name}.contexts")
+
+
+def check_choice(run: Run, spec: str, where: str) -> None:
+    """As :func:`check_choices`, for one of them."""
+    names = ["original", "none", *(context.name for context in run.config.contexts)]
+    kind, _, argument = spec.partition(":")
+    if kind in WITH_COUNT:
+        if not argument.isdecimal() or int(argument) < 1:
+            raise InputError(f"{spec!r} needs a number", where=where, mend=f"write {kind}:4")
+        if int(argument) > run.config.mutations.count:
+            what = f"{spec!r} wants more mutations than mutations.count ({run.config.mutations.count})"
+            raise InputError(what, where=where, mend="raise mutations.count")
+    elif kind == "text":
+        template_from_file(run.base_dir / argument, run.template)
+    elif spec not in names and not _is_mutation(run, spec):
+        _check_folder(run, spec, names, where)
 
 
 def _check_folder(run: Run, spec: str, names: Sequence[str], where: str) -> None:
@@ -192,7 +196,8 @@ def _mutations(run: Run, kind: str, count: int, seed: int, taken: set[str], wher
     return candidates[:count]
 
 
-def _with_rows(run: Run, context: Context, weight: float) -> PoolContext:
+def in_front_of_rows(run: Run, context: Context, weight: float) -> PoolContext:
+    """A context with the training rows behind it."""
     if isinstance(context, TextContext):
         context = run.for_training(context)
         return PoolContext(context, weight, context.encoded)

@@ -15,14 +15,17 @@ from kvopt.files import sha256_json
 from kvopt.reference import Reference
 from kvopt.run import Run
 from kvopt.train.config import StudentConfig
+from kvopt.train.distill.teacher import Teacher, check_teacher, load_teacher
 from kvopt.train.launch import Launch
 from kvopt.train.losses import build_loss
-from kvopt.train.pool import Pool, build_pool, check_choices
-from kvopt.train.student import read_student_record, save_student
+from kvopt.train.pool import Pool, PoolContext, build_pool, check_choices
+from kvopt.train.student import read_student_record, save_student, weights_of
 from kvopt.train.trainer import Job, Trained, train_student
 
-UNRELATED = {"name", "contexts", "accumulation", "gradient_checkpointing", "checkpoint_every", "log_every", "report_to"}
-"""Settings that do not change what a student becomes, but for rounding (contexts count by their content)."""
+UNRELATED = {
+    "name", "contexts", "start", "accumulation", "gradient_checkpointing", "checkpoint_every", "log_every", "report_to"
+}  # fmt: skip
+"""Settings that do not change what a student becomes, but for rounding (contexts and start count by their content)."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class _Order:
     seed: int
     key: str
     reference: Reference | None
+    teacher: PoolContext | None = None
+    start: Path | None = None
 
 
 def train_students(run: Run, only: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -72,6 +77,9 @@ def chosen(run: Run, only: Sequence[str] = ()) -> list[StudentConfig]:
     configs = [student for student in run.config.students if not only or student.name in only]
     for config in configs:
         check_choices(run, config)
+        check_teacher(run, config)
+        if config.start is not None:
+            weights_of(run.base_dir / config.start)
     return configs
 
 
@@ -80,7 +88,10 @@ def _student(run: Run, config: StudentConfig, launch: Launch) -> dict[str, Any]:
     seed = run.config.seed if config.seed is None else config.seed
     pool = build_pool(run, config)
     reference = run.reference if build_loss(config.loss).anchor == "original" else None
-    key = student_key(run, config, pool, seed, reference)
+    teacher = load_teacher(run, config)
+    start = None if config.start is None else run.base_dir / config.start
+    more = [*(teacher.identity() if teacher else []), *([weights_of(start)] if start else [])]
+    key = student_key(run, config, pool, seed, reference, more)
     folder = run.directory / "students" / config.name
     record = read_student_record(folder) if folder.is_dir() else None
     if record is not None and record.get("key") == key:
@@ -88,9 +99,9 @@ def _student(run: Run, config: StudentConfig, launch: Launch) -> dict[str, Any]:
         return record
     stage = f"students/{config.name}"
     run.directory.begin(stage, key, stage, f".training/{config.name}")
-    order = launch.share(_Order(config, pool, seed, key, reference))
+    order = launch.share(_Order(config, pool, seed, key, reference, teacher.context if teacher else None, start))
     with run.directory.ledger(stage, processes=launch.processes) as entry:
-        trained = _train(run, order)
+        trained = _train(run, order, teacher)
         entry |= {"steps": trained.steps, "tokens_in": trained.tokens, "gold_tokens": trained.gold_tokens}
         entry |= {"resumed_from": trained.resumed} if trained.resumed else {}
         save_student(trained.student, folder, run.base, record_of(run, order, trained))
@@ -98,8 +109,8 @@ def _student(run: Run, config: StudentConfig, launch: Launch) -> dict[str, Any]:
     return read_student_record(folder) or {}
 
 
-def _train(run: Run, order: _Order) -> Trained:
-    job = _job(run, order)
+def _train(run: Run, order: _Order, teacher: Teacher | None) -> Trained:
+    job = _job(run, order, teacher)
     name, steps = order.config.name, job.plan.steps
     dropped = f", {order.pool.dropped} rows too long" if order.pool.dropped else ""
     contexts = ", ".join(item.name for item in order.pool.contexts)
@@ -114,18 +125,23 @@ def _train(run: Run, order: _Order) -> Trained:
         return train_student(job)
 
 
-def _job(run: Run, order: _Order) -> Job:
+def _job(run: Run, order: _Order, teacher: Teacher | None = None) -> Job:
     name = order.config.name
+    teacher = teacher or load_teacher(run, order.config, order.teacher)
     folder: Path = run.directory / ".training" / name
     logs: Path = run.directory / "logs" / name
-    return Job(run.base, order.config, order.pool, order.seed, order.key, folder, logs, order.reference)
+    job = Job(run.base, order.config, order.pool, order.seed, order.key, folder, logs, order.reference)
+    job.teacher, job.start = teacher, order.start
+    return job
 
 
-def student_key(run: Run, config: StudentConfig, pool: Pool, seed: int, reference: Reference | None) -> str:
-    """Identity of all that a student depends on: base, contexts, rows, settings, seed."""
+def student_key(
+    run: Run, config: StudentConfig, pool: Pool, seed: int, reference: Reference | None, more: Sequence[Any] = ()
+) -> str:
+    """Identity of all that a student depends on: base, contexts, rows, settings, seed, and ``more``: teacher, start."""
     settings = config.model_dump(mode="json", exclude=UNRELATED)
     anchor = reference.key if reference else None
-    return sha256_json([settings, pool.sha256(), run.base.identity, str(run.base.dtype), seed, anchor])
+    return sha256_json([settings, pool.sha256(), run.base.identity, str(run.base.dtype), seed, anchor, *more])
 
 
 def record_of(run: Run, order: _Order, trained: Trained) -> dict[str, Any]:

@@ -170,6 +170,43 @@ def write_student_folder(
         write_json(place / RECORD, facts | record)
 
 
+def weights_of(folder: Path) -> str:
+    """Hash of a student's weights. Raises InputError for a folder that is no student."""
+    files = [folder / ADAPTER] if (folder / "adapter_config.json").is_file() else []
+    files = files or (weight_files(folder) if (folder / RECORD).is_file() else [])
+    if not files or not files[0].is_file():
+        raise InputError("is not a student folder", where=str(folder), mend="give a folder from students/")
+    return weights_sha256(files)
+
+
+def start_from(student: Student, folder: Path, base: Base) -> None:
+    """Give an untrained student the weights of the one in ``folder``, in the precision that it is trained in.
+
+    Raises:
+        InputError: as :func:`load_student`, or a student of another method, or LoRA of another rank, alpha or targets.
+    """
+    before = load_student(folder, replace(base, dtype=student.base.dtype) if student.method == "full" else base)
+    is_lora = (folder / "adapter_config.json").is_file()
+    if is_lora != (student.method == "lora"):
+        what = f"is a {'lora' if is_lora else 'full'} student and cannot be gone on with as a {student.method} one"
+        raise InputError(what, where=str(folder), mend="use its method")
+    start = dict(before.model.named_parameters())
+    trained = student.trainable()
+    shapes = {name: p.shape for name, p in start.items() if name in trained or ".lora_" in name}
+    same_scale = student.peft is None or _scale(_json(folder / "adapter_config.json")) == _scale(
+        student.peft.peft_config["default"].to_dict()
+    )
+    if shapes != {name: p.shape for name, p in trained.items()} or not same_scale:
+        raise InputError("has LoRA of another rank, alpha or targets", where=str(folder), mend="use the same settings")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(start[name])
+
+
+def _scale(config: dict[str, Any]) -> tuple[float, bool]:
+    return config["lora_alpha"] / config["r"], bool(config.get("use_rslora"))
+
+
 def read_student_record(folder: Path) -> dict[str, Any] | None:
     """``kvopt-student.json`` of a folder, None where there is none. Raises InputError for a damaged or newer one."""
     path = folder / RECORD
@@ -242,7 +279,9 @@ def _load_lora(folder: Path, base: Base, name: str) -> Base:
     tensors = _read_adapter(folder / ADAPTER)
     copied = twin(base, name)
     try:
-        peft = _injected(copied.model, LoraConfig.from_pretrained(str(folder)))
+        config = LoraConfig.from_pretrained(str(folder))
+        config.base_model_name_or_path = None  # PEFT would warn of another name, which is no other base
+        peft = _injected(copied.model, config)
     except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"its adapter does not fit {base.name!r}: {reason}", where=str(folder)) from None

@@ -26,14 +26,16 @@ from kvopt.files import write_json
 from kvopt.model import Base, enable_checkpointing
 from kvopt.reference import Reference
 from kvopt.train.config import StudentConfig
+from kvopt.train.distill.on_policy import OnPolicyLoss
+from kvopt.train.distill.teacher import Teacher
 from kvopt.train.forward import ContextLoss
 from kvopt.train.gold import gold_nll
 from kvopt.train.half import HalfFineTuning
-from kvopt.train.losses import build_loss
+from kvopt.train.losses import OnPolicyDivergence, build_loss
 from kvopt.train.pool import Pool, PoolContext
 from kvopt.train.schedules import Schedule, StateAdaptive, build_schedule
 from kvopt.train.settings import arguments, trackers
-from kvopt.train.student import Student, full_student, lora_student
+from kvopt.train.student import Student, full_student, lora_student, start_from
 
 COMPLETE = "complete.json"
 WEIGHTS = "trained.safetensors"
@@ -112,6 +114,8 @@ class Job:
         folder: where checkpoints go.
         logs: where TensorBoard events go.
         report: called with (step, loss) at every entry of the history.
+        teacher: for on-policy distillation.
+        start: a student folder to go on from.
     """
 
     base: Base
@@ -123,6 +127,8 @@ class Job:
     logs: Path
     reference: Reference | None = None
     report: Callable[[int, float], None] | None = None
+    teacher: Teacher | None = None
+    start: Path | None = None
     plan: Plan = field(init=False)
 
     def __post_init__(self) -> None:
@@ -137,6 +143,8 @@ def train_student(job: Job) -> Trained:
         KvoptError: the loss or the gradient is not finite; the last checkpoint is kept.
     """
     student = make_student(job.base, job.config, job.seed)
+    if job.start is not None:
+        start_from(student, job.start, job.base)
     if job.config.gradient_checkpointing:
         enable_checkpointing(student.base.model)
     trainer = StudentTrainer(job, student)
@@ -150,8 +158,7 @@ def train_student(job: Job) -> Trained:
         student,
         steps,
         resumed,
-        sum(job.pool.tokens(*item) for item in items),
-        sum(job.pool.gold_counts[row] for row, _ in items),
+        *trainer.loss.spent(items),
         [_entry(log) for log in trainer.state.log_history if "loss" in log],
         trainer.stages,
     )
@@ -169,6 +176,16 @@ def make_student(base: Base, config: StudentConfig, seed: int) -> Student:
             base, config.name, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, seed=seed
         )
     return full_student(base, config.name, torch.float32 if config.masters == "float32" else base.dtype)
+
+
+def make_loss(job: Job, student: Student) -> ContextLoss:
+    """The module that is trained: the student with the loss of its config."""
+    loss = build_loss(job.config.loss)
+    if isinstance(loss, OnPolicyDivergence):
+        if job.teacher is None:
+            raise KvoptError("on-policy distillation needs a teacher")
+        return OnPolicyLoss(student.base, job.base, job.pool, loss, job.teacher, job.seed)
+    return ContextLoss(student.base, job.base, job.pool, loss, job.reference)
 
 
 def last_checkpoint(folder: Path, key: str) -> Path | None:
@@ -195,9 +212,9 @@ class StudentTrainer(Trainer):
         self.stages: list[dict[str, Any]] = []
         self.half = HalfFineTuning(job.seed) if job.config.half else None
         callbacks = [*([self.half] if self.half else []), _Conduct(self), *trackers(job.config, job.logs)]
-        loss = ContextLoss(student.base, job.base, job.pool, build_loss(job.config.loss), job.reference)
+        self.loss = make_loss(job, student)
         super().__init__(
-            model=loss,
+            model=self.loss,
             args=arguments(job, student),
             train_dataset=range(job.plan.steps * job.plan.batch_size),  # type: ignore[arg-type]
             data_collator=self._collate,
@@ -211,9 +228,8 @@ class StudentTrainer(Trainer):
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
     def _collate(self, positions: Sequence[int]) -> dict[str, Tensor]:
-        """Positions of a micro-batch; ``labels`` lets the trainer count the gold tokens of a step."""
-        counts = self.job.pool.gold_counts
-        gold = sum(counts[self.plan.schedule.row(p)] for p in positions)
+        """Positions of a micro-batch; ``labels`` lets the trainer count what the loss of a step is divided by."""
+        gold = sum(self.loss.weight_of(self.plan.schedule.row(p)) for p in positions)
         return {"positions": torch.tensor(positions), "labels": torch.zeros(gold, dtype=torch.int64)}
 
     def kept_at(self, step: int) -> tuple[int, ...]:
@@ -248,7 +264,8 @@ class StudentTrainer(Trainer):
         gradients are averaged.
         """
         step = self.state.global_step
-        loss = model(self.plan.items(inputs["positions"].tolist(), self.kept_at(step)))
+        positions = inputs["positions"].tolist()
+        loss = model(self.plan.items(positions, self.kept_at(step)), positions[0])
         loss = loss * self.args.world_size / num_items_in_batch
         self._check_finite("loss", loss.detach())
         return loss
@@ -285,7 +302,8 @@ class StudentTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = self.job.folder / f"checkpoint-{self.state.global_step}"
-            write_json(folder / COMPLETE, {"key": self.job.key, "stages": self.stages})
+            state = {"key": self.job.key, "stages": self.stages, "counted": self.loss.counted}
+            write_json(folder / COMPLETE, state)
             for older in self.job.folder.glob("checkpoint-*"):
                 if older != folder:
                     shutil.rmtree(older, ignore_errors=True)
@@ -296,7 +314,8 @@ class StudentTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(tensors[name])
-        self.stages = json.loads((folder / COMPLETE).read_text("utf-8"))["stages"]
+        state = json.loads((folder / COMPLETE).read_text("utf-8"))
+        self.stages, self.loss.counted = state["stages"], state["counted"]
 
 
 class _Conduct(TrainerCallback):

@@ -10,10 +10,17 @@ from kvopt.train.losses.asft import ASFT
 from kvopt.train.losses.cross_entropy import CrossEntropy
 from kvopt.train.losses.dft import DFT
 from kvopt.train.losses.gold import Gold, Loss
+from kvopt.train.losses.on_policy import OnPolicyDivergence
 
-__all__ = ["ASFT", "DFT", "AnchoredKL", "CrossEntropy", "Gold", "Loss", "build_loss"]
+__all__ = ["ASFT", "DFT", "AnchoredKL", "CrossEntropy", "Gold", "Loss", "OnPolicyDivergence", "build_loss"]
 
-LOSSES: dict[str, Any] = {"ce": CrossEntropy, "anchored-kl": AnchoredKL, "dft": DFT, "asft": ASFT}
+LOSSES: dict[str, Any] = {
+    "ce": CrossEntropy,
+    "anchored-kl": AnchoredKL,
+    "dft": DFT,
+    "asft": ASFT,
+    "on-policy": OnPolicyDivergence,
+}
 
 
 def build_loss(config: Any = None) -> Loss:
