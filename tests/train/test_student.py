@@ -139,7 +139,7 @@ def test_saving_twice_gives_the_same_bytes(llama: Base, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("targets", ["nothing_here", ["lm_head"], ["embed_tokens"]])
 def test_unknown_modules_and_the_head_are_refused_as_targets(llama: Base, targets: str | list[str]) -> None:
-    with pytest.raises(InputError, match="lora.targets"):
+    with pytest.raises(InputError, match=r"lora\.targets"):
         lora_student(llama, "s", targets=targets)
 
 
@@ -187,7 +187,9 @@ def test_an_adapter_for_another_shape_is_refused(folder: Path) -> None:
     refused(folder, tiny_base("qwen3"), "missing, foreign or of another shape")
 
 
-def test_missing_weights_a_newer_format_and_other_folders_are_refused(folder: Path, llama: Base, tmp_path: Path) -> None:
+def test_missing_weights_a_newer_format_and_other_folders_are_refused(
+    folder: Path, llama: Base, tmp_path: Path
+) -> None:
     refused(tmp_path / "nothing", llama, "is not a student folder")
     record = json.loads((folder / "kvopt-student.json").read_text())
     (folder / "kvopt-student.json").write_text(json.dumps(record | {"format_version": 99}))

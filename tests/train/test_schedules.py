@@ -1,0 +1,71 @@
+"""Schedules: what an epoch holds, seeds, and choices."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from kvopt.train.config import StudentConfig
+from kvopt.train.schedules import Schedule, StateAdaptive, build_schedule
+
+
+def schedule(kind: str | dict[str, Any], rows: int, weights: tuple[float, ...], seed: int = 0) -> Schedule:
+    contexts = [{"context": f"c{i}", "weight": w} for i, w in enumerate(weights)]
+    config = StudentConfig.model_validate({"name": "s", "contexts": contexts, "schedule": kind})
+    return build_schedule(config.schedule, rows, weights, seed)
+
+
+def items(of: Schedule, start: int, stop: int, kept: tuple[int, ...] = ()) -> list[tuple[int, int]]:
+    return [(of.row(p), of.context(p, kept)) for p in range(start, stop)]
+
+
+def test_expand_shows_every_row_under_every_context_as_often_as_it_weighs() -> None:
+    of = schedule("expand", 5, (1, 2, 1))
+    assert of.per_epoch == 20
+    for epoch in range(3):
+        seen = Counter(items(of, 20 * epoch, 20 * (epoch + 1)))
+        assert seen == {(row, context): (1, 2, 1)[context] for row in range(5) for context in range(3)}
+
+
+def test_resample_shows_every_row_once_an_epoch_and_draws_by_weight() -> None:
+    of = schedule("resample", 50, (1, 3))
+    assert of.per_epoch == 50
+    drawn = items(of, 0, 50 * 40)
+    for epoch in range(40):
+        assert sorted(row for row, _ in drawn[50 * epoch : 50 * (epoch + 1)]) == list(range(50))
+    share = sum(context for _, context in drawn) / len(drawn)
+    assert share == pytest.approx(0.75, abs=0.03)
+    first, second = dict(drawn[:50]), dict(drawn[50:100])
+    assert first != second
+
+
+@pytest.mark.parametrize("kind", ["expand", "resample"])
+def test_epochs_and_seeds_have_their_own_order(kind: str) -> None:
+    of, again, other = (schedule(kind, 20, (1, 1), seed) for seed in (1, 1, 2))
+    n = of.per_epoch
+    assert items(of, 0, 2 * n) == items(again, 0, 2 * n)
+    assert items(of, 0, n) != items(of, n, 2 * n)
+    assert items(of, 0, n) != items(other, 0, n)
+
+
+def test_state_adaptive_keeps_the_lowest_and_draws_among_them() -> None:
+    of = schedule({"kind": "state-adaptive", "keep": 2, "every": 5, "rows": 7}, 30, (1, 1, 1))
+    assert isinstance(of, StateAdaptive)
+    assert of.scored_rows == 7
+    assert of.choose([3.0, 1.0, 2.0]) == (1, 2)
+    assert of.choose([1.0, 1.0, 1.0]) == (0, 1)
+    assert {context for _, context in items(of, 0, 30, (1, 2))} == {1, 2}
+    assert [step for step in range(12) if of.rescores_at(step)] == [0, 5, 10]
+
+
+def test_state_adaptive_once_is_before_the_first_step() -> None:
+    of = schedule({"kind": "state-adaptive"}, 30, (1, 1))
+    assert [step for step in range(12) if of.rescores_at(step)] == [0]
+    assert {context for _, context in items(of, 0, 30, (1,))} == {1}
+
+
+def test_rows_do_not_depend_on_what_was_chosen() -> None:
+    of = schedule({"kind": "state-adaptive"}, 30, (1, 1))
+    assert [row for row, _ in items(of, 0, 60, (0,))] == [row for row, _ in items(of, 0, 60, (1,))]
