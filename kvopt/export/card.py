@@ -82,7 +82,7 @@ def _behind(source: Source) -> str:
     exact = ""
     if source.template_tokens and (source.run is None or source.run.scope == "leading"):
         exact = (
-            f" Exactly, whatever the tokenizer does at the seam: tokenize the whole prompt as under the original template"
-            f" and drop its first {source.template_tokens} ids."
+            f" Exactly, whatever the tokenizer does at the seam: tokenize the whole prompt as under the original"
+            f" template and drop its first {source.template_tokens} ids."
         )
     return f"`body` is what stands behind the context: the prompt from its first slot on, chat marks included.{exact}"

@@ -55,18 +55,18 @@ class Exporter:
 
 
 def base_lines(base: str) -> str:
-    """Python that sets ``base`` to what ``from_pretrained`` reads: a hub id, a folder, or the built-in base's folder."""
+    """Python that sets ``base`` to what ``from_pretrained`` reads: a hub id, a folder, the built-in base's folder."""
     from kvopt.builtin_base import NAME
 
     if base == NAME:
-        return "from kvopt.builtin_base import builtin_folder\n\nbase = str(builtin_folder(print))  # kvopt's built-in base"
+        return "from kvopt.builtin_base import builtin_folder\n\nbase = str(builtin_folder(print))  # the built-in base"
     if base.lower().endswith(".gguf"):
         return f"from kvopt.model import locate\n\nbase = str(locate({base!r}, None, print))  # converted once"
     return f"base = {base!r}"
 
 
 def body_line(source: Source) -> str:
-    """Python that sets ``body``: the prompt from the first slot on, as the run's template gives it where it is known."""
+    """Python that sets ``body``: the prompt from the first slot on, as the run's template gives it where known."""
     example = source.body_example()
     if example is None:
         return 'body = "What follows the context in your prompt."'

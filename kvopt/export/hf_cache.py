@@ -33,7 +33,7 @@ def write(source: Source, place: Path, options: Options) -> Written:
     script = resources.files("kvopt.export.scripts") / "generate.py"
     write_bytes(place / "generate.py", script.read_bytes())
     return Written(
-        summary=f"A KV prefix of {states.shape[0]} slots in {states.shape[1]} layers, and a script that generates behind it.",
+        summary=f"A KV prefix of {states.shape[0]} slots in {states.shape[1]} layers, and a script that uses it.",
         snippet=SNIPPET.format(base=base_lines(source.base_name), body=body_line(source)),
         library="transformers",
         notes=(

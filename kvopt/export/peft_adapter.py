@@ -19,6 +19,12 @@ from kvopt.files import write_json
 
 FITS = {"kv": KV_TYPES, "soft": ("PROMPT_TUNING",)}
 
+PADDING = {
+    "kv": "Pad batches on the left for generation; on models with sliding windows, use batches of equal length.",
+    "soft": "PEFT drops position ids under PROMPT_TUNING and counts padding as positions: generate in batches of equal"
+    " length. `kvopt export --to prompt-embeds` and `--to hf-cache` have no such limit.",
+}
+
 SNIPPET = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,13 +68,13 @@ def write(source: Source, place: Path, options: Options) -> Written:
         record = {**source.record, "format_version": FORMAT_VERSION, "content_sha256": digest, "positions": positions}
         write_json(place / RECORD, record)
     return Written(
-        summary=f"A PEFT {peft_type} adapter: {source.tokens} {'slots of keys and values' if context else 'input embeddings'}.",
+        summary=f"A PEFT {peft_type} adapter: {source.tokens} {'KV slots' if context else 'input embeddings'}.",
         snippet=SNIPPET.format(base=base_lines(source.base_name), body=body_line(source)),
         library="peft",
         notes=(
             "PEFT checks the shapes alone: on another base, even one of the same size, it answers nonsense without a"
             " warning. `kvopt.json` names the base by its hashes, and kvopt refuses another one.",
-            "Pad batches on the left for generation; on models with sliding windows, use batches of equal lengths.",
+            PADDING[source.kind],
         ),
         facts={"peft_type": peft_type},
     )

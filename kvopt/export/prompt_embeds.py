@@ -1,5 +1,5 @@
-"""``--to prompt-embeds``: a soft prompt as a tensor, as the base64 text that vLLM takes, and a script that joins it with
-the rest of a prompt.
+"""``--to prompt-embeds``: a soft prompt as a tensor, as the base64 text that vLLM takes, and a script that joins it
+with the rest of a prompt.
 
 vLLM's ``--enable-prompt-embeds`` (read in its sources and documentation up to 0.33) takes the whole prompt as one
 [tokens, hidden] tensor, base64 of ``torch.save``: under ``prompt_embeds`` for completions, as a content part

@@ -21,7 +21,7 @@ print(prompt)
 
 
 def write(source: Source, place: Path, options: Options) -> Written:
-    """``template.json`` (what ``--context text:FILE`` reads), and the text alone: ``messages.json`` or ``prompt.txt``."""
+    """``template.json`` (what ``--context text:FILE`` reads), and the text alone, messages.json or prompt.txt."""
     template = source.template
     if template is None:
         raise ValueError("a text context has a template")

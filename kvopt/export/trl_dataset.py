@@ -1,5 +1,5 @@
-"""``--to trl-dataset``: the run's examples under a text context, as the conversational or plain rows that TRL's trainers
-read.
+"""``--to trl-dataset``: the run's examples under a text context, as the conversational or plain rows that TRL's
+trainers read.
 """
 
 from __future__ import annotations

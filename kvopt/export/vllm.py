@@ -31,8 +31,8 @@ print(json.dumps({{"model": base, "prompt": prompt, "max_tokens": 64, "temperatu
 
 SERVE = """\
 `PYTHONPATH=. vllm serve MODEL --kv-transfer-config '{"kv_connector": "KvoptConnector", "kv_role": "kv_consumer",\
- "kv_connector_module_path": "kvopt_vllm_connector", "kv_connector_extra_config": {"contexts": ["."]}}'` from this folder\
- (give several folders to serve several contexts)."""
+ "kv_connector_module_path": "kvopt_vllm_connector", "kv_connector_extra_config": {"contexts": ["."]}}'` from this\
+ folder (give several folders to serve several contexts)."""
 
 
 def write(source: Source, place: Path, options: Options) -> Written:

@@ -1,7 +1,8 @@
 """A vLLM KV connector that serves trained KV contexts, chosen per request by the prompt's first tokens.
 
-    PYTHONPATH=FOLDER vllm serve MODEL --kv-transfer-config '{"kv_connector": "KvoptConnector", "kv_role": "kv_consumer",
-      "kv_connector_module_path": "kvopt_vllm_connector", "kv_connector_extra_config": {"contexts": ["FOLDER"]}}'
+    PYTHONPATH=FOLDER vllm serve MODEL --kv-transfer-config '{"kv_connector": "KvoptConnector",
+      "kv_role": "kv_consumer", "kv_connector_module_path": "kvopt_vllm_connector",
+      "kv_connector_extra_config": {"contexts": ["FOLDER"]}}'
 
 **Untested on a server.** Its packing and its rules are plain torch and tested on a CPU; the calls follow
 ``KVConnectorBase_V1`` as read in vLLM's sources from 0.9 to 0.33. Paged layouts of one layer, B blocks of N slots, H

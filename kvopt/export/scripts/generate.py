@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -27,7 +28,7 @@ def load_prefix(folder: Path | str = FOLDER) -> Prefix:
     return [(stored[f"layers.{i}.keys"], stored[f"layers.{i}.values"]) for i in range(len(stored) // 2)]
 
 
-def prefix_cache(model, prefix: Prefix, rows: int) -> DynamicCache:
+def prefix_cache(model: Any, prefix: Prefix, rows: int) -> DynamicCache:
     """A cache that starts as the prefix in every row. It grows with the text: make a fresh one for each batch."""
     cache = DynamicCache(config=model.config)
     for layer, (keys, values) in enumerate(prefix):
@@ -37,7 +38,7 @@ def prefix_cache(model, prefix: Prefix, rows: int) -> DynamicCache:
 
 
 @torch.no_grad()
-def logits(model, prefix: Prefix, bodies: list[list[int]]) -> list[torch.Tensor]:
+def logits(model: Any, prefix: Prefix, bodies: list[list[int]]) -> list[torch.Tensor]:
     """Logits [tokens, vocabulary] of each body behind the prefix, in one batch padded on the right."""
     slots, width = prefix[0][0].shape[1], max(map(len, bodies))
     ids = torch.zeros(len(bodies), width, dtype=torch.long)
@@ -51,7 +52,9 @@ def logits(model, prefix: Prefix, bodies: list[list[int]]) -> list[torch.Tensor]
 
 
 @torch.no_grad()
-def generate(model, prefix: Prefix, bodies: list[list[int]], batch_size: int = 16, **options) -> list[list[int]]:
+def generate(
+    model: Any, prefix: Prefix, bodies: list[list[int]], batch_size: int = 16, **options: Any
+) -> list[list[int]]:
     """New token ids for each body, in order; ``options`` go to ``model.generate``.
 
     Batches are padded on the left. Sliding-window layers count padding as distance, so models that have them get
@@ -69,7 +72,7 @@ def generate(model, prefix: Prefix, bodies: list[list[int]], batch_size: int = 1
     return answers
 
 
-def _batch(model, prefix: Prefix, bodies: list[list[int]], options: dict) -> list[list[int]]:
+def _batch(model: Any, prefix: Prefix, bodies: list[list[int]], options: dict) -> list[list[int]]:
     slots, width = prefix[0][0].shape[1], max(map(len, bodies))
     ids = torch.zeros(len(bodies), width, dtype=torch.long)
     mask = torch.ones(len(bodies), slots + width, dtype=torch.long)

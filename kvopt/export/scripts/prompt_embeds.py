@@ -17,6 +17,7 @@ import base64
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -31,7 +32,7 @@ def load_soft_prompt(folder: Path | str = FOLDER) -> torch.Tensor:
 
 
 @torch.no_grad()
-def whole_prompt(soft_prompt: torch.Tensor, embed, body: list[int]) -> torch.Tensor:
+def whole_prompt(soft_prompt: torch.Tensor, embed: Any, body: list[int]) -> torch.Tensor:
     """Embeddings [slots + tokens, hidden] of the soft prompt and of a body's token ids behind it."""
     ids = torch.tensor(body, device=embed.weight.device)
     rest = embed(ids)
@@ -50,7 +51,7 @@ def decode(text: str) -> torch.Tensor:
     return torch.load(io.BytesIO(base64.b64decode(text)), map_location="cpu", weights_only=True)
 
 
-def request(model: str, embeddings: torch.Tensor, endpoint: str = "completions", **options) -> dict:
+def request(model: str, embeddings: torch.Tensor, endpoint: str = "completions", **options: Any) -> dict:
     """The JSON body for ``/v1/completions`` or ``/v1/chat/completions``; ``options`` are sampling parameters."""
     if endpoint == "chat":
         part = {"type": "prompt_embeds", "data": encode(embeddings)}
