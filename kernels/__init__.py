@@ -6,7 +6,7 @@ Installed as ``kvopt.kernels``; depends on torch alone. Start with ``linear_kl``
 
 from kvopt.kernels.linear_kl import LinearKL, linear_kl
 from kvopt.kernels.options import Head, KernelInputError, KLOptions, UnsupportedError
-from kvopt.kernels.scores import Scores, linear_scores
+from kvopt.kernels.scores import ReferenceFacts, Scores, linear_scores, reference_facts
 from kvopt.kernels.stored import Moments, TopK, moments_of
 
 __all__ = [
@@ -15,10 +15,12 @@ __all__ = [
     "KernelInputError",
     "LinearKL",
     "Moments",
+    "ReferenceFacts",
     "Scores",
     "TopK",
     "UnsupportedError",
     "linear_kl",
     "linear_scores",
     "moments_of",
+    "reference_facts",
 ]

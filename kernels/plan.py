@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -40,6 +40,18 @@ class Plan:
     options: KLOptions
     head: Head
     reference_head: Head
+
+    @property
+    def rounded(self) -> bool:
+        """Whether logits are kept in 16 bits, so that the likeliest tokens need refining."""
+        return self.logits != self.accumulate
+
+    @property
+    def precise(self) -> Plan:
+        """The same with every product in ``accumulate``, in chunks that fit the same budget."""
+        device = self.head.weight.device
+        rows = rows_per_chunk(device, self.head.size, self.accumulate, self.accumulate, self.options)
+        return replace(self, logits=self.accumulate, product=self.accumulate, rows_per_chunk=rows)
 
 
 def make_plan(

@@ -9,6 +9,7 @@ of the logits enter the value to second order and nothing cancels as q → p:
     JSD_β             value (1−β) Σ q a − β Σ p s                dL/dz_s = (1−β) q · (a − Σ q a)
                       s = log m − log p = log1p((1−β) expm1(d)),  a = log q − log m = d − s
 
+``shift`` = Σ p u + c = log Σ p e^u is what the log-partition moves by: log Z_s = log Z_t + shift.
 Values are never clamped: a negative KL is an error meter.
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,51 +27,59 @@ LARGE_LOG_RATIO = 30.0
 """Beyond this log-ratio, p · e^v loses range, and rows use exp(log p + v) instead."""
 
 
-def divergence_rows(
-    z_t: Tensor, u: Tensor, divergence: str, beta: float, want_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Value [R] and dL/dz_s [R, V] (None unless wanted) of a block of rows; both inputs may be overwritten.
+class RowWork(NamedTuple):
+    """Of a block of rows: divergence [R], gradient dL/dz_s [R, V] (None unless wanted), shift log Z_s − log Z_t [R]."""
+
+    value: Tensor
+    gradient: Tensor | None
+    shift: Tensor
+
+
+def divergence_rows(z_t: Tensor, u: Tensor, divergence: str, beta: float, want_gradient: bool) -> RowWork:
+    """The row-wise work of a block; both inputs may be overwritten.
 
     z_t, u: [R, V] float32 or float64. On a CPU the frequent case takes a path with few passes over memory.
     """
     if not u.is_cuda and divergence == "forward":
         p = torch.softmax(z_t, -1)
-        v = u.sub_((p * u).sum(-1, keepdim=True))
+        mean = (p * u).sum(-1, keepdim=True)
+        v = u.sub_(mean)
         if v.numel() == 0 or v.max() < LARGE_LOG_RATIO:
-            return _forward_rows_small(p, v, z_t, want_gradient)
-        u = v
+            return _forward_rows_small(p, v, mean[:, 0], z_t, want_gradient)
+        work = divergence_rows_any_size(z_t, v, divergence, beta, want_gradient)
+        return work._replace(shift=work.shift + mean[:, 0])
     return divergence_rows_any_size(z_t, u, divergence, beta, want_gradient)
 
 
-def _forward_rows_small(p: Tensor, v: Tensor, scratch: Tensor, want_gradient: bool) -> tuple[Tensor, Tensor | None]:
+def _forward_rows_small(p: Tensor, v: Tensor, mean: Tensor, scratch: Tensor, want_gradient: bool) -> RowWork:
     """Forward KL where every v < LARGE_LOG_RATIO, in place; expm1(v − c) = e^−c expm1(v) + expm1(−c)."""
     residual = torch.mul(p, v, out=scratch).sum(-1)
     moved = torch.mul(p, v.expm1_(), out=scratch)
     c = torch.log1p(moved.sum(-1))
-    value = c - residual
+    value, shift = c - residual, mean + c
     if not want_gradient:
-        return value, None
-    return value, moved.mul_(torch.exp(-c)[:, None]).addcmul_(p, torch.expm1(-c)[:, None])
+        return RowWork(value, None, shift)
+    gradient = moved.mul_(torch.exp(-c)[:, None]).addcmul_(p, torch.expm1(-c)[:, None])
+    return RowWork(value, gradient, shift)
 
 
-def divergence_rows_any_size(
-    z_t: Tensor, u: Tensor, divergence: str, beta: float, want_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
+def divergence_rows_any_size(z_t: Tensor, u: Tensor, divergence: str, beta: float, want_gradient: bool) -> RowWork:
     """As ``divergence_rows``, out of place, for log-ratios of any size and without a look at the data from the host."""
     log_p = torch.log_softmax(z_t, -1)
     p = log_p.exp()
-    v = u - (p * u).sum(-1, keepdim=True)
+    u_mean = (p * u).sum(-1, keepdim=True)
+    v = u - u_mean
     c_near = torch.log1p((p * torch.expm1(v.clamp(max=1.0))).sum(-1, keepdim=True))
     c = torch.where(v.amax(-1, keepdim=True) > 1.0, torch.logsumexp(log_p + v, -1, keepdim=True), c_near)
-    d = v - c
+    d, shift = v - c, (u_mean + c)[:, 0]
     near = p * torch.expm1(d.clamp(max=0.5))
     q = torch.where(d < 0.5, p + near, (log_p + d).exp())
     if divergence == "forward":
         value = (c - (p * v).sum(-1, keepdim=True))[:, 0]
-        return value, torch.where(d < 0.5, near, q - p) if want_gradient else None
+        return RowWork(value, torch.where(d < 0.5, near, q - p) if want_gradient else None, shift)
     if divergence == "reverse":
         mean = (q * d).sum(-1, keepdim=True)
-        return mean[:, 0], q * (d - mean) if want_gradient else None
+        return RowWork(mean[:, 0], q * (d - mean) if want_gradient else None, shift)
     s = torch.where(
         d < LARGE_LOG_RATIO,
         torch.log1p((1 - beta) * torch.expm1(d.clamp(max=LARGE_LOG_RATIO))),
@@ -79,10 +88,10 @@ def divergence_rows_any_size(
     a = d - s
     mean = (q * a).sum(-1, keepdim=True)
     value = (1 - beta) * mean - beta * (p * s).sum(-1, keepdim=True)
-    return value[:, 0], (1 - beta) * q * (a - mean) if want_gradient else None
+    return RowWork(value[:, 0], (1 - beta) * q * (a - mean) if want_gradient else None, shift)
 
 
-RowFunction = Callable[[Tensor, Tensor, str, float, bool], tuple[Tensor, Tensor | None]]
+RowFunction = Callable[[Tensor, Tensor, str, float, bool], RowWork]
 
 _compiled: dict[str, Any] = {}
 
@@ -100,14 +109,11 @@ def rows_in_use(rows: str) -> str:
     return "compiled" if row_function(rows) is not divergence_rows else "eager"
 
 
-def _compiled_rows(
-    z_t: Tensor, u: Tensor, divergence: str, beta: float, want_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
+def _compiled_rows(z_t: Tensor, u: Tensor, divergence: str, beta: float, want_gradient: bool) -> RowWork:
     if "failed" not in _compiled:
         try:
             function = _compiled.setdefault("rows", torch.compile(divergence_rows_any_size, dynamic=True))
-            value, gradient = function(z_t, u, divergence, beta, want_gradient)
-            return value, gradient
+            return RowWork(*function(z_t, u, divergence, beta, want_gradient))
         except Exception as error:  # any failure of the compiler, which may be absent, must not stop the run
             _compiled["failed"] = error
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

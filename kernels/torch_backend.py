@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from kvopt.kernels.options import Head, KLOptions
 from kvopt.kernels.plan import Plan
 from kvopt.kernels.products import gradient_product, logits_product
-from kvopt.kernels.refine import exact_logits, top_tokens
+from kvopt.kernels.refine import Refined, refine_
 from kvopt.kernels.rows import row_function
 
 BLOCK_BYTES = 3 * 2**19
@@ -19,6 +19,19 @@ BLOCK_BYTES = 3 * 2**19
 
 ROUNDED_LIMIT = 0.25
 """Forward KL in nats beyond which 16-bit rounding of the difference logits may break the precision contract."""
+
+
+class Block(NamedTuple):
+    """Some rows of a chunk as final logits: reference z_t, u = z_s − z_t, and d(z_s)/d(raw product) or None.
+
+    refined: the tokens whose logits are exact, where the others were rounded to 16 bits.
+    """
+
+    rows: slice
+    z_t: Tensor
+    u: Tensor
+    slope: Tensor | None
+    refined: Refined | None
 
 
 class LogitChunks:
@@ -32,7 +45,7 @@ class LogitChunks:
         self.gradient = self.u if plan.product == plan.logits else torch.empty_like(self.u, dtype=plan.product)
         on_cpu = device.type == "cpu"
         self.block = max(torch.get_num_threads(), BLOCK_BYTES // (4 * vocabulary)) if on_cpu else rows
-        self._refined: tuple[Tensor, list[Tensor]] | None = None
+        self._hidden: tuple[Tensor, Tensor] | None = None
 
     def fill(self, candidate: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Raw head products of a chunk: (reference, candidate or difference to it, room for the gradient)."""
@@ -44,40 +57,58 @@ class LogitChunks:
             return z_t, u, self.gradient[:count]
         weight = plan.head.rows
         difference = candidate.to(plan.accumulate) - reference.to(plan.accumulate)
-        if plan.logits != plan.accumulate:
+        if plan.rounded:
             reference = reference.to(plan.product)
+            self._hidden = reference, difference
         logits_product(reference, weight, z_t)
         logits_product(difference.to(plan.product), weight, u)
-        if plan.logits != plan.accumulate:
-            tokens = top_tokens(z_t)
-            self._refined = tokens, exact_logits(tokens, weight, reference, difference)
         return z_t, u, self.gradient[:count]
 
-    def blocks(self, z_t: Tensor, u: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
-        """Blocks of rows of a filled chunk: (rows, z_t, z_s − z_t, d(z_s)/d(raw product) or None), all final logits."""
+    def blocks(self, z_t: Tensor, u: Tensor, gold: Tensor | None = None) -> Iterator[Block]:
+        """Blocks of rows of a filled chunk. With gold ids [n], those and the candidate's likeliest are refined too."""
         for start in range(0, len(z_t), self.block):
             rows = slice(start, min(start + self.block, len(z_t)))
             block_z, block_u = z_t[rows].to(self.plan.accumulate), u[rows].to(self.plan.accumulate)
-            if self._refined is not None:
-                tokens, (exact_z, exact_u) = self._refined
-                block_z.scatter_(1, tokens[rows], exact_z[rows])
-                block_u.scatter_(1, tokens[rows], exact_u[rows])
-            yield rows, *self._finish(block_z, block_u)
+            if self.plan.form != "difference":
+                yield self._direct(rows, block_z, block_u)
+                continue
+            block_z, block_u = affine_(block_z, self.plan.head), scaled_(block_u, self.plan.head)
+            refined = None
+            if self._hidden is not None:
+                reference, difference = self._hidden
+                refined = refine_(
+                    block_z,
+                    block_u,
+                    self.plan.head,
+                    reference[rows],
+                    difference[rows],
+                    None if gold is None else gold[rows],
+                    gold is not None,
+                )
+            yield Block(rows, *self._capped(block_z, block_u), refined)
 
-    def _finish(self, x_t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """From raw products to final logits; bias, scale, softcap and temperature are applied here, and only here."""
-        plan, head, temperature = self.plan, self.plan.head, self.plan.options.temperature
-        if plan.form != "difference":
-            z_t, _ = final_logits(x_t, plan.reference_head, temperature)
-            z_s, slope = final_logits(x, head, temperature)
-            return z_t, z_s - z_t, slope
-        x_t, x = affine_(x_t, head), x.mul_(head.scale) if head.scale != 1.0 else x
-        if head.softcap is None:
-            return (x_t, x, None) if temperature == 1.0 else (x_t.div_(temperature), x.div_(temperature), None)
+    def reference_blocks(self, reference: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of rows of the reference's final logits alone."""
+        z_t = logits_product(reference, self.plan.reference_head.rows, self.z_t[: len(reference)])
+        for start in range(0, len(z_t), self.block):
+            rows = slice(start, min(start + self.block, len(z_t)))
+            block = z_t[rows].to(self.plan.accumulate)
+            yield rows, final_logits(block, self.plan.reference_head, self.plan.options.temperature)[0]
+
+    def _direct(self, rows: slice, x_t: Tensor, x_s: Tensor) -> Block:
+        plan, temperature = self.plan, self.plan.options.temperature
+        z_t, _ = final_logits(x_t, plan.reference_head, temperature)
+        z_s, slope = final_logits(x_s, plan.head, temperature)
+        return Block(rows, z_t, z_s - z_t, slope, None)
+
+    def _capped(self, z_t: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Softcap and temperature of z_t and u = z_s − z_t, and the softcap's slope at z_s."""
+        cap, temperature = self.plan.head.softcap, self.plan.options.temperature
+        if cap is None:
+            return (z_t, u, None) if temperature == 1.0 else (z_t.div_(temperature), u.div_(temperature), None)
         # tanh a − tanh b = tanh(a − b) · (1 − tanh a · tanh b): the difference survives the cap without cancellation.
-        cap = head.softcap
-        tanh_s, tanh_t = torch.tanh((x_t + x) / cap), torch.tanh(x_t / cap)
-        u = torch.tanh(x / cap) * (1 - tanh_t * tanh_s)
+        tanh_s, tanh_t = torch.tanh((z_t + u) / cap), torch.tanh(z_t / cap)
+        u = torch.tanh(u / cap) * (1 - tanh_t * tanh_s)
         return tanh_t * (cap / temperature), u * (cap / temperature), 1 - tanh_s * tanh_s
 
 
@@ -85,6 +116,11 @@ def affine_(x: Tensor, head: Head) -> Tensor:
     """scale * (x + bias), in place."""
     if head.offsets is not None:
         x.add_(head.offsets)
+    return scaled_(x, head)
+
+
+def scaled_(x: Tensor, head: Head) -> Tensor:
+    """scale * x, in place."""
     return x.mul_(head.scale) if head.scale != 1.0 else x
 
 
@@ -109,7 +145,7 @@ def value_and_hidden_gradient(
     gradient = torch.empty(candidate.shape, dtype=plan.accumulate, device=candidate.device) if want_gradient else None
     if len(candidate) == 0:
         return value, gradient
-    if plan.logits == plan.accumulate:
+    if not plan.rounded:
         _fill_rows(plan, candidate, reference, value, gradient)
         return value, gradient
     # The first chunk says whether most rows are large: then 16-bit products would be wasted on the others.
@@ -118,7 +154,7 @@ def value_and_hidden_gradient(
         plan, candidate[:probe], reference[:probe], value[:probe], None if gradient is None else gradient[:probe]
     )
     limit = rounded_limit(plan.options)
-    precise = replace(plan, logits=plan.accumulate, product=plan.accumulate)
+    precise = plan.precise
     rest_plan = precise if bool((value[:probe] > limit).float().mean() > 0.5) else plan
     if len(candidate) > probe:
         rest_gradient = None if gradient is None else gradient[probe:]
@@ -151,12 +187,12 @@ def _fill_rows(plan: Plan, candidate: Tensor, reference: Tensor, value: Tensor, 
         rescale = None
         if gradient is not None and plan.product == torch.float16:
             rescale = torch.empty(len(u), 1, dtype=plan.accumulate, device=u.device)
-        for rows, block_z, block_u, slope in chunks.blocks(z_t, u):
-            value[part][rows], by_logits = row_work(
-                block_z, block_u, options.divergence, options.beta, gradient is not None
-            )
-            if by_logits is not None:
-                _store_gradient(by_logits, slope, out[rows], None if rescale is None else rescale[rows])
+        for block in chunks.blocks(z_t, u):
+            rows = block.rows
+            work = row_work(block.z_t, block.u, options.divergence, options.beta, gradient is not None)
+            value[part][rows] = work.value
+            if work.gradient is not None:
+                _store_gradient(work.gradient, block.slope, out[rows], None if rescale is None else rescale[rows])
         if gradient is not None:
             product = gradient_product(out, plan.head.rows)
             gradient[part] = (product if rescale is None else product * rescale) * factor
@@ -185,7 +221,7 @@ def all_gradients(
 
     Logits and their gradients are float32 throughout.
     """
-    plan = replace(plan, logits=plan.accumulate, product=plan.accumulate)
+    plan = plan.precise
     options, head = plan.options, plan.head
     by_hidden = torch.zeros(candidate.shape, dtype=plan.accumulate, device=candidate.device)
     by_weight = torch.zeros(head.weight.shape, dtype=plan.accumulate, device=candidate.device)
@@ -198,10 +234,11 @@ def all_gradients(
         part = slice(start, start + plan.rows_per_chunk)
         z_t, u, out = chunks.fill(candidate[part], reference[part])
         weights = (upstream[part] * factor).to(plan.accumulate)[:, None]
-        for rows, block_z, block_u, slope in chunks.blocks(z_t, u):
-            _, gradient = row_work(block_z, block_u, options.divergence, options.beta, True)
+        for block in chunks.blocks(z_t, u):
+            gradient = row_work(block.z_t, block.u, options.divergence, options.beta, True).gradient
             assert gradient is not None
-            out[rows] = (gradient if slope is None else gradient * slope) * weights[rows]
+            slope = block.slope
+            out[block.rows] = (gradient if slope is None else gradient * slope) * weights[block.rows]
         by_hidden[part] = gradient_product(out, head.rows)
         by_weight[: head.size].addmm_(out.T, candidate[part].to(plan.accumulate))
         if by_bias is not None:

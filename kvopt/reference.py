@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,14 @@ from kvopt.attention import Prefix, gold_hidden
 from kvopt.encoding import Encoded, Row, length_buckets, make_batch
 from kvopt.errors import InputError, KvoptError
 from kvopt.files import sha256_json, write_json
+from kvopt.kernels import Head, KLOptions, ReferenceFacts, reference_facts
 from kvopt.model import Base
 from kvopt.tensorfile import stored_key, write_tensors
 
 ROWS_PER_SHARD = 256
+FACTS_ROWS = 32
+"""Examples whose facts are computed together, always the same ones: what was asked for first changes no bit."""
+
 Progress = Callable[[int], None]
 
 
@@ -47,10 +52,36 @@ class Reference:
 
     def __post_init__(self) -> None:
         self._files: dict[int, Any] = {}
+        self._ids = list(self.index)
+        self._places = {example_id: place for place, example_id in enumerate(self._ids)}
+        self._facts: dict[tuple[int, float], list[ReferenceFacts]] = {}
 
     def hidden(self, example_ids: Sequence[str]) -> Tensor:
         """[G, D], the gold tokens of these examples one after the other."""
         return torch.cat([self._slice(*self.index[i]) for i in example_ids])
+
+    def facts(self, example_ids: Sequence[str], head: Head, options: KLOptions | None = None) -> ReferenceFacts:
+        """What scores need of the reference alone, for the tokens of ``hidden``; computed once and kept.
+
+        ``head`` is the base's own, always the same for one reference.
+        """
+        options = options or KLOptions()
+        parts = [self._facts_of(self._places[i], head, options) for i in example_ids]
+        return ReferenceFacts(
+            torch.cat([part.log_partition for part in parts]), torch.cat([part.entropy for part in parts])
+        )
+
+    def _facts_of(self, place: int, head: Head, options: KLOptions) -> ReferenceFacts:
+        block, inside = divmod(place, FACTS_ROWS)
+        key = block, options.temperature
+        if key not in self._facts:
+            ids = self._ids[block * FACTS_ROWS : (block + 1) * FACTS_ROWS]
+            facts = reference_facts(
+                self.hidden(ids).to(head.weight.device), head, KLOptions(temperature=options.temperature)
+            )
+            ends = torch.tensor([0, *self.counts(ids)]).cumsum(0).tolist()
+            self._facts[key] = [facts[start:end] for start, end in pairwise(ends)]
+        return self._facts[key][inside]
 
     def counts(self, example_ids: Sequence[str]) -> list[int]:
         """Gold tokens of each example."""

@@ -142,8 +142,9 @@ def score_prefix(
     for index in length_buckets(rows, batch_size):
         batch = make_batch(rows, index).to(base.device)
         hidden = gold_hidden(base, prefix, batch)
-        stored = reference.hidden([rows[i].example_id for i in index]).to(base.device)
-        scores = linear_scores(hidden, stored, base.head, batch.gold, options)
+        ids = [rows[i].example_id for i in index]
+        stored, facts = reference.hidden(ids).to(base.device), reference.facts(ids, base.head, options)
+        scores = linear_scores(hidden, stored, base.head, batch.gold, options, facts=facts)
         sizes = [counts[i] for i in index]
         for values, out in ((scores.kl, kl), (scores.nll, nll), (scores.agree, agree)):
             for i, part in zip(index, values.cpu().split(sizes), strict=True):

@@ -10,8 +10,9 @@ import torch
 from kvopt.attention import gold_hidden, prefill
 from kvopt.contexts import KVContext, NoContext, SoftContext
 from kvopt.encoding import Encoded, make_batch
-from kvopt.kernels import KLOptions
+from kvopt.kernels import KLOptions, reference_facts
 from kvopt.model import Base
+from kvopt.reference import open_reference
 from kvopt.score import TokenScores, naive_logits, naive_scores, score_prefix, score_tokens, summarize
 from tests.tasks import OTHER, Task, make_task, template_for
 from tests.tiny import MODELS, tiny_base
@@ -141,3 +142,26 @@ def test_reference_refuses_another_key_and_is_resumed_shard_by_shard(tmp_path: P
     assert shard.read_bytes() == before
     with pytest.raises(InputError, match="another base"):
         open_reference(tmp_path, "0" * 64)
+
+
+def test_facts_of_the_reference_are_computed_once_and_do_not_depend_on_what_was_scored_first(
+    tmp_path: Path, llama: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvopt import reference as module
+
+    monkeypatch.setattr(module, "FACTS_ROWS", 5)
+    calls = []
+    monkeypatch.setattr(module, "reference_facts", lambda *args, **kw: calls.append(1) or reference_facts(*args, **kw))
+    task = make_task(llama, tmp_path)
+    ids = [row.example_id for row in task.encoded.rows]
+    again = open_reference(tmp_path, task.reference.key)
+    some, every = task.reference.facts(ids[3:4], llama.head), task.reference.facts(ids, llama.head)
+    assert len(calls) == 3  # twelve rows are three blocks
+    backwards = again.facts(ids[::-1], llama.head)
+    assert torch.equal(some.entropy, every.entropy.split(task.reference.counts(ids))[3])
+    parts = list(backwards.log_partition.split(again.counts(ids[::-1])))[::-1]
+    assert torch.equal(torch.cat(parts), every.log_partition)
+    warm = task.reference.facts(ids, llama.head, KLOptions(temperature=2.0))
+    assert (warm.entropy > every.entropy).all()
+    logits = torch.cat(original_logits(task)).double()
+    torch.testing.assert_close(every.log_partition.double(), logits.logsumexp(-1), rtol=0, atol=1e-5)
