@@ -19,7 +19,8 @@ def case(trained_head: bool, softcap: float | None = None) -> Gold:
     rng = torch.Generator().manual_seed(4)
     hidden, anchor = (torch.randn(G, D, generator=rng) for _ in range(2))
     weight = torch.randn(V, D, generator=rng)
-    head = Head(weight.clone().requires_grad_(trained_head), softcap=softcap, scale=1.3)
+    own = weight + 0.1 * torch.randn(V, D, generator=rng) if trained_head else weight
+    head = Head(own.requires_grad_(trained_head), softcap=softcap, scale=1.3)
     ids = torch.randint(V, (G,), generator=rng)
     return Gold(hidden.requires_grad_(), ids, head, anchor, Head(weight, softcap=softcap, scale=1.3))
 
