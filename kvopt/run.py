@@ -201,6 +201,7 @@ class Run(Inputs):
             "data_sha256": self.dataset.sha256,
             "reference_key": self.reference.key,
             "scope": self.config.template.scope,
+            "template_tokens": len(self.encoded.prefix),
             "objective": "forward KL[p(.|V,C) || p(.|V,C')] per gold token",
             "settings": settings | {"seed": seed, "init": config.init},
             "best_step": learned.step,

@@ -80,7 +80,7 @@ def _behind(source: Source) -> str:
     if source.kind == "text":
         return ""
     exact = ""
-    if source.template_tokens and (source.run is None or source.run.scope == "leading"):
+    if source.template_tokens and source.scope == "leading":
         exact = (
             f" Exactly, whatever the tokenizer does at the seam: tokenize the whole prompt as under the original"
             f" template and drop its first {source.template_tokens} ids."

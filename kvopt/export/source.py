@@ -112,6 +112,11 @@ class Source:
         )
         return int(known) if known else None
 
+    @property
+    def scope(self) -> str:
+        """What the context replaces: static text before the first slot (leading), or all of it."""
+        return str((self.record or {}).get("scope") or (self.run.scope if self.run else "leading"))
+
     @cached_property
     def metrics(self) -> dict[str, Any] | None:
         """How good it is: ``{"split", "kl_forward", …}`` of the leaderboard, else of its own record, else None."""
@@ -125,7 +130,7 @@ class Source:
         if self.run is None or self.kind == "text":
             return None
         template = self.run.template
-        template = template.without_trailing_static() if self.run.scope == "all" else template
+        template = template.without_trailing_static() if self.scope == "all" else template
         try:
             tokenizer, _ = load_tokenizer(ModelConfig(base=self.base_name))
             values = {name: "{{" + name + "}}" for name in template.slots}

@@ -1,4 +1,4 @@
-"""Contexts to export, and what our own path says of them: the logits and the greedy text that every reader must give."""
+"""Contexts to export, and what our own path says of them: the logits and greedy text that every reader must give."""
 
 from __future__ import annotations
 
