@@ -49,11 +49,13 @@ def conditions(run: Run, settings: EvaluateConfig, students: Sequence[StudentCon
     Raises:
         InputError: templates that cannot be used, names that are taken twice, learned contexts that do not exist.
     """
+    learned = _learned_names(run, settings)
+    templates = template_contexts(run, settings)
     found = [Condition("original", run.original)]
     found += [Condition("held-out", context) for context in held_out_mutations(run, settings, students)]
-    found += [Condition("templates", context) for context in template_contexts(run, settings)]
+    found += [Condition("templates", context) for context in templates]
     found.append(Condition("none", run.none))
-    found += [Condition("learned", context) for context in _learned(run, settings)]
+    found += [Condition("learned", context) for context in (run.learned(learned) if learned else ())]
     _check_names(found)
     return found
 
@@ -119,14 +121,13 @@ def mutations_in_use(run: Run, students: Sequence[StudentConfig]) -> set[str]:
     return used & {context.name for context in run.mutation_contexts}
 
 
-def _learned(run: Run, settings: EvaluateConfig) -> list[Context]:
+def _learned_names(run: Run, settings: EvaluateConfig) -> list[str]:
     names = [context.name for context in run.config.contexts]
-    wanted = names if settings.contexts is None else settings.contexts
-    for name in wanted:
+    for name in settings.contexts or ():
         if name not in names:
             mend = "known: " + (", ".join(names) or "none")
             raise InputError(f"no learned context {name!r}", where="evaluate.contexts", mend=mend)
-    return list(run.learned(wanted)) if wanted else []
+    return names if settings.contexts is None else list(settings.contexts)
 
 
 def _check_names(found: Sequence[Condition]) -> None:

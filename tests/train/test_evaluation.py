@@ -1,0 +1,313 @@
+"""What an evaluation measures, against plain transformers; what it does again and what not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import httpx
+import pytest
+import torch
+
+from kvopt.contexts import KVContext
+from kvopt.errors import InputError
+from kvopt.files import write_json
+from kvopt.generate import stop_ids
+from kvopt.train.evaluation.conditions import mutations_in_use
+from kvopt.train.evaluation.evaluate import Evaluation, evaluate_all
+from kvopt.train.evaluation.metrics.judge import Judge
+from kvopt.train.evaluation.models import subject
+from kvopt.train.stages import chosen, students
+from tests.jobs import artefacts, stages_in, write_rows
+from tests.train.evaluated import WORDS, open_evaluated, student, write_evaluated
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """(config, run directory, documents of base and s1); do not change them, copy them."""
+    place = tmp_path_factory.mktemp("evaluated")
+    config = write_evaluated(place)
+    run = open_evaluated(config, place / "out")
+    configs = chosen(run)
+    with run.opened():
+        students(run, configs)
+        documents = evaluate_all(run)
+    return config, place / "out", {document["name"]: document for document in documents}
+
+
+@pytest.fixture
+def copied(evaluated, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(evaluated[1], out)
+    (out / "ledger.jsonl").unlink()
+    return evaluated[0], out
+
+
+def again(config, out, names=(), specs=(), sets=()):
+    run = open_evaluated(config, out, sets)
+    with run.opened():
+        return evaluate_all(run, names, specs), run
+
+
+def answers_of(out, name, context):
+    lines = (out / "students" / name / "evaluation" / f"{context}.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def plain_logits(model, ids, count):
+    """[count, V] float64: the model's own logits at the positions that predict the last ``count`` ids."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([list(ids)[:-1]]), use_cache=False).logits[0]
+    return logits[-count:].double()
+
+
+@pytest.mark.parametrize("name", ["base", "s1"])
+@pytest.mark.parametrize("context", ["original", "whole", "none"])
+def test_gold_likelihoods_equal_plain_transformers_on_full_prompts(evaluated, name, context):
+    config, out, _ = evaluated
+    run = open_evaluated(config, out)
+    with run.opened():
+        model = subject(run, name).model
+        evaluation = Evaluation(run, run.config.students)
+        condition = next(c for c in evaluation.conditions if c.name == context)
+        rows = evaluation._rows_under(condition)
+        prefix = condition.context.bos if context == "none" else condition.context.encoded.prefix
+        originals = run.rows("validation").rows
+        for row, original, stored in zip(rows, originals, answers_of(out, name, context), strict=True):
+            log_q = plain_logits(model.model, [*prefix, *row.body, *row.gold], len(row.gold)).log_softmax(-1)
+            whole = [*run.encoded.prefix, *original.body, *original.gold]
+            log_p = plain_logits(run.base.model, whole, len(row.gold)).log_softmax(-1)
+            nll = -log_q.gather(1, torch.tensor(row.gold)[:, None]).sum()
+            assert stored["nll"] == pytest.approx(nll.item(), rel=1e-4)
+            assert stored["kl"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), rel=1e-3, abs=1e-5)
+            assert stored["agree"] == (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+
+
+def test_answers_are_the_students_own_greedy_ones(evaluated):
+    config, out, _ = evaluated
+    run = open_evaluated(config, out)
+    with run.opened():
+        model = subject(run, "s1").model
+        for row, stored in zip(run.rows("validation").rows, answers_of(out, "s1", "original")[:4], strict=False):
+            ids = torch.tensor([[*run.encoded.prefix, *row.body]])
+            found = model.model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,
+                eos_token_id=sorted(stop_ids(model) | run.answer_ends), pad_token_id=0,
+            )  # fmt: skip
+            answer = [t for t in found[0, ids.shape[1] :].tolist() if t not in run.answer_ends]
+            assert stored["answer"] == model.tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def test_a_kv_context_is_the_same_prefix_for_base_and_student(evaluated):
+    config, out, documents = evaluated
+    run = open_evaluated(config, out)
+    with run.opened():
+        context = run.learned(["kv-8"])[0]
+        assert isinstance(context, KVContext)
+        board = run.score(context)
+    learned = next(c for c in documents["base"]["contexts"] if c["name"] == "kv-8")
+    assert learned["quantities"]["gold_nll"]["mean"] == pytest.approx(board.gold_nll.mean, rel=1e-4)
+    assert learned["quantities"]["kl_from_base"]["mean"] == pytest.approx(board.kl_forward.mean, rel=1e-3)
+    assert answers_of(out, "s1", "kv-8") != answers_of(out, "base", "kv-8")
+
+
+def test_the_base_has_no_distance_from_itself_and_the_student_has(evaluated):
+    _, _, documents = evaluated
+    at = {name: document["contexts"][0]["quantities"]["kl_from_base"] for name, document in documents.items()}
+    assert abs(at["base"]["mean"]) < 1e-6
+    assert at["s1"]["mean"] > 1e-3
+    assert abs(documents["base"]["forgetting"]["kl_from_base"]["mean"]) < 1e-6
+    assert documents["base"]["forgetting"]["gold_nll_change"]["mean"] == 0
+
+
+def test_forgetting_equals_the_formulas_on_full_probe_prompts(evaluated):
+    config, out, documents = evaluated
+    run = open_evaluated(config, out)
+    kl = change = tokens = 0.0
+    with run.opened():
+        model = subject(run, "s1").model
+        probes = Evaluation(run, run.config.students).probes
+        assert len(probes.encoded.rows) == len(WORDS)
+        for row in probes.encoded.rows:
+            ids = [*probes.encoded.prefix, *row.body, *row.gold]
+            log_p = plain_logits(run.base.model, ids, len(row.gold)).log_softmax(-1)
+            log_q = plain_logits(model.model, ids, len(row.gold)).log_softmax(-1)
+            kl += (log_p.exp() * (log_p - log_q)).sum().item()
+            change += (log_p - log_q).gather(1, torch.tensor(row.gold)[:, None]).sum().item()
+            tokens += len(row.gold)
+    forgetting = documents["s1"]["forgetting"]
+    assert forgetting["gold_tokens"] == tokens
+    assert forgetting["kl_from_base"]["mean"] == pytest.approx(kl / tokens, rel=1e-3)
+    assert forgetting["gold_nll_change"]["mean"] == pytest.approx(change / tokens, rel=1e-3)
+
+
+def test_contexts_stand_in_groups_and_the_trained_mutations_are_not_held_out(evaluated):
+    document = evaluated[2]["s1"]
+    groups = {group["group"]: group["contexts"] for group in document["groups"]}
+    assert list(groups) == ["original", "held-out", "templates", "none", "learned", "wordings"]
+    assert groups["templates"] == ["terse", "whole"]
+    assert groups["wordings"] == ["original", *groups["held-out"], "terse", "whole"]
+    trained = {context["name"] for context in document["student"]["contexts"]}
+    assert len(trained) == 3
+    assert len(groups["held-out"]) == 2
+    assert not trained & set(groups["held-out"])
+
+
+def test_group_statistics_come_from_the_contexts_means(evaluated):
+    document = evaluated[2]["s1"]
+    by_name = {context["name"]: context["quantities"]["gold_nll"]["mean"] for context in document["contexts"]}
+    for group in document["groups"]:
+        values = [by_name[name] for name in group["contexts"]]
+        quantity = group["quantities"]["gold_nll"]
+        assert quantity["mean"] == pytest.approx(sum(values) / len(values))
+        assert (quantity["min"], quantity["max"]) == (min(values), max(values))
+        assert quantity["spread"] == pytest.approx(max(values) - min(values))
+
+
+def test_a_mutation_that_a_learned_context_starts_from_is_not_held_out(tmp_path):
+    def start_from_mutations(config):
+        first = config["contexts"][0]
+        config["contexts"] = [
+            {**first, "name": "a", "init": "best-mutation", "tokens": None},
+            {**first, "name": "b", "init": "mutation:m005", "tokens": None},
+        ]
+        config["students"] = [student("s", "original", "m001", "random-mutations:1", seed=3)]
+
+    run = open_evaluated(write_evaluated(tmp_path, start_from_mutations), tmp_path / "out")
+    with run.opened():
+        used = mutations_in_use(run, run.config.students)
+        best = run.ranked_mutations[0][0].name
+    assert {"m001", "m005", best} <= used
+
+
+def test_too_few_mutations_to_hold_out_are_one_clear_warning(copied):
+    config, out = copied
+    _, run = again(config, out, ["base"], ["held-out"], ("evaluate.held_out_mutations=5",))
+    warnings = [line for line in run.lines if "held out" in line]
+    assert warnings == [
+        "warning: 4 mutations are held out, not 5: of 6 accepted ones 2 are trained on; raise mutations.count"
+    ]
+
+
+def test_a_second_evaluation_does_nothing_again_and_leaves_the_same_bytes(evaluated, copied):
+    config, out = copied
+    times = {path: path.stat().st_mtime_ns for path in (out / "students").rglob("*.jsonl")}
+    documents, _ = again(config, out)
+    assert documents == list(evaluated[2].values())
+    assert not (out / "ledger.jsonl").exists()
+    assert {path: path.stat().st_mtime_ns for path in (out / "students").rglob("*.jsonl")} == times
+    assert artefacts(out) == artefacts(evaluated[1])
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate"])
+def test_what_a_kill_left_undone_is_done_and_ends_in_the_same_bytes(evaluated, copied, damage):
+    config, out = copied
+    place = out / "students" / "s1"
+    (place / "evaluation.json").unlink()
+    for name in ("m001.jsonl", "probes.jsonl", "frozen-prompt.jsonl", "terse.jsonl"):
+        if (path := place / "evaluation" / name).exists():
+            path.unlink() if damage == "delete" else path.write_bytes(path.read_bytes()[:50])
+    again(config, out)
+    done = stages_in(out)
+    assert done[-2:] == ["evaluate/s1/frozen-prompt", "evaluate/s1/probes"]
+    assert all(stage.startswith("evaluate/s1/") for stage in done)
+    assert "evaluate/s1/original" not in done
+    assert artefacts(out) == artefacts(evaluated[1])
+
+
+def test_shorter_answers_are_given_again_but_probes_are_kept(copied):
+    config, out = copied
+    again(config, out, ["base"], sets=("evaluate.max_new_tokens=5",))
+    done = stages_in(out)
+    assert "evaluate/base/original" in done
+    assert "evaluate/base/probes" not in done
+
+
+def test_another_metric_needs_no_model(copied):
+    config, out = copied
+    documents, _ = again(config, out, sets=("evaluate.metrics=[json-valid]",))
+    assert not (out / "ledger.jsonl").exists()
+    assert documents[1]["headlines"] == ["json-valid"]
+
+
+def test_another_student_of_the_same_name_is_measured_anew(copied):
+    config, out = copied
+    record = json.loads((out / "students" / "s1" / "kvopt-student.json").read_text())
+    record["weights_sha256"] = "0" * 64
+    write_json(out / "students" / "s1" / "kvopt-student.json", record)
+    with pytest.raises(InputError, match="weights are not those"):  # nothing stored is taken for it
+        again(config, out, ["s1"])
+
+
+def test_chosen_contexts_are_measured_alone_and_nothing_is_overwritten(evaluated, copied):
+    config, out = copied
+    documents, _ = again(config, out, ["s1"], ["original", "templates"])
+    assert [context["name"] for context in documents[0]["contexts"]] == ["original", "terse", "whole"]
+    assert documents[0]["forgetting"] is None
+    assert artefacts(out) == artefacts(evaluated[1])
+
+
+def test_a_context_of_the_command_line_alone(copied, tmp_path):
+    config, out = copied
+    (tmp_path / "mine.txt").write_text("Which label fits?")
+    documents, _ = again(config, out, ["base"], [f"text:{tmp_path / 'mine.txt'}"])
+    assert [(c["name"], c["group"]) for c in documents[0]["contexts"]] == [("mine", "other")]
+
+
+def test_students_that_are_not_there_are_named(copied):
+    config, out = copied
+    with pytest.raises(InputError, match=r"no student 'nobody' \(known: base, s1\)"):
+        again(config, out, ["nobody"])
+    shutil.rmtree(out / "students" / "s1")
+    with pytest.raises(InputError, match="student s1: is not trained yet"):
+        again(config, out, ["s1"])
+    documents, run = again(config, out)
+    assert [document["name"] for document in documents] == ["base"]
+    assert any("student s1: is not trained yet" in line for line in run.lines)
+
+
+def test_a_judge_is_asked_once_for_each_answer_and_again_only_where_it_failed(copied):
+    config, out = copied
+    asked: list[str] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        asked.append(request.content.decode())
+        if len(asked) == 2:
+            return httpx.Response(400, text="no")
+        return httpx.Response(200, json={"choices": [{"message": {"content": "3"}}]})
+
+    settings = "[{kind: judge, base_url: 'http://judge.invalid/v1', model: m, retries: 0, concurrency: 1}]"
+    counts, values = [], []
+    for _ in range(3):
+        run = open_evaluated(config, out, (f"evaluate.metrics={settings}",))
+        with run.opened():
+            evaluation = Evaluation(run, run.config.students)
+            whole = evaluation.conditions[:1]
+            evaluation = Evaluation(run, run.config.students, whole)
+            judge = evaluation.metrics[0]
+            assert isinstance(judge, Judge)
+            evaluation.metrics = [Judge("judge", judge.endpoint, transport=httpx.MockTransport(handle))]
+            document = evaluation.evaluate(subject(run, "base"))
+        counts.append(len(asked))
+        values.append({q: v["mean"] for q, v in document["contexts"][0]["quantities"].items() if q.startswith("judge")})
+    assert counts == [4, 5, 5]
+    assert values == [{"judge": 0.5, "judge.failed": 0.25}, *[{"judge": 0.5, "judge.failed": 0.0}] * 2]
+
+
+def test_probe_rows_that_are_too_long_are_left_out_and_counted(copied, tmp_path):
+    config, out = copied
+    write_rows(
+        tmp_path / "long.jsonl",
+        [{"prompt": "Say " + "rain " * 80, "output": "rain"}, {"prompt": "a", "output": "b"}],
+    )
+    sets = (f"evaluate.probes.file={tmp_path / 'long.jsonl'}", "evaluate.probes.max_tokens=64")
+    documents, _ = again(config, out, ["base"], sets=sets)
+    assert (documents[0]["forgetting"]["rows"], documents[0]["forgetting"]["too_long"]) == (1, 1)
+    with pytest.raises(InputError, match="every row has more than 9 tokens"):
+        again(config, out, ["base"], sets=(sets[0], "evaluate.probes.max_tokens=9"))
+
+
+def test_a_probe_row_without_the_column_is_named(copied):
+    config, out = copied
+    with pytest.raises(InputError, match=r"probes\.jsonl:1: .*question"):
+        again(config, out, ["base"], sets=("evaluate.probes.prompt=question",))
