@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -23,6 +24,7 @@ from kvopt.run import Run
 from kvopt.textfile import template_from_file
 from kvopt.train.config import ContextChoice, StudentConfig
 
+T = TypeVar("T")
 WITH_COUNT = ("best-mutations", "random-mutations")
 
 
@@ -187,13 +189,17 @@ def _mutations(run: Run, kind: str, count: int, seed: int, taken: set[str], wher
     if kind == "best-mutations":
         candidates: list[TextContext] = [context for context, _ in run.ranked_mutations]
     else:
-        free = [context for context in run.mutation_contexts if context.name not in taken]
-        generator = torch.Generator().manual_seed(seed)
-        candidates = [free[i] for i in torch.randperm(len(free), generator=generator).tolist()]
+        candidates = in_seeded_order([c for c in run.mutation_contexts if c.name not in taken], seed)
     if len(candidates) < count:
         what = f"{count} mutations are wanted, {len(candidates)} are there"
         raise InputError(what, where=where, mend="raise mutations.count")
     return candidates[:count]
+
+
+def in_seeded_order(items: Sequence[T], seed: int) -> list[T]:
+    """All items in an order that the seed decides: the first K are a part of the first K + 1."""
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [items[i] for i in order.tolist()]
 
 
 def in_front_of_rows(run: Run, context: Context, weight: float) -> PoolContext:

@@ -41,11 +41,11 @@ class _Order:
     start: Path | None = None
 
 
-def train_students(run: Run, only: Sequence[str] = ()) -> list[dict[str, Any]]:
+def train_students(run: Run, only: Sequence[str] = ()) -> list[dict[str, Any]] | None:
     """Train the config's students (or those in ``only``) in order; returns the record of each.
 
     Under ``accelerate launch`` every process calls it; only the first locks and writes the run directory, and the
-    others return nothing.
+    others return None.
 
     Raises:
         InputError: an unknown student or context, settings that do not fit. KvoptError: a student diverged.
@@ -59,7 +59,7 @@ def train_students(run: Run, only: Sequence[str] = ()) -> list[dict[str, Any]]:
         return records
     while (order := launch.share()) is not None:
         train_student(_job(run, order))
-    return []
+    return None
 
 
 def students(run: Run, configs: Sequence[StudentConfig], launch: Launch | None = None) -> list[dict[str, Any]]:
@@ -94,7 +94,7 @@ def _student(run: Run, config: StudentConfig, launch: Launch) -> dict[str, Any]:
     key = student_key(run, config, pool, seed, reference, more)
     folder = run.directory / "students" / config.name
     record = read_student_record(folder) if folder.is_dir() else None
-    if record is not None and record.get("key") == key:
+    if record is not None and record.get("key") == key and _is_whole(folder, record):
         run.say(f"student {config.name}: as it was trained")
         return record
     stage = f"students/{config.name}"
@@ -107,6 +107,13 @@ def _student(run: Run, config: StudentConfig, launch: Launch) -> dict[str, Any]:
         save_student(trained.student, folder, run.base, record_of(run, order, trained))
     shutil.rmtree(run.directory / ".training" / config.name, ignore_errors=True)
     return read_student_record(folder) or {}
+
+
+def _is_whole(folder: Path, record: dict[str, Any]) -> bool:
+    try:
+        return weights_of(folder) == record.get("weights_sha256")
+    except InputError:
+        return False
 
 
 def _train(run: Run, order: _Order, teacher: Teacher | None) -> Trained:

@@ -35,6 +35,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "score": contexts.score,
     "optimize": contexts.optimize,
     "train": students.train,
+    "export-data": students.export_data,
     "evaluate": evaluation.evaluate,
     "compare": contexts.compare,
     "export": exporting.export,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +31,41 @@ def train(
 
     run = open_run(config, sets, out)
     records = train_students(run, only or ())
-    show_students(records, run.directory.path, as_json)
+    if records is not None:
+        show_students(records, run.directory.path, as_json)
+
+
+def export_data(
+    config: ConfigPath,
+    file: Annotated[Path, typer.Option("--out", metavar="FILE", help="The JSONL file to write.")],
+    student: Annotated[
+        str | None, typer.Option("--student", metavar="NAME", help="The contexts of this student of the config.")
+    ] = None,
+    context: Annotated[
+        list[str] | None,
+        typer.Option("--context", help="Instead: original, best-mutations:K, text:FILE, …; may be repeated."),
+    ] = None,
+    format: Annotated[str, typer.Option("--format", help="prompt-completion or messages.")] = "prompt-completion",
+    sets: Sets = None,
+    run_folder: Annotated[
+        Path | None, typer.Option("--run", metavar="DIR", help="The run directory with mutations (default: runs/NAME).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the training rows under every text context as JSONL, which any SFT trainer reads. Calls no model."""
+    from kvopt.files import write_jsonl
+    from kvopt.train.export_data import choices_of, export_rows
+
+    run = open_run(config, sets, run_folder)
+    choices, seed = choices_of(run, student, context or ())
+    rows = list(export_rows(run, choices, seed, format))
+    write_jsonl(file, rows)
+    counts = Counter(row["context_id"] for row in rows)
+    if as_json:
+        print_json({"file": str(file), "rows": len(rows), "contexts": dict(counts)})
+    else:
+        parts = ", ".join(f"{name} {count}" for name, count in counts.items())
+        print(f"{file}: {len(rows)} rows ({parts})")
 
 
 def prepared(run: Run) -> Callable[[], list[dict[str, Any]]]:

@@ -1,0 +1,161 @@
+"""The multiplied training set as JSONL, which plain SFT trainers read: every training row under every text context.
+
+Nothing is computed: no model is loaded and no answer generated; gold outputs are the bytes of the data. Mutations are
+those that a run has already found, in the order in which it ranked them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvopt.dataset import Example
+from kvopt.errors import InputError
+from kvopt.inputs import Inputs
+from kvopt.mutate.record import read_mutations
+from kvopt.template import Template
+from kvopt.textfile import template_from_file
+from kvopt.train.config import ContextChoice, StudentConfig
+from kvopt.train.pool import WITH_COUNT, in_seeded_order
+
+FORMATS = ("prompt-completion", "messages")
+RUN_FIRST = "kvopt run makes and ranks them"
+
+
+def export_rows(
+    inputs: Inputs, choices: Sequence[ContextChoice], seed: int, format: str = "prompt-completion"
+) -> Iterator[dict[str, Any]]:
+    """One row for each training example and context, contexts in order, as often as their (whole) weight says.
+
+    A row has ``context_id``, ``example_id`` and, as ``prompt-completion``, ``prompt`` and ``completion`` (text, or
+    messages under a chat template), or, as ``messages``, ``messages`` that end with the assistant's.
+
+    Raises:
+        InputError: a context that is no text or not there, a weight that is no whole number, messages of a template
+            that is plain text.
+    """
+    if format not in FORMATS:
+        raise InputError(f"no format {format!r}", where="--format", mend=" or ".join(FORMATS))
+    if format == "messages" and not inputs.template.is_chat:
+        mend = "use --format prompt-completion"
+        raise InputError("a template of plain text has no messages", where="--format messages", mend=mend)
+    templates = text_templates(inputs, choices, seed)
+    for name, template, copies in templates:
+        for _ in range(copies):
+            for example in inputs.dataset.train:
+                yield {"context_id": name, "example_id": example.id, **_row(template, example, format)}
+
+
+def _row(template: Template, example: Example, format: str) -> dict[str, Any]:
+    prompt: Any = template.fill(example.values)
+    if not template.is_chat:
+        return {"prompt": prompt, "completion": example.output}
+    answer = [{"role": "assistant", "content": example.output}]
+    if format == "messages":
+        return {"messages": prompt + answer}
+    return {"prompt": prompt, "completion": answer}
+
+
+def text_templates(inputs: Inputs, choices: Sequence[ContextChoice], seed: int) -> list[tuple[str, Template, int]]:
+    """(name, template, copies) of each context that the choices name. Raises InputError."""
+    found: list[tuple[str, Template, int]] = []
+    for choice in choices:
+        if choice.weight != int(choice.weight):
+            raise InputError(f"weight {choice.weight} is no whole number", where=choice.context)
+        taken = {name for name, _, _ in found}
+        for name, template in _named(inputs, choice.context, seed, taken):
+            if name in taken:
+                raise InputError(f"{name!r} stands twice", where=choice.context, mend="give it once, with a weight")
+            found.append((name, template, int(choice.weight)))
+    return found
+
+
+def _named(inputs: Inputs, spec: str, seed: int, taken: set[str]) -> list[tuple[str, Template]]:
+    if spec == "original":
+        return [(spec, inputs.template)]
+    if spec == "none":
+        raise InputError("has no prompt to write", where=spec, mend="kvopt train trains under it")
+    kind, _, argument = spec.partition(":")
+    if kind == "text":
+        return [(Path(argument).stem, template_from_file(inputs.base_dir / argument, inputs.template))]
+    if spec in {context.name for context in inputs.config.contexts} or (inputs.base_dir / spec).is_dir():
+        mend = "kvopt train trains under it; text contexts can be exported"
+        raise InputError("a learned context has no text", where=spec, mend=mend)
+    mutations = _mutations(inputs)
+    if kind in WITH_COUNT:
+        if not argument.isdecimal() or int(argument) < 1:
+            raise InputError("needs a number", where=spec, mend=f"write {kind}:4")
+        if kind == "best-mutations":
+            names = _ranked(inputs)
+        else:
+            names = in_seeded_order([name for name in mutations if name not in taken], seed)
+        if len(names) < int(argument):
+            raise InputError(f"{len(names)} mutations are there", where=spec, mend="raise mutations.count, run again")
+        return [(name, mutations[name]) for name in names[: int(argument)]]
+    if spec in mutations:
+        return [(spec, mutations[spec])]
+    known = "original, best-mutations:K, random-mutations:K, text:FILE, or a mutation's name"
+    raise InputError("no such context", where=spec, mend=known)
+
+
+def _mutations(inputs: Inputs) -> dict[str, Template]:
+    """Accepted mutations by name. Raises InputError where the run has none of this template."""
+    _check_same_task(inputs)
+    accepted = [m for m in read_mutations(inputs.directory / "mutations.jsonl") if m.accepted]
+    return {m.name: m.template for m in accepted if m.name is not None and m.template is not None}
+
+
+def _ranked(inputs: Inputs) -> list[str]:
+    """Names of mutations by forward KL on the selection rows, lowest first, as the run wrote them down."""
+    path = inputs.directory / "scores.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        scored = [(r["kl_forward"]["mean"], r["context"]) for r in rows if r["split"] == "selection"]
+    except FileNotFoundError:
+        raise InputError("mutations are not ranked yet", where=str(path), mend=RUN_FIRST) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"is damaged: {error}", where=str(path), mend="run kvopt run again") from None
+    known = _mutations(inputs)
+    return [name for _, name in sorted(scored) if name in known]
+
+
+def _check_same_task(inputs: Inputs) -> None:
+    path = inputs.directory / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError("there is no run with mutations", where=str(inputs.directory.path), mend=RUN_FIRST) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"is damaged: {error}", where=str(path)) from None
+    wanted = {"template_sha256": inputs.template.sha256, "data_sha256": inputs.dataset.sha256}
+    for what, digest in wanted.items():
+        if manifest.get(what) != digest:
+            name = what.partition("_")[0]
+            raise InputError(f"belongs to another {name}", where=str(inputs.directory.path), mend="run kvopt run again")
+
+
+def choices_of(inputs: Inputs, student: str | None, contexts: Sequence[str]) -> tuple[list[ContextChoice], int]:
+    """What to export and the seed of random choices: the named contexts, or those of a student (default: the config's
+    only one, else the original). Raises InputError.
+    """
+    students: dict[str, StudentConfig] = {config.name: config for config in inputs.config.students}
+    if student is not None and student not in students:
+        raise InputError(f"no student {student!r}", where="--student", mend="known: " + (", ".join(students) or "none"))
+    if contexts and student is not None:
+        raise InputError("give --student or --context, not both", where="export-data")
+    if contexts:
+        return [ContextChoice(context=_from_here(spec)) for spec in contexts], inputs.config.seed
+    if student is None and len(students) > 1:
+        raise InputError("the config has several students", where="export-data", mend="choose one with --student")
+    chosen = students[student] if student else next(iter(students.values()), None)
+    if chosen is None:
+        return [ContextChoice(context="original")], inputs.config.seed
+    return chosen.contexts, inputs.config.seed if chosen.seed is None else chosen.seed
+
+
+def _from_here(spec: str) -> str:
+    """On the command line a file is relative to the working directory, not to the config."""
+    kind, _, argument = spec.partition(":")
+    return f"text:{Path(argument).absolute()}" if kind == "text" else spec
