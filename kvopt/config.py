@@ -97,7 +97,7 @@ class ReportConfig(_Section):
     examples: int = Field(3, ge=0, le=50, description="from the worst to the best, evenly spread; 0 shows none")
     contexts: int = Field(6, ge=0, le=20, description="learned contexts beside original, best mutation and none")
     top_k: int = Field(5, ge=1, le=50, description="tokens listed where a context would rather say something else")
-    max_new_tokens: int = Field(48, ge=1, description="greedy answers are cut here")
+    max_new_tokens: int = Field(32, ge=1, description="greedy answers are cut here")
 
 
 class Config(_Section):

@@ -344,17 +344,6 @@ def test_inspect_describes_a_context_without_its_base(kvopt, fails, finished, tm
     assert "is damaged or truncated" in fails("inspect", broken)
 
 
-def test_compare_shows_runs(kvopt, fails, finished, tmp_path):
-    code, out, _ = kvopt("compare", finished[1], finished[1], "--json")
-    assert code == 0
-    assert len(json.loads(out)["runs"]) == 2
-    code, out, _ = kvopt("compare", finished[1])
-    assert "kv-best" in out
-    assert "has no leaderboard.json" in fails("compare", tmp_path)
-    (tmp_path / "leaderboard.json").write_text("[]")
-    assert "is not a leaderboard" in fails("compare", tmp_path)
-
-
 def test_the_schema_is_printed(kvopt):
     code, out, _ = kvopt("config", "--schema")
     assert code == 0

@@ -13,7 +13,7 @@ import typer
 
 import kvopt
 from kvopt.cli import bench as benchmarks
-from kvopt.cli import contexts, evaluation, exporting, merging, starting, students
+from kvopt.cli import contexts, evaluation, exporting, merging, report, starting, students
 from kvopt.errors import InputError, KvoptError
 from kvopt.files import write_error
 
@@ -37,7 +37,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": students.train,
     "export-data": students.export_data,
     "evaluate": evaluation.evaluate,
-    "compare": contexts.compare,
+    "compare": report.compare,
     "export": exporting.export,
     "inspect": contexts.inspect,
     "lines": merging.lines,

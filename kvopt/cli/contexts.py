@@ -1,4 +1,4 @@
-"""Commands about contexts: run, mutate, score, optimize, compare, inspect."""
+"""Commands about contexts: run, mutate, score, optimize, inspect."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kvopt.cli.common import ConfigPath, Json, Out, Sets, open_run, print_json, show_board
+from kvopt.cli.report import leave_page
 from kvopt.cli.students import prepared, show_students
 
 
@@ -23,6 +24,7 @@ def run_all(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Jso
     show_board(board | ({"students": records} if records else {}), run.directory.path, as_json)
     if not as_json:
         show_students(records, run.directory.path, False)
+    leave_page(run.directory.path)
 
 
 def mutate(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json = False) -> None:
@@ -93,21 +95,6 @@ def optimize(
         curve = ", ".join(f"{point['step']}: {point['held_out_kl']:.4f}" for point in row["history"])
         print(f"{row['name']}: {row['tokens']} {row['kind']} slots, forward KL {kl:.4f}, {folder}")
         print(f"  held-out KL by step: {curve}")
-
-
-def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
-    as_json: Json = False,
-) -> None:
-    """Print the leaderboard of one or more runs."""
-    from kvopt.report.leaderboard import read_leaderboard
-
-    boards = [read_leaderboard(folder) for folder in runs]
-    if as_json:
-        print_json(boards[0] if len(boards) == 1 else {"runs": boards})
-        return
-    for folder, board in zip(runs, boards, strict=True):
-        show_board(board, folder, False)
 
 
 def inspect(

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kvopt.cli.common import ConfigPath, Json, Out, Sets, open_run, print_json, say, show_board
+from kvopt.cli.report import leave_page
 
 
 def demo(
@@ -24,6 +25,7 @@ def demo(
         with run.opened():
             board = run.run()
     show_board(board, run.directory.path, as_json)
+    leave_page(run.directory.path)
 
 
 def init(

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from kvopt.contexts import Context, TextContext
-from kvopt.errors import InputError
 from kvopt.files import write_json, write_text
-from kvopt.score import Score
+
+if TYPE_CHECKING:  # a leaderboard is read, shown and compared without torch
+    from kvopt.contexts import Context
+    from kvopt.score import Score
 
 COLUMNS = (
     "name",
@@ -50,7 +50,7 @@ class Entry:
     @classmethod
     def of(cls, context: Context, score: Score | None, selection: Score | None = None) -> Entry:
         """The entry of a context."""
-        lineage = context.lineage if isinstance(context, TextContext) else {}
+        lineage = getattr(context, "lineage", {})
         return cls(context.name, context.kind, context.tokens, score, selection, lineage)
 
     def to_json(self) -> dict[str, Any]:
@@ -153,19 +153,3 @@ def table(board: dict[str, Any]) -> Table:
             f"{row['gold_nll']:.4f}", f"{row['top1_agreement']:.1%}",
         )  # fmt: skip
     return view
-
-
-def read_leaderboard(folder: Path) -> dict[str, Any]:
-    """``leaderboard.json`` of a run directory. Raises InputError when there is none, or it is damaged."""
-    path = folder / "leaderboard.json"
-    try:
-        board = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            "has no leaderboard.json", where=str(folder), mend="give a run directory in which kvopt run has finished"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read: {error}", where=str(path)) from None
-    if not isinstance(board, dict) or "contexts" not in board or "noise_floor" not in board:
-        raise InputError("is not a leaderboard", where=str(path))
-    return board

@@ -1,0 +1,128 @@
+"""What differs between runs: config, data, base and versions, and what became of contexts with the same name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvopt.report.reading import Row, RunFiles
+
+
+def compare_runs(runs: Sequence[RunFiles]) -> dict[str, Any]:
+    """``comparable`` (bool, or None where an old run does not say), ``why`` (sentences), ``config`` and ``identity``
+    (what differs, by key and run), ``results`` (contexts that are in several runs).
+    """
+    labels = [run.label for run in runs]
+    identities = [identity(run) for run in runs]
+    comparable, why = _comparable(identities)
+    return {
+        "runs": labels,
+        "comparable": comparable,
+        "why": why,
+        "identity": _differing(identities),
+        "config": _differing([flatten(run.config) for run in runs]),
+        "results": _results(runs),
+    }
+
+
+def identity(run: RunFiles) -> dict[str, Any]:
+    """What a run's numbers depend on beside its config, flat."""
+    manifest = run.manifest
+    facts = {key: manifest.get(key) for key in ("seed", "device", "threads", "dtype", "kvopt_version")}
+    facts |= {f"base.{key}": value for key, value in (manifest.get("base") or {}).items()}
+    facts |= {"template_sha256": manifest.get("template_sha256"), "data_sha256": manifest.get("data_sha256")}
+    facts |= {f"rows_sha256.{split}": value for split, value in run.board.rows_sha256.items()}
+    facts |= {f"rows.{split}": count for split, count in run.board.rows.items()}
+    return facts | {f"versions.{key}": value for key, value in (manifest.get("versions") or {}).items()}
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; items of a list by their name, or their position from 0."""
+    if isinstance(tree, Mapping):
+        pairs = [(str(key), value) for key, value in tree.items()]
+    elif isinstance(tree, list) and any(isinstance(item, Mapping | list) for item in tree):
+        pairs = [(_item_name(item, position), item) for position, item in enumerate(tree)]
+    else:
+        return {prefix: tree}
+    if not pairs:
+        return {prefix: tree} if prefix else {}
+    flat: dict[str, Any] = {}
+    for key, value in pairs:
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def _item_name(item: Any, position: int) -> str:
+    name = item.get("name") if isinstance(item, Mapping) else None
+    return str(name) if name else str(position)
+
+
+def _differing(facts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    keys = dict.fromkeys(key for one in facts for key in one)
+    return [
+        {"key": key, "values": [one.get(key) for one in facts]}
+        for key in keys
+        if any(one.get(key) != facts[0].get(key) for one in facts[1:])
+    ]
+
+
+def _comparable(identities: Sequence[Mapping[str, Any]]) -> tuple[bool | None, list[str]]:
+    """Whether KLs of these runs measure the distance to the same thing on the same rows."""
+    parts = {
+        "the template": ("template_sha256",),
+        "the base": ("base.weights", "base.config", "base.tokenizer", "base.chat_template"),
+        "the validation rows": ("rows_sha256.validation",),
+    }
+    differ = [
+        words for words, keys in parts.items() if any(len({one.get(key) for one in identities}) > 1 for key in keys)
+    ]
+    unknown = [
+        words
+        for words, keys in parts.items()
+        if words not in differ and any(one.get(keys[0]) is None for one in identities)
+    ]
+    if unknown == ["the validation rows"] and len({one.get("data_sha256") for one in identities}) == 1:
+        unknown = []
+    if differ:
+        verb = "differ" if len(differ) > 1 or differ[0].endswith("s") else "differs"
+        return False, [
+            f"{_list(differ).capitalize()} {verb} between the runs: a KL of one is no better or worse than a KL of"
+            " another, because each measures the distance to its own reference."
+        ]
+    if unknown:
+        return None, [f"Whether {_list(unknown)} are the same is not recorded in every run; compare KLs with care."]
+    return True, ["Template, base and validation rows are the same, so KLs can be compared across the runs."]
+
+
+def _list(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _results(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
+    """Contexts by name that stand in at least two runs; ``apart`` says whether their intervals do not overlap."""
+    rows = [{row.name: row for row in run.board.contexts} for run in runs]
+    names = dict.fromkeys(name for one in rows for name in one)
+    found = []
+    for name in names:
+        mine = [one.get(name) for one in rows]
+        there = [row for row in mine if row is not None]
+        if len(there) < 2:
+            continue
+        found.append(
+            {
+                "name": name,
+                "kl_forward": [row.kl_forward.mean if row else None for row in mine],
+                "tokens": [row.tokens if row else None for row in mine],
+                "apart": _apart(there),
+            }
+        )
+    return found
+
+
+def _apart(rows: Sequence[Row]) -> bool | None:
+    """Whether some two intervals have nothing in common; None without intervals."""
+    intervals = [row.kl_forward.ci95 for row in rows]
+    known = [interval for interval in intervals if interval is not None]
+    if len(known) < len(intervals):
+        return None
+    return max(low for low, _ in known) > min(high for _, high in known)

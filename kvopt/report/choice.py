@@ -1,0 +1,121 @@
+"""Which context to take and why, in words: the closest one, the best shorter one, and what cannot be told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvopt.report.reading import Board, Row, Scores
+
+BUILT_IN = ("original", "none")
+KEPT = 0.9  # of the way from no context to the template: what a shorter context must keep to be advised
+SHORTER = 0.75  # of the template's tokens: what counts as shorter
+
+
+def rivals(board: Board) -> list[Row]:
+    """The contexts that are compared (not the original, nor "no context"), lowest forward KL first."""
+    rows = [row for row in board.contexts if row.name not in BUILT_IN]
+    return sorted(rows, key=lambda row: (row.kl_forward.mean, row.name))
+
+
+def on_selection(board: Board) -> list[tuple[str, Scores]]:
+    """Every mutation with its numbers on the rows that it was chosen by."""
+    reported = [(row.name, row.selection) for row in board.contexts if row.selection is not None]
+    return [*reported, *((row.name, row.selection) for row in board.other_mutations)]
+
+
+def pareto_front(rows: Sequence[Row]) -> list[Row]:
+    """Those that no other beats in both tokens and KL, shortest first."""
+    front: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row.tokens, row.kl_forward.mean, row.name)):
+        if not front or row.kl_forward.mean < front[-1].kl_forward.mean:
+            front.append(row)
+    return front
+
+
+def share_kept(row: Row, board: Board) -> float | None:
+    """1 − KL / KL of no context: how much of the template's effect a context keeps; None without "no context"."""
+    bare = next((r.kl_forward.mean for r in board.contexts if r.name == "none"), None)
+    return 1 - row.kl_forward.mean / bare if bare and bare > 0 else None
+
+
+def advice(board: Board) -> dict[str, Any]:
+    """``closest`` and ``shorter`` (names or None), ``ties`` (names not separable from the closest), ``sentences``."""
+    rows = rivals(board)
+    if not rows:
+        return {
+            "closest": None,
+            "shorter": None,
+            "ties": [],
+            "sentences": ["This run has no contexts to choose from: only the original template and no context at all."],
+        }
+    closest = rows[0]
+    ties = [row for row in rows[1:] if row.separable_from_best is False]
+    short = next((row for row in rows if row.tokens <= SHORTER * board.template_tokens), None)
+    kept = share_kept(short, board) if short else None
+    if short is not None and kept is not None and kept < KEPT:
+        advised, worse = None, short
+    else:
+        advised, worse = short, None
+    sentences = [_lead(advised, closest, board)]
+    if advised is not None and advised is not closest:
+        sentences.append(f"{_is_closest(closest, ties)}: {_distance(closest)} with {_tokens(closest)}.")
+    elif ties:
+        sentences.append(_not_separable(closest, ties))
+    if worse is not None:
+        share = f", {kept:.0%} of the template's effect" if kept is not None and kept > 0 else ""
+        what = f"{worse.name} with {_tokens(worse)} at {_distance(worse)}{share}"
+        sentences.append(f"Nothing much shorter comes close: the best is {what}.")
+    floor = board.noise_floor.kl_forward
+    if closest.kl_forward.mean <= floor:
+        sentences.append(f"{closest.name} is within the noise floor of {number(floor)}: as close as can be measured.")
+    return {
+        "closest": closest.name,
+        "shorter": advised.name if advised else None,
+        "ties": [row.name for row in ties],
+        "sentences": sentences,
+    }
+
+
+def _lead(advised: Row | None, closest: Row, board: Board) -> str:
+    if advised is None:
+        return f"{closest.name} is closest to the template: {_distance(closest)} with {_tokens(closest)}."
+    kept = share_kept(advised, board)
+    bare = f" ({kept:.1%} of the template's effect)" if kept is not None else ""
+    words = f"{advised.tokens} of {board.template_tokens} tokens"
+    return f"{advised.name} keeps the template's behaviour to {_distance(advised)} with {words}{bare}."
+
+
+def _is_closest(closest: Row, ties: Sequence[Row]) -> str:
+    if not ties:
+        return f"{closest.name} is closest"
+    return f"{closest.name} is closest, though not separable from {_list(ties)}"
+
+
+def _not_separable(closest: Row, ties: Sequence[Row]) -> str:
+    verb = "is" if len(ties) == 1 else "are"
+    return f"{_list(ties)} {verb} not separable from {closest.name}: the intervals overlap."
+
+
+def _list(rows: Sequence[Row], most: int = 3) -> str:
+    names = [row.name for row in rows]
+    if len(names) > most:
+        return f"{', '.join(names[:most])} and {len(names) - most} more"
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _distance(row: Row) -> str:
+    interval = row.kl_forward.ci95
+    spread = f" (95 % interval {number(interval[0])}–{number(interval[1])})" if interval else ""
+    return f"{number(row.kl_forward.mean)} nats per gold token{spread}"
+
+
+def _tokens(row: Row) -> str:
+    return f"{row.tokens} token" + ("" if row.tokens == 1 else "s")
+
+
+def number(value: float) -> str:
+    """Four decimals, five below 0.001, and two significant digits where these would show nothing."""
+    if value == 0 or abs(value) >= 0.00095:
+        return f"{value:.4f}"
+    return f"{value:.5f}" if abs(value) >= 0.000095 else f"{value:.1e}"

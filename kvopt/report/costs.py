@@ -1,0 +1,60 @@
+"""What each context cost to build, from the ledger: the work since it was last made anew, interrupted attempts
+included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvopt.report.reading import LedgerEntry, RunFiles
+
+COUNTS = ("seconds", "tokens_in", "tokens_out", "model_calls")
+
+
+def build_costs(run: RunFiles) -> dict[str, dict[str, Any]]:
+    """By context: seconds, tokens, model calls, peak memory in bytes, and among how many contexts the work was shared.
+
+    A learned context costs its own training. A mutation costs the search that found it and the scoring that chose it,
+    which all mutations share. The original and "no context" cost nothing and have no entry.
+    """
+    costs = {}
+    for row in run.board.contexts:
+        stage = f"contexts/{row.name}"
+        if any(entry.stage == stage for entry in run.ledger):
+            costs[row.name] = _total(_latest(run.ledger, stage)) | {"shared_by": 1}
+    search = [*_latest(run.ledger, "mutations"), *_selection_scores(run)]
+    accepted = [m.name for m in run.mutations if m.accepted and m.name]
+    for name in accepted if search else []:
+        costs[name] = _total(search) | {"shared_by": len(accepted)}
+    return costs
+
+
+def stage_costs(ledger: Sequence[LedgerEntry]) -> list[dict[str, Any]]:
+    """Every stage in the order in which it first worked, with its totals over the whole ledger."""
+    stages = dict.fromkeys(entry.stage for entry in ledger)
+    rows = []
+    for stage in stages:
+        entries = [entry for entry in ledger if entry.stage == stage]
+        rows.append({"stage": stage, "times": len(entries), "outcome": entries[-1].outcome, **_total(entries)})
+    return rows
+
+
+def _selection_scores(run: RunFiles) -> list[LedgerEntry]:
+    names = {m.name for m in run.mutations if m.accepted}
+    stages = {f"scores/{name}.selection" for name in names}
+    return [entry for stage in sorted(stages) for entry in _latest(run.ledger, stage)]
+
+
+def _latest(ledger: Sequence[LedgerEntry], stage: str) -> list[LedgerEntry]:
+    """The entries of a stage from behind its last but one "done" to its last."""
+    entries = [entry for entry in ledger if entry.stage == stage]
+    done = [i for i, entry in enumerate(entries) if entry.outcome == "done"]
+    first = done[-2] + 1 if len(done) > 1 else 0
+    return entries[first : done[-1] + 1] if done else entries
+
+
+def _total(entries: Sequence[LedgerEntry]) -> dict[str, Any]:
+    total = {name: sum(getattr(entry, name) for entry in entries) for name in COUNTS}
+    peak = max((entry.peak_memory_bytes for entry in entries), default=0)
+    return total | {"seconds": round(total["seconds"], 3), "peak_memory_bytes": peak}

@@ -1,0 +1,156 @@
+"""The report as one JSON document: every number that the page shows, for one run or several."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import kvopt
+from kvopt.mutate.record import Mutation, counts_by_reason
+from kvopt.report.agreement import rank_agreements
+from kvopt.report.changes import compare_runs
+from kvopt.report.choice import advice, on_selection, pareto_front, rivals, share_kept
+from kvopt.report.costs import build_costs, stage_costs
+from kvopt.report.reading import RunFiles
+
+FORMAT_VERSION = 1
+REJECTED_SHOWN = 4  # rejected candidates of each reason
+
+
+def document(runs: Sequence[RunFiles]) -> dict[str, Any]:
+    """``report.json``: ``runs``, and ``changes`` where there are several."""
+    found: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "kvopt_version": kvopt.__version__,
+        "runs": [run_document(run) for run in runs],
+    }
+    return found | ({"changes": compare_runs(runs)} if len(runs) > 1 else {})
+
+
+def run_document(run: RunFiles) -> dict[str, Any]:
+    """Everything about one run."""
+    board = run.board
+    return {
+        "label": run.label,
+        "name": board.name,
+        "base": board.base,
+        "template_tokens": board.template_tokens,
+        "rows": board.rows,
+        "noise_floor": board.noise_floor.model_dump(mode="json"),
+        "advice": advice(board),
+        "contexts": _contexts(run),
+        "other_mutations": [row.model_dump(mode="json") for row in board.other_mutations],
+        "chosen": _chosen(run),
+        "curves": [one.model_dump(mode="json") for one in run.learned],
+        "mutations": _mutations(run),
+        "rank_agreement": rank_agreements(board),
+        "samples": run.samples.model_dump(mode="json") if run.samples else None,
+        "evaluations": run.evaluations,
+        "study": run.study,
+        "manifest": run.manifest,
+        "config": run.config,
+        "stages": stage_costs(run.ledger),
+    }
+
+
+def _contexts(run: RunFiles) -> list[dict[str, Any]]:
+    costs = build_costs(run)
+    front = {row.name for row in pareto_front(rivals(run.board))}
+    rows = []
+    for row in run.board.contexts:
+        facts = row.model_dump(mode="json", exclude_none=True)
+        facts |= {
+            "pareto": row.name in front,
+            "share_kept": share_kept(row, run.board),
+            "build": costs.get(row.name),
+            "students": _of_students(run, row.name),
+        }
+        rows.append(facts)
+    return rows
+
+
+def _of_students(run: RunFiles, context: str) -> dict[str, dict[str, Any]]:
+    """By student (and the base): its first headline under this context, where it was evaluated there."""
+    found = {}
+    for evaluation in run.evaluations:
+        headline = next(iter(evaluation.get("headlines") or evaluation.get("quantities") or ()), None)
+        for condition in evaluation.get("contexts", ()):
+            value = condition.get("quantities", {}).get(headline)
+            if condition.get("name") == context and value:
+                found[str(evaluation.get("name"))] = {"quantity": headline, **value}
+    return found
+
+
+def _chosen(run: RunFiles) -> list[dict[str, Any]]:
+    """Selection honesty: the KL that a context was chosen by beside the one that is reported."""
+    rows = []
+    kept = {one.name: _kept_kl(one.best_step, one.history) for one in run.learned}
+    for row in rivals(run.board):
+        if row.selection is not None:
+            how, mean, interval = "mutation", row.selection.kl_forward.mean, row.selection.kl_forward.ci95
+        elif (found := kept.get(row.name)) is not None:
+            how, mean, interval = "checkpoint", found, None
+        else:
+            continue
+        rows.append(
+            {
+                "name": row.name,
+                "chosen_as": how,
+                "selection_kl": mean,
+                "selection_ci95": interval,
+                "validation_kl": row.kl_forward.mean,
+                "validation_ci95": row.kl_forward.ci95,
+                "separable_from_best": row.separable_from_best,
+            }
+        )
+    return rows
+
+
+def _kept_kl(step: int | None, history: Sequence[Any]) -> float | None:
+    return next((point.held_out_kl for point in history if point.step == step), None)
+
+
+def _mutations(run: RunFiles) -> dict[str, Any]:
+    """Accepted mutations by selection KL with their lineage by name, and rejected ones by reason."""
+    names = {m.id: m.name for m in run.mutations if m.accepted}
+    selected = {name: scores.kl_forward.mean for name, scores in on_selection(run.board)}
+    reported = {row.name: row.kl_forward.mean for row in run.board.contexts}
+    accepted = [
+        {
+            "name": m.name,
+            "id": m.id,
+            "family": m.family,
+            "operators": list(m.operators),
+            "parents": [names.get(parent) or parent for parent in m.lineage],
+            "detail": m.detail,
+            "seed": m.seed,
+            "selection_kl": selected.get(m.name or ""),
+            "validation_kl": reported.get(m.name or ""),
+        }
+        for m in run.mutations
+        if m.accepted
+    ]
+    accepted.sort(key=lambda m: (m["selection_kl"] is None, m["selection_kl"] or 0.0, m["name"] or ""))
+    counts = counts_by_reason(run.mutations) if run.mutations else {}
+    reasons = [reason for reason in counts if reason != "accepted"]
+    families = Counter(m.family for m in run.mutations)
+    return {
+        "tried": len(run.mutations),
+        "counts": counts,
+        "tried_by_family": dict(sorted(families.items())),
+        "accepted": accepted,
+        "rejected": [_rejected(reason, run.mutations) for reason in reasons],
+    }
+
+
+def _rejected(reason: str, mutations: Sequence[Mutation]) -> dict[str, Any]:
+    found = [m for m in mutations if not m.accepted and (m.reason or "unknown") == reason]
+    return {
+        "reason": reason,
+        "count": len(found),
+        "examples": [
+            {"attempt": m.attempt, "family": m.family, "operators": list(m.operators), "detail": m.detail}
+            for m in found[:REJECTED_SHOWN]
+        ],
+    }

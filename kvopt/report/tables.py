@@ -1,0 +1,167 @@
+"""The leaderboard of a report as CSV and Markdown, and for several runs on a terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from kvopt.report.choice import number
+
+COLUMNS = (
+    "run", "name", "kind", "tokens", "kl_forward", "kl_forward_low", "kl_forward_high", "kl_forward_p95", "gold_nll",
+    "top1_agreement", "share_kept", "pareto", "separable_from_best", "selection_kl_forward", "build_seconds",
+    "build_tokens_in", "build_tokens_out", "build_model_calls", "build_shared_by", "operators", "students",
+)  # fmt: skip
+
+
+def rows_of(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(run label, context) of every run, best first within each."""
+    for run in report["runs"]:
+        for row in run["contexts"]:
+            yield run["label"], row
+
+
+def to_csv(report: dict[str, Any]) -> str:
+    """One line a context, with every column of :data:`COLUMNS`; text that a spreadsheet would run is quoted by a
+    leading apostrophe.
+    """
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for label, row in rows_of(report):
+        low, high = row["kl_forward"]["ci95"] or (None, None)
+        build = row["build"] or {}
+        line = {key: row.get(key) for key in COLUMNS} | {
+            "run": label,
+            "kl_forward": row["kl_forward"]["mean"],
+            "kl_forward_low": low,
+            "kl_forward_high": high,
+            "kl_forward_p95": row["kl_forward"]["p95"],
+            "selection_kl_forward": row["selection"]["kl_forward"]["mean"] if row.get("selection") else None,
+            "operators": " > ".join(row["lineage"]["operators"]),
+            "students": "; ".join(f"{name} {s['quantity']} {_short(s['mean'])}" for name, s in row["students"].items()),
+            **{
+                f"build_{key}": build.get(key)
+                for key in ("seconds", "tokens_in", "tokens_out", "model_calls", "shared_by")
+            },
+        }
+        writer.writerow({key: _safe(value) for key, value in line.items()})
+    return out.getvalue()
+
+
+def _safe(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    """What to take and why, and the leaderboard, for a pull request or a wiki."""
+    several = len(report["runs"]) > 1
+    lines = [f"# {_cell(', '.join(run['label'] for run in report['runs']))}", ""]
+    for run in report["runs"]:
+        start = f"**{_cell(run['label'])}**: " if several else ""
+        lines += [start + _cell(" ".join(run["advice"]["sentences"])), ""]
+    for sentence in report.get("changes", {}).get("why", ()):
+        lines += [_cell(sentence), ""]
+    heads = ["context", "kind", "tokens", "forward KL", "95 % interval", "p95", "gold NLL", "top-1", "build"]
+    heads = (["run"] if several else []) + heads
+    right = {"tokens", "forward KL", "95 % interval", "p95", "gold NLL", "top-1", "build"}
+    lines.append("| " + " | ".join(heads) + " |")
+    lines.append("| " + " | ".join("---:" if head in right else "---" for head in heads) + " |")
+    for label, row in rows_of(report):
+        kl = row["kl_forward"]
+        cells = ([label] if several else []) + [
+            row["name"], row["kind"], str(row["tokens"]), number(kl["mean"]) + mark(row), interval_text(kl["ci95"]),
+            f"{kl['p95']:.3f}", f"{row['gold_nll']:.4f}", f"{row['top1_agreement']:.1%}", build_text(row["build"]),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+    lines += ["", "Forward KL in nats per gold token on the validation rows; ~ not separable from the best."]
+    for run in report["runs"]:
+        floor = run["noise_floor"]
+        start = f"{run['label']}: " if several else ""
+        lines.append(
+            _cell(f"{start}{run['rows']['validation']} validation rows, noise floor {number(floor['kl_forward'])}.")
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text that cannot leave its cell or become markup."""
+    text = " ".join(text.split())
+    for character in "\\|`*_[]<>":
+        text = text.replace(character, "\\" + character)
+    return text
+
+
+def mark(row: dict[str, Any]) -> str:
+    return " ~" if row.get("separable_from_best") is False else ""
+
+
+def interval_text(interval: Any) -> str:
+    return f"{number(interval[0])}–{number(interval[1])}" if interval else "–"
+
+
+def build_text(build: dict[str, Any] | None) -> str:
+    """What a context cost: seconds, and among how many the work was shared."""
+    if build is None:
+        return "–"
+    shared = f" for {build['shared_by']}" if build["shared_by"] > 1 else ""
+    return f"{duration(build['seconds'])}{shared}"
+
+
+def duration(seconds: float) -> str:
+    """``57 s``, ``4 min 50 s``, ``2 h 5 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def terminal_table(report: dict[str, Any]) -> Table:
+    """The leaderboard for a terminal; with a column for the run where there are several."""
+    several = len(report["runs"]) > 1
+    students = list(dict.fromkeys(name for _, row in rows_of(report) for name in row["students"]))
+    view = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True, title_justify="left")
+    view.caption, view.caption_justify = _caption(report), "left"
+    if several:
+        view.add_column("run", overflow="fold")
+    else:
+        view.title = escape(f"{report['runs'][0]['label']} · {report['runs'][0]['base']}")
+    view.add_column("context", overflow="fold", min_width=8)
+    view.add_column("kind", no_wrap=True)
+    for heading in ("tokens", "forward KL", "95 % interval", "p95", "gold NLL", "top-1", "build", *students):
+        view.add_column(escape(heading), justify="right", no_wrap=True)
+    last = None
+    for label, row in rows_of(report):
+        if last is not None and label != last:
+            view.add_section()
+        kl = row["kl_forward"]
+        cells = [
+            row["name"], row["kind"], str(row["tokens"]), number(kl["mean"]) + mark(row), interval_text(kl["ci95"]),
+            f"{kl['p95']:.3f}", f"{row['gold_nll']:.4f}", f"{row['top1_agreement']:.1%}", build_text(row["build"]),
+            *(_short(row["students"].get(name, {}).get("mean")) for name in students),
+        ]  # fmt: skip
+        view.add_row(*map(escape, ["" if label == last else label, *cells] if several else cells))
+        last = label
+    return view
+
+
+def _caption(report: dict[str, Any]) -> str:
+    several = len(report["runs"]) > 1
+    floors = []
+    for run in report["runs"]:
+        words = f"{run['rows']['validation']} validation rows, noise floor {number(run['noise_floor']['kl_forward'])}"
+        floors.append(f"{run['label']}: {words}" if several else words)
+    ties = any(row.get("separable_from_best") is False for _, row in rows_of(report))
+    return escape(f"nats per gold token; {'; '.join(floors)}" + ("; ~ not separable from the best" if ties else ""))

@@ -1,0 +1,193 @@
+"""What the page's template is given: the report's numbers put in the order and the form in which they are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from markupsafe import Markup
+
+from kvopt.report.choice import rivals
+from kvopt.report.pictures import learning_curve, length_picture, rank_picture
+from kvopt.report.pictures.curves import curve_values
+from kvopt.report.pictures.drawing import Scale, log_scale
+from kvopt.report.pictures.length import Chosen
+from kvopt.report.reading import RunFiles
+from kvopt.report.worddiff import Piece, template_diff
+
+DIFFS = 40  # mutations whose text is shown
+REJECTED = 3  # rejected candidates of each reason whose text is shown
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A KL and its interval on the leaderboard's log scale, in percent from the left."""
+
+    at: float
+    low: float
+    width: float
+
+
+@dataclass(frozen=True)
+class MutationText:
+    """A candidate and what it changed against the original, by message."""
+
+    name: str
+    facts: Mapping[str, Any]
+    fields: Sequence[tuple[str, Sequence[Piece]]]
+    parent: str | None = None
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything the template shows; ``run`` is None on a page of several runs."""
+
+    title: str
+    rows: Sequence[tuple[str, Mapping[str, Any], Strip]]
+    students: Sequence[str]
+    length: Markup | None
+    run: Mapping[str, Any] | None = None
+    several: Sequence[Mapping[str, Any]] = ()
+    changes: Mapping[str, Any] | None = None
+    curves: Sequence[tuple[Mapping[str, Any], Markup]] = ()
+    ranks: Sequence[tuple[Mapping[str, Any], Markup | None]] = ()
+    mutations: Sequence[MutationText] = ()
+    more_mutations: int = 0
+    rejected: Sequence[tuple[Mapping[str, Any], Sequence[MutationText]]] = ()
+    original: Sequence[tuple[str, str]] = ()
+    hashes: Sequence[tuple[str, Any]] = ()
+    config: str = ""
+    totals: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run_view(run: RunFiles, report: Mapping[str, Any]) -> Page:
+    """The page of one run."""
+    others = [Chosen(r.name, r.tokens, r.selection.kl_forward.mean) for r in run.board.other_mutations]
+    rows = [(row.name, row) for row in run.board.contexts if row.name != "original"]
+    floor = run.board.noise_floor.kl_forward
+    best = min(
+        ((r.name, r.selection.kl_forward.mean) for r in run.board.contexts if r.selection),
+        key=lambda p: p[1],
+        default=None,
+    )
+    values = curve_values(run.learned)
+    kinds = {row.name: row.kind for row in run.board.contexts}
+    mutations, more, rejected = _texts(run, report)
+    return Page(
+        title=run.board.name,
+        rows=_rows([report]),
+        students=_student_names([report]),
+        length=length_picture(rows, others, floor, run.board.template_tokens) if rows else None,
+        run=report,
+        curves=[
+            (facts, learning_curve(one, values, best, id=f"curve-{position}"))
+            for position, (one, facts) in enumerate(zip(run.learned, report["curves"], strict=True))
+            if one.history
+        ],
+        ranks=[
+            (one, rank_picture(one, kinds, id=f"rank-{one['over']}") if one["n"] > 1 else None)
+            for one in report["rank_agreement"]
+            if one["n"]
+        ],
+        mutations=mutations,
+        more_mutations=more,
+        rejected=rejected,
+        original=_original(run),
+        hashes=_hashes(run),
+        config=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True, width=100) if run.config else "",
+        totals=_totals(report["stages"]),
+    )
+
+
+def several_view(runs: Sequence[RunFiles], report: Mapping[str, Any]) -> Page:
+    """The page of several runs: their contexts on one leaderboard and one picture, and what changed between them."""
+    rows = [(f"{row.name} · {run.label}", row) for run in runs for row in rivals(run.board)]
+    floor = max(run.board.noise_floor.kl_forward for run in runs)
+    same_length = {run.board.template_tokens for run in runs}
+    tokens = same_length.pop() if len(same_length) == 1 else None
+    comparable = report["changes"]["comparable"] is not False
+    return Page(
+        title=" · ".join(run.label for run in runs),
+        rows=_rows(report["runs"]),
+        students=_student_names(report["runs"]),
+        length=length_picture(rows, [], floor, tokens) if rows and comparable else None,
+        several=report["runs"],
+        changes=report["changes"],
+    )
+
+
+def _rows(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any], Strip]]:
+    values = [row["kl_forward"]["mean"] for report in reports for row in report["contexts"]]
+    values += [v for report in reports for row in report["contexts"] for v in row["kl_forward"]["ci95"] or ()]
+    scale = log_scale(values, 0.0, 100.0)
+    return [
+        (report["label"], row, _strip(row["kl_forward"], scale)) for report in reports for row in report["contexts"]
+    ]
+
+
+def _strip(kl: Mapping[str, Any], scale: Scale) -> Strip:
+    low, high = kl["ci95"] or (kl["mean"], kl["mean"])
+    return Strip(round(scale(kl["mean"]), 1), round(scale(low), 1), round(scale(high) - scale(low), 1))
+
+
+def _student_names(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = dict.fromkeys(name for report in reports for row in report["contexts"] for name in row["students"])
+    return sorted(names, key=lambda name: name != "base")
+
+
+def _texts(
+    run: RunFiles, report: Mapping[str, Any]
+) -> tuple[list[MutationText], int, list[tuple[Mapping[str, Any], list[MutationText]]]]:
+    """Accepted mutations as diffs, how many more there are, and rejected ones by reason."""
+    original = run.template
+    if original is None:
+        return [], 0, []
+    by_id = {m.id: m for m in run.mutations if m.accepted}
+    by_name = {m.name: m for m in run.mutations if m.accepted}
+    shown = []
+    for facts in report["mutations"]["accepted"][:DIFFS]:
+        mutation = by_name[facts["name"]]
+        if mutation.template is None:
+            continue
+        parent = by_id.get(mutation.lineage[-1]) if mutation.lineage else None
+        fields = template_diff(original, mutation.template)
+        shown.append(MutationText(facts["name"], facts, fields, parent.name if parent else None))
+    rejected = []
+    for group in report["mutations"]["rejected"]:
+        attempts = {example["attempt"]: example for example in group["examples"][:REJECTED]}
+        texts = [
+            MutationText(f"attempt {m.attempt}", attempts[m.attempt], template_diff(original, m.template))
+            for m in run.mutations
+            if m.attempt in attempts and m.template is not None
+        ]
+        rejected.append((group, texts))
+    return shown, max(0, len(report["mutations"]["accepted"]) - DIFFS), rejected
+
+
+def _original(run: RunFiles) -> list[tuple[str, str]]:
+    template = run.template
+    if template is None:
+        return []
+    roles = [m.role for m in template.messages] or ["text"]
+    return list(zip(roles, template.fields, strict=True))
+
+
+def _hashes(run: RunFiles) -> list[tuple[str, Any]]:
+    """Seed, versions and hashes in the order in which they are asked for."""
+    manifest = run.manifest
+    facts = [("kvopt", manifest.get("kvopt_version")), ("seed", manifest.get("seed"))]
+    facts += [(key, manifest.get(key)) for key in ("device", "dtype", "threads")]
+    facts += [(f"base {key}", value) for key, value in (manifest.get("base") or {}).items()]
+    facts += [
+        (key.removesuffix("_sha256"), manifest.get(key)) for key in ("template_sha256", "data_sha256", "tokens_sha256")
+    ]
+    facts += [(f"{split} rows", value) for split, value in run.board.rows_sha256.items()]
+    facts += [(key, value) for key, value in (manifest.get("versions") or {}).items()]
+    return [(key, value) for key, value in facts if value is not None]
+
+
+def _totals(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    totals = {key: sum(stage[key] for stage in stages) for key in ("seconds", "tokens_in", "tokens_out", "model_calls")}
+    return totals | {"peak_memory_bytes": max((stage["peak_memory_bytes"] for stage in stages), default=0)}
