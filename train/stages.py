@@ -57,6 +57,7 @@ def train_students(run: Run, only: Sequence[str] = ()) -> list[dict[str, Any]] |
             records = students(run, configs, launch)
         launch.share(None)
         return records
+    run.say = lambda line: None  # the first process speaks for all
     while (order := launch.share()) is not None:
         train_student(_job(run, order))
     return None
