@@ -24,6 +24,7 @@ from kvopt.optimize import ContextConfig
 from kvopt.template import Template
 from kvopt.train.config import StudentConfig
 from kvopt.train.evaluation.config import EvaluateConfig
+from kvopt.train.study.config import StudyConfig
 
 
 class _Section(BaseModel):
@@ -116,8 +117,8 @@ class Config(_Section):
     students: list[StudentConfig] = Field(
         default_factory=list, description="students to train on contexts of the run, in order"
     )
-
-    evaluate: EvaluateConfig = EvaluateConfig()
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="how kvopt evaluate measures base and students")
+    study: StudyConfig | None = Field(None, description="what kvopt study compares")
 
     @model_validator(mode="after")
     def _unique_names(self) -> Config:

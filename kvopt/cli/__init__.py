@@ -37,6 +37,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": students.train,
     "export-data": students.export_data,
     "evaluate": evaluation.evaluate,
+    "study": evaluation.study,
     "compare": report.compare,
     "export": exporting.export,
     "inspect": contexts.inspect,

@@ -48,6 +48,25 @@ def evaluate(
     print(f"run directory: {run.directory.path}")
 
 
+def study(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json = False) -> None:
+    """Train every student with every seed at an equal budget, evaluate and compare them; writes study.json. Run it
+    again to go on after an interruption.
+    """
+    run = open_run(config, sets, out)
+    from kvopt.train.study.arms import study_arms
+    from kvopt.train.study.study import conduct
+    from kvopt.train.study.tables import tables
+
+    study_arms(run.config)  # a fault in the grid is told before a model is loaded
+    with run.opened():
+        document = conduct(run)
+    if as_json:
+        print_json(document)
+        return
+    show(tables(document))
+    print(run.directory / "study.json")
+
+
 def show(views: list[Any]) -> None:
     from rich.console import Console
 

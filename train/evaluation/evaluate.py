@@ -17,7 +17,7 @@ and ``frozen_prompt`` (``same_as_original``, ``valid_json``, ``looks_like_task``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from kvopt.progress import advance
 from kvopt.run import Run
 from kvopt.train.config import StudentConfig
 from kvopt.train.evaluation.conditions import Condition, conditions, named_conditions
+from kvopt.train.evaluation.config import EvaluateConfig
 from kvopt.train.evaluation.document import build_document
 from kvopt.train.evaluation.frozen import frozen_answers, frozen_template
 from kvopt.train.evaluation.likelihood import likelihoods
@@ -39,6 +40,7 @@ from kvopt.train.evaluation.metrics import Item, Metric, Verdict, build_metrics
 from kvopt.train.evaluation.models import BASE, Subject, subject, subjects
 from kvopt.train.evaluation.probes import Probes, load_probes
 from kvopt.train.evaluation.rows import file_name, stored_rows, write_rows
+from kvopt.train.study.arms import trained_students
 
 VERSION = 1
 """Raise it when the same inputs give other answers or likelihoods."""
@@ -53,15 +55,17 @@ class Evaluation:
     Args:
         run: opened.
         students: all that the config trains (their mutations are not held out).
+        instead: settings in the place of the config's ``evaluate`` section.
         chosen: these conditions instead of those of the config; nothing but answers and likelihoods then.
     """
 
     run: Run
     students: Sequence[StudentConfig]
     chosen: Sequence[Condition] | None = None
+    instead: EvaluateConfig | None = None
 
     def __post_init__(self) -> None:
-        self.settings = self.run.config.evaluate
+        self.settings: EvaluateConfig = self.instead or self.run.config.evaluate
         self.metrics: list[Metric] = build_metrics(self.settings.metrics, self.run.base_dir)
         validation = self.run.dataset.validation
         self.answered = validation[: self.settings.rows]
@@ -271,7 +275,7 @@ def evaluate_all(run: Run, names: Sequence[str] = (), specs: Sequence[str] = ())
     contexts (default: those of the config).
     """
     models = subjects(run, names)
-    evaluation = Evaluation(run, run.config.students)
+    evaluation = Evaluation(run, trained_students(run.config))
     if specs:
-        evaluation = Evaluation(run, run.config.students, named_conditions(run, specs, evaluation.conditions))
+        evaluation = replace(evaluation, chosen=named_conditions(run, specs, evaluation.conditions))
     return [evaluation.evaluate(model) for model in models]

@@ -21,7 +21,7 @@ def answers_table(documents: Sequence[Mapping[str, Any]]) -> Table:
     """One line for each model and group."""
     headlines = documents[0]["headlines"]
     rows = documents[0]["rows"]
-    view = _table(
+    view = plain_table(
         f"answers to {rows['answered']} validation rows, likelihoods of {rows['scored']}",
         "means over the group's contexts; ± half of the 95 % interval over examples; spread: highest − lowest context",
     )
@@ -46,7 +46,9 @@ def answers_table(documents: Sequence[Mapping[str, Any]]) -> Table:
 
 def forgetting_table(documents: Sequence[Mapping[str, Any]]) -> Table:
     """One line for each model: probes, frozen prompts, no context."""
-    view = _table("forgetting", "probe prompts: nats per gold token; shares of answers that still look like the task's")
+    view = plain_table(
+        "forgetting", "probe prompts: nats per gold token; shares of answers that still look like the task's"
+    )
     view.add_column("model", overflow="fold", min_width=6)
     for heading in ("probe KL(base ‖ model)", "probe NLL", "change", "task KL", "frozen prompt", "no context"):
         view.add_column(heading, justify="right", overflow="fold")
@@ -65,7 +67,8 @@ def forgetting_table(documents: Sequence[Mapping[str, Any]]) -> Table:
     return view
 
 
-def _table(title: str, caption: str) -> Table:
+def plain_table(title: str, caption: str) -> Table:
+    """An empty table in the style of the others."""
     return Table(
         title=title,
         caption=caption,

@@ -1,0 +1,81 @@
+"""What the n-th mutation buys: a power law in the number of wordings, with a bootstrap over seeds.
+
+y(n) = a · m^(−b) + c with m = n + 1 wordings (the original and n mutations), because a power of n itself does not exist
+at n = 0; a + c is the value without mutations and c the one that ever more of them approach. Least squares
+(scipy.optimize.curve_fit) on the points of all seeds; b is kept in (0, 8).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.optimize import OptimizeWarning, curve_fit
+
+HIGHEST_B = 8.0
+LEAST_SHARE = 0.5
+"""An interval is given when at least this share of the bootstrap fits converged."""
+
+
+def power_law(wordings: np.ndarray, a: float, b: float, c: float) -> np.ndarray:
+    """a · m^(−b) + c."""
+    return a * wordings**-b + c
+
+
+def fit_curve(points: Mapping[int, Sequence[float]], *, seed: int = 0, resamples: int = 400) -> dict[str, Any]:
+    """Fit the values of each seed by number of mutations.
+
+    Args:
+        points: n → one value for each seed, the same seeds in the same order everywhere.
+
+    Returns:
+        ``{"counts", "values", "fit": {"a", "b", "c"} or None, "ci95": {"a": [lo, hi], …} or None, "r2", "converged"}``;
+        ``fit`` is None ("no fit") when least squares do not converge or leave a, b or c undetermined, and
+        ``converged`` the share of bootstrap draws (of seeds, with replacement) whose fit did.
+    """
+    counts = sorted(points)
+    values = np.array([points[n] for n in counts], dtype=np.float64)  # [counts, seeds]
+    wordings = np.array(counts, dtype=np.float64) + 1
+    fit = _fit(wordings, values)
+    rng, seeds = np.random.default_rng(seed), values.shape[1]
+    draws = [_fit(wordings, values[:, rng.integers(seeds, size=seeds)]) for _ in range(resamples)] if seeds > 1 else []
+    good = [draw for draw in draws if draw is not None]
+    share = len(good) / len(draws) if draws else None
+    interval = None
+    if fit is not None and share is not None and share >= LEAST_SHARE:
+        low, high = np.percentile(np.array(good), [2.5, 97.5], axis=0)
+        interval = {name: [float(low[i]), float(high[i])] for i, name in enumerate("abc")}
+    return {
+        "counts": counts,
+        "values": {str(n): list(map(float, points[n])) for n in counts},
+        "fit": dict(zip("abc", map(float, fit), strict=True)) if fit is not None else None,
+        "ci95": interval,
+        "r2": _r2(wordings, values, fit) if fit is not None else None,
+        "converged": share,
+    }
+
+
+def _fit(wordings: np.ndarray, values: np.ndarray) -> np.ndarray | None:
+    """(a, b, c), or None when there is no fit."""
+    x, y = np.repeat(wordings, values.shape[1]), values.ravel()
+    means = values.mean(1)
+    if np.ptp(values) == 0:  # a flat line is every power law with a = 0
+        return None
+    start = (means[0] - means[-1], 1.0, means[-1])
+    bounds = ([-np.inf, 1e-6, -np.inf], [np.inf, HIGHEST_B, np.inf])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", OptimizeWarning)
+            found, covariance = curve_fit(power_law, x, y, p0=start, bounds=bounds, max_nfev=5000)
+    except (RuntimeError, ValueError, OptimizeWarning):
+        return None
+    determined = np.isfinite(covariance).all() and 1e-3 < found[1] < HIGHEST_B - 1e-3
+    return found if determined else None
+
+
+def _r2(wordings: np.ndarray, values: np.ndarray, fit: np.ndarray) -> float | None:
+    residuals = values - power_law(wordings, *fit)[:, None]
+    total = ((values - values.mean()) ** 2).sum()
+    return float(1 - (residuals**2).sum() / total) if total > 0 else None

@@ -1,0 +1,167 @@
+"""The document of a study, ``study.json``, from the evaluations of its students.
+
+``format_version``; ``name``; ``base``; ``seeds``; ``budget``; ``reference``; ``complete``; ``headlines``; ``interval``
+(what intervals are); ``base_values`` (path → number); ``arms``: ``name``, ``budget``, ``contexts`` (as in the config),
+``mutations`` (n on the curve, or None), ``runs`` (``seed``, ``student``, ``steps``, ``tokens``, ``gold_tokens``,
+``seconds``, ``context_kl``, ``context_nll``, ``values``), ``steps``, ``tokens``, ``seconds`` (means over seeds),
+``values`` (path → ``{mean, ci95, std, seeds}``), ``against_reference`` (path → ``{difference, separable}``; None for
+the reference); ``curve`` (path → see :func:`kvopt.train.study.curve.fit_curve`); ``sweep`` (R² of what explains
+forgetting, see :func:`sweep`).
+
+A path is ``GROUP/QUANTITY`` (the mean over the group's contexts), ``GROUP/QUANTITY/spread``, ``GROUP/consistency``,
+``forgetting/QUANTITY``, ``frozen_prompt/looks_like_task`` or ``no_context/looks_like_task``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvopt.config import Config
+from kvopt.train.study.arms import EQUAL_SECONDS, Arm, settings_of
+from kvopt.train.study.curve import fit_curve
+from kvopt.train.study.regression import explained
+from kvopt.train.study.seeds import compared, over_seeds
+
+FORMAT_VERSION = 1
+INTERVAL = "95 % Student t over seeds; arms are separable when intervals do not overlap"
+CURVE_GROUPS = ("original", "held-out", "templates")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One arm with one seed: what was trained, how long it took, how it was evaluated, what it was trained under."""
+
+    arm: Arm
+    seed: int
+    record: Mapping[str, Any]
+    seconds: float | None
+    evaluation: Mapping[str, Any]
+    context_kl: float
+    context_nll: float
+
+
+def build_document(
+    config: Config,
+    arms: Sequence[Arm],
+    reference: str,
+    base: Mapping[str, Any],
+    results: Sequence[Result],
+    complete: bool,
+) -> dict[str, Any]:
+    """The document of the results so far; ``base`` is the base's evaluation."""
+    study = settings_of(config)
+    rows = [_arm(arm, [r for r in results if r.arm is arm]) for arm in arms]
+    rows = [row for row in rows if row["runs"]]
+    first = next((r for r in rows if r["name"] == reference and r["budget"] != EQUAL_SECONDS), None)
+    for row in rows:
+        row["against_reference"] = _against(row, first) if first is not None and row is not first else None
+    return {
+        "format_version": FORMAT_VERSION,
+        "name": config.name,
+        "base": base["base"],
+        "rows": base["rows"],
+        "seeds": study.seeds,
+        "budget": study.budget,
+        "reference": reference,
+        "complete": complete,
+        "headlines": base["headlines"],
+        "interval": INTERVAL,
+        "base_values": flat(base),
+        "arms": rows,
+        "curve": _curves(config, rows, base["headlines"][0]),
+        "sweep": sweep(rows),
+    }
+
+
+def flat(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
+    """The numbers of an evaluation by path."""
+    found: dict[str, float | None] = {}
+    for group in evaluation["groups"]:
+        for quantity, value in group["quantities"].items():
+            found[f"{group['group']}/{quantity}"] = value["mean"]
+            if len(group["contexts"]) > 1:
+                found[f"{group['group']}/{quantity}/spread"] = value["spread"]
+        if group["consistency"]:
+            found[f"{group['group']}/consistency"] = group["consistency"]["mean"]
+    for quantity, value in (evaluation["forgetting"] or {}).items():
+        if isinstance(value, Mapping):
+            found[f"forgetting/{quantity}"] = value["mean"]
+    for probe in ("frozen_prompt", "no_context"):
+        if evaluation[probe]:
+            found[f"{probe}/looks_like_task"] = evaluation[probe]["looks_like_task"]["mean"]
+    return found
+
+
+def _arm(arm: Arm, results: Sequence[Result]) -> dict[str, Any]:
+    runs = [
+        {
+            "seed": r.seed,
+            "student": r.record["name"],
+            "steps": r.record["steps"],
+            "tokens": r.record["tokens"],
+            "gold_tokens": r.record["gold_tokens"],
+            "seconds": r.seconds,
+            "context_kl": r.context_kl,
+            "context_nll": r.context_nll,
+            "values": flat(r.evaluation),
+        }
+        for r in results
+    ]
+    paths = runs[0]["values"] if runs else {}
+    return {
+        "name": arm.name,
+        "budget": arm.budget,
+        "contexts": [_spelled(choice) for choice in arm.config.contexts],
+        "mutations": arm.mutations,
+        "runs": runs,
+        **{q: over_seeds([r[q] for r in runs])["mean"] for q in ("steps", "tokens", "seconds")},
+        "values": {path: over_seeds([r["values"].get(path) for r in runs]) for path in paths},
+    }
+
+
+def _spelled(choice: Any) -> str:
+    return choice.context if choice.weight == 1 else f"{choice.context} × {choice.weight:g}"
+
+
+def _against(row: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
+    shared = [path for path in row["values"] if path in reference["values"]]
+    return {path: compared(row["values"][path], reference["values"][path]) for path in shared}
+
+
+def _curves(config: Config, rows: Sequence[Mapping[str, Any]], headline: str) -> dict[str, Any] | None:
+    """A fit for each quantity over the arms of the curve that are there; None without a curve."""
+    study = settings_of(config)
+    points = {row["mutations"]: row for row in rows if row["mutations"] is not None}
+    if study.curve is None or len(points) < 2:
+        return None
+    paths = study.curve.quantities or [f"{group}/{headline}" for group in CURVE_GROUPS]
+    seeds = min(len(row["runs"]) for row in points.values())
+    found = {}
+    for path in paths:
+        values = {n: [r["values"].get(path) for r in row["runs"][:seeds]] for n, row in points.items()}
+        if all(value is not None for of_n in values.values() for value in of_n):
+            found[path] = fit_curve(values, seed=config.seed)  # type: ignore[arg-type]
+    return found or None
+
+
+def sweep(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """R² over the students of a study.
+
+    ``task_kl_to_*``: what KL(base ‖ student) on the task (under the original) says about forgetting on the probes
+    (KL(base ‖ student), gold-NLL change), one point for each student. ``context_*_to_*``: the same for the mean
+    forward KL, and the loss before any update, of the contexts that an arm is trained under, one point for each arm
+    (means over seeds).
+    """
+    runs = [run for row in rows for run in row["runs"]]
+    found = {}
+    for short, path in (("probe_kl", "forgetting/kl_from_base"), ("probe_nll_change", "forgetting/gold_nll_change")):
+        found[f"task_kl_to_{short}"] = explained(
+            [run["values"].get("original/kl_from_base") for run in runs], [run["values"].get(path) for run in runs]
+        )
+        forgotten = [row["values"].get(path, {}).get("mean") for row in rows]
+        for name in ("context_kl", "context_nll"):
+            means = [over_seeds([run[name] for run in row["runs"]])["mean"] for row in rows]
+            found[f"{name}_to_{short}"] = explained(means, forgotten)
+    return found

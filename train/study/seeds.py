@@ -1,0 +1,39 @@
+"""Means over seeds with Student's t intervals, and whether two arms can be told apart.
+
+The mean of n seeds has the 95 % interval mean ± t(0.975, n − 1) s / √n, s with divisor n − 1; with three seeds that is
+± 2.48 s. Two arms are separable when their intervals do not overlap. The paired difference takes each seed's own
+difference, which is the sharper comparison where seeds share their order of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import t
+
+
+def over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
+    """``{"mean", "ci95", "std", "seeds"}``; ci95 and std are None for one seed, all are where a value is missing."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return {"mean": None, "ci95": None, "std": None, "seeds": list(values)}
+    mean = float(np.mean(known))
+    if len(known) < 2:
+        return {"mean": mean, "ci95": None, "std": None, "seeds": known}
+    std = float(np.std(known, ddof=1))
+    half = float(t.ppf(0.975, len(known) - 1)) * std / len(known) ** 0.5
+    return {"mean": mean, "ci95": [mean - half, mean + half], "std": std, "seeds": known}
+
+
+def compared(arm: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"difference", "separable"}`` of two results of :func:`over_seeds` with the same seeds: the paired difference
+    (arm − reference), and whether the intervals lie apart (None for one seed).
+    """
+    pairs = zip(arm["seeds"], reference["seeds"], strict=False)
+    differences = [None if a is None or b is None else a - b for a, b in pairs]
+    separable = None
+    if arm["ci95"] and reference["ci95"]:
+        separable = arm["ci95"][0] > reference["ci95"][1] or reference["ci95"][0] > arm["ci95"][1]
+    return {"difference": over_seeds(differences), "separable": separable}

@@ -1,0 +1,142 @@
+"""``kvopt study``: every arm with every seed trained, evaluated and compared; killed anywhere, it goes on.
+
+Seeds are the outer loop, so that a study that is stopped early has whole rounds of all arms. ``study.json`` is written
+after each student and says with ``complete`` whether all are in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from kvopt.errors import KvoptError
+from kvopt.files import write_json
+from kvopt.run import Run
+from kvopt.train.config import StudentConfig
+from kvopt.train.evaluation.evaluate import Evaluation
+from kvopt.train.evaluation.models import BASE, subject
+from kvopt.train.pool import check_choices, resolve
+from kvopt.train.stages import students
+from kvopt.train.study.arms import EQUAL_SECONDS, Arm, reference_of, settings_of, study_arms, trained_students
+from kvopt.train.study.document import Result, build_document
+
+
+@dataclass
+class Study:
+    """One study in one run directory; use it inside ``with run.opened()``."""
+
+    run: Run
+
+    def __post_init__(self) -> None:
+        self.settings = settings_of(self.run.config)
+        self.arms = study_arms(self.run.config)
+        self.reference = reference_of(self.run.config)
+        for arm in self.arms:
+            check_choices(self.run, arm.config)
+        self._context_scores: dict[str, tuple[float, float]] = {}
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        return Evaluation(self.run, trained_students(self.run.config), instead=self.settings.evaluate)
+
+    def conduct(self, report: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+        """Train and evaluate what is missing; returns the document of ``study.json``.
+
+        ``report`` gets the document so far after each student.
+        """
+        base = self.evaluation.evaluate(subject(self.run, BASE))
+        results: list[Result] = []
+        document = self._written(base, results, False)
+        for seed in self.settings.seeds:
+            done: dict[str, Result] = {}
+            for arm in self.arms:
+                self.run.say(f"arm {arm.name}, seed {seed}, equal {arm.budget}: {len(results) + 1} of {self.size}")
+                result = self._result(arm, seed, done)
+                if arm.budget != EQUAL_SECONDS:
+                    done[arm.name] = result
+                results.append(result)
+                document = self._written(base, results, len(results) == self.size)
+                if report:
+                    report(document)
+        return document
+
+    @property
+    def size(self) -> int:
+        """How many students there are."""
+        return len(self.arms) * len(self.settings.seeds)
+
+    def _written(self, base: dict[str, Any], results: Sequence[Result], complete: bool) -> dict[str, Any]:
+        document = build_document(self.run.config, self.arms, self.reference, base, results, complete)
+        write_json(self.run.directory / "study.json", document)
+        return document
+
+    def _result(self, arm: Arm, seed: int, done: dict[str, Result]) -> Result:
+        steps = self._steps_in_time(arm, seed, done) if arm.budget == EQUAL_SECONDS else None
+        config = arm.student(seed, steps)
+        record = students(self.run, [config])[0]
+        evaluated = self.evaluation.evaluate(subject(self.run, config.name))
+        kl, nll = self._context_set(config)
+        return Result(arm, seed, record, self._seconds(config.name, record), evaluated, kl, nll)
+
+    # ---- equal seconds
+
+    def _steps_in_time(self, arm: Arm, seed: int, done: dict[str, Result]) -> int:
+        """Steps that the arm makes, at the pace of its own run, in the seconds of the reference's; kept in
+        ``study-steps.json``, so that a study that goes on does not measure again.
+        """
+        own, reference = done[arm.name], done[self.reference]
+        name = arm.student(seed).name
+        keys = [own.record["key"], reference.record["key"]]
+        path = self.run.directory / "study-steps.json"
+        stored = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        if stored.get(name, {}).get("keys") != keys:
+            if own.seconds is None or reference.seconds is None:
+                missing = own if own.seconds is None else reference
+                raise KvoptError(
+                    f"the ledger does not say how long {missing.record['name']} took, so {name} gets no equal seconds;"
+                    " delete that student to train it again, or take the arm out of study.equal_seconds"
+                )
+            pace = own.seconds / max(1, own.record["steps"])
+            steps = max(1, int(reference.seconds / pace)) if pace > 0 else own.record["steps"]
+            stored[name] = {"keys": keys, "steps": steps}
+            write_json(path, stored)
+        return int(stored[name]["steps"])
+
+    def _seconds(self, name: str, record: dict[str, Any]) -> float | None:
+        """Wall-clock seconds of a student's training, from the ledger; of one that was gone on with, at the pace of
+        its last part.
+        """
+        path = self.run.directory / "ledger.jsonl"
+        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+        entries = [json.loads(line) for line in lines]
+        mine = [e for e in entries if e["stage"] == f"students/{name}" and e["outcome"] == "done"]
+        if not mine or mine[-1].get("steps") != record["steps"]:
+            return None
+        trained = record["steps"] - mine[-1].get("resumed_from", 0)
+        return mine[-1]["seconds"] * record["steps"] / trained if trained > 0 else None
+
+    # ---- the contexts themselves
+
+    def _context_set(self, config: StudentConfig) -> tuple[float, float]:
+        """Weighted means of forward KL and of gold NLL under the base (the loss before any update) of the contexts that
+        a student is trained under, on selection rows.
+        """
+        total = kl = nll = 0.0
+        taken: set[str] = set()
+        for choice in config.contexts:
+            for context in resolve(self.run, choice, config.seed or 0, taken, f"students.{config.name}.contexts"):
+                taken.add(context.name)
+                if context.name not in self._context_scores:
+                    score = self.run.score(context, "selection")
+                    self._context_scores[context.name] = (score.kl_forward.mean, score.gold_nll.mean)
+                of_kl, of_nll = self._context_scores[context.name]
+                total, kl, nll = total + choice.weight, kl + choice.weight * of_kl, nll + choice.weight * of_nll
+        return kl / total, nll / total
+
+
+def conduct(run: Run) -> dict[str, Any]:
+    """``kvopt study`` in a run that is open; returns the document of ``study.json``. Raises InputError."""
+    return Study(run).conduct()

@@ -1,0 +1,104 @@
+"""A study as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from kvopt.train.evaluation.tables import plain_table, with_interval
+
+GROUPS = ("original", "held-out", "templates", "none")
+
+
+def tables(document: Mapping[str, Any]) -> list[Table]:
+    """Scores of every arm, what was forgotten, and the fits."""
+    views = [_scores(document, headline) for headline in document["headlines"]] + [_costs(document)]
+    if document["curve"]:
+        views.append(_curve(document["curve"]))
+    if any(document["sweep"].values()):
+        views.append(_sweep(document["sweep"]))
+    return views
+
+
+def _scores(document: Mapping[str, Any], headline: str) -> Table:
+    groups = [group for group in GROUPS if f"{group}/{headline}" in document["base_values"]]
+    paths = [f"{group}/{headline}" for group in groups]
+    paths += [p for p in (f"wordings/{headline}/spread", "wordings/consistency") if p in document["base_values"]]
+    view = plain_table(
+        f"{document['name']} · {headline}",
+        f"means over seeds {document['seeds']} ± half of the interval ({document['interval']}); "
+        f"~ not separable from {document['reference']}",
+    )
+    view.add_column("arm", overflow="fold", min_width=8)
+    view.add_column("equal", no_wrap=True)
+    for heading in [*groups, *(p.removeprefix("wordings/").replace(f"{headline}/", "") for p in paths[len(groups) :])]:
+        view.add_column(heading, justify="right", no_wrap=True)
+    view.add_row("base", "–", *(_number(document["base_values"][path]) for path in paths), end_section=True)
+    for row in document["arms"]:
+        view.add_row(row["name"], row["budget"], *(_cell(row, path) for path in paths))
+    return view
+
+
+def _costs(document: Mapping[str, Any]) -> Table:
+    paths = ["forgetting/kl_from_base", "forgetting/gold_nll_change", "original/kl_from_base"]
+    paths += ["frozen_prompt/looks_like_task"]
+    headings = ["probe KL", "probe NLL change", "task KL", "frozen prompt"]
+    chosen = [(p, h) for p, h in zip(paths, headings, strict=True) if p in document["base_values"]]
+    view = plain_table(
+        "budgets and forgetting",
+        "KL(base ‖ student) and NLL in nats per gold token; frozen prompt: share that still does the task",
+    )
+    view.add_column("arm", overflow="fold", min_width=8)
+    for heading in ("equal", "steps", "tokens", "seconds"):
+        view.add_column(heading, justify="right", no_wrap=True)
+    for _, heading in chosen:
+        view.add_column(heading, justify="right", overflow="fold", min_width=13)
+    for row in document["arms"]:
+        seconds = "–" if row["seconds"] is None else f"{row['seconds']:.0f}"
+        costs = (row["budget"], f"{row['steps']:.0f}", f"{row['tokens']:.0f}", seconds)
+        view.add_row(row["name"], *costs, *(_cell(row, path) for path, _ in chosen))
+    return view
+
+
+def _curve(curves: Mapping[str, Any]) -> Table:
+    view = plain_table("the n-th mutation: a·m^(−b) + c over m = n + 1 wordings", "intervals: bootstrap over seeds")
+    view.add_column("quantity", no_wrap=True)
+    counts = next(iter(curves.values()))["counts"]
+    for heading in (*(f"n={n}" for n in counts), "a", "b", "c", "R²"):
+        view.add_column(heading, justify="right", no_wrap=True)
+    for path, curve in curves.items():
+        means = [f"{sum(curve['values'][str(n)]) / len(curve['values'][str(n)]):.3f}" for n in counts]
+        fit = [_fitted(curve, name) for name in "abc"] if curve["fit"] else ["no fit", "–", "–"]
+        view.add_row(path, *means, *fit, _number(curve["r2"]))
+    return view
+
+
+def _fitted(curve: Mapping[str, Any], name: str) -> str:
+    interval = f" [{curve['ci95'][name][0]:.2f}, {curve['ci95'][name][1]:.2f}]" if curve["ci95"] else ""
+    return f"{curve['fit'][name]:.2f}{interval}"
+
+
+def _sweep(sweep: Mapping[str, Any]) -> Table:
+    view = plain_table("what explains forgetting", "least squares; task KL: one point a student; contexts: one an arm")
+    view.add_column("from → to", no_wrap=True)
+    for heading in ("points", "slope", "R²", "p"):
+        view.add_column(heading, justify="right", no_wrap=True)
+    for name, found in sweep.items():
+        if found is not None:
+            cells = (str(found["points"]), f"{found['slope']:.3g}", f"{found['r2']:.2f}", f"{found['p']:.2g}")
+            view.add_row(name.replace("_to_", " → ").replace("_", " "), *cells)
+    return view
+
+
+def _cell(row: Mapping[str, Any], path: str) -> str:
+    value = row["values"].get(path)
+    if value is None:
+        return "–"
+    against = (row["against_reference"] or {}).get(path)
+    return with_interval(value) + (" ~" if against is not None and against["separable"] is False else "")
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
