@@ -289,7 +289,7 @@ class Run(Inputs):
         unreported = [
             Entry.of(context, None, selection) for context, selection in self.ranked_mutations[self.config.score.best :]
         ]
-        board = write_leaderboard(self.directory.path, entries, unreported, self.noise_floor(), self.facts())
+        board = write_leaderboard(self.directory.path, entries, unreported, self.noise_floor(), self.report_facts())
         write_jsonl(self.directory / "scores.jsonl", self._score_rows(entries, unreported))
         stages = {"reference", *(f"contexts/{c.name}" for c in self.config.contexts)}
         stages |= {f"students/{s.name}" for s in self.config.students}
@@ -307,6 +307,12 @@ class Run(Inputs):
             "split": "validation",
             "selected_on": "selection",
         }
+
+    def report_facts(self) -> dict[str, Any]:
+        """:meth:`facts` with the template's text and a hash of each part's rows, which tell runs apart."""
+        parts = {split: getattr(self.dataset, split) for split in ("train", "selection", "validation")}
+        hashes = {split: sha256_json([[e.values, e.output] for e in rows]) for split, rows in parts.items()}
+        return self.facts() | {"template": self.template.to_json(), "rows_sha256": hashes}
 
     @staticmethod
     def _score_rows(entries: Sequence[Entry], unreported: Sequence[Entry]) -> list[dict[str, Any]]:

@@ -46,7 +46,7 @@ def run_document(run: RunFiles) -> dict[str, Any]:
         "mutations": _mutations(run),
         "rank_agreement": rank_agreements(board),
         "samples": run.samples.model_dump(mode="json") if run.samples else None,
-        "evaluations": run.evaluations,
+        "evaluations": [one.model_dump(mode="json", exclude_none=True) for one in run.evaluations],
         "study": run.study,
         "manifest": run.manifest,
         "config": run.config,
@@ -74,11 +74,11 @@ def _of_students(run: RunFiles, context: str) -> dict[str, dict[str, Any]]:
     """By student (and the base): its first headline under this context, where it was evaluated there."""
     found = {}
     for evaluation in run.evaluations:
-        headline = next(iter(evaluation.get("headlines") or evaluation.get("quantities") or ()), None)
-        for condition in evaluation.get("contexts", ()):
-            value = condition.get("quantities", {}).get(headline)
-            if condition.get("name") == context and value:
-                found[str(evaluation.get("name"))] = {"quantity": headline, **value}
+        headline = evaluation.headline()
+        for condition in evaluation.contexts:
+            value = condition.quantities.get(headline or "")
+            if condition.name == context and value is not None:
+                found[evaluation.name] = {"quantity": headline, "mean": value.mean, "ci95": value.ci95}
     return found
 
 

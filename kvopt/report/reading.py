@@ -7,6 +7,7 @@ is empty or None.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvopt.errors import InputError
 from kvopt.mutate.record import Mutation, read_mutations
+from kvopt.report.evaluation import Evaluation, in_order
 from kvopt.template import Template
 
 AGAIN = "delete it and run kvopt run again"
@@ -196,7 +198,7 @@ class RunFiles:
     mutations: list[Mutation] = field(default_factory=list)
     learned: list[Learned] = field(default_factory=list)
     samples: Samples | None = None
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
     study: dict[str, Any] | None = None
 
     @property
@@ -225,12 +227,13 @@ def read_run(folder: Path, label: str | None = None) -> RunFiles:
         )
         raise InputError(what, where=str(folder), mend="give a run directory in which kvopt run has finished")
     board = _checked(Board, _json(path), path, "is not a leaderboard")
+    config = _yaml(folder / "config.yaml")
     return RunFiles(
         folder,
         label or board.name,
         board,
         manifest=_mapping(folder / "manifest.json"),
-        config=_yaml(folder / "config.yaml"),
+        config=config,
         ledger=_ledger(folder / "ledger.jsonl"),
         mutations=read_mutations(folder / "mutations.jsonl"),
         learned=[
@@ -239,7 +242,7 @@ def read_run(folder: Path, label: str | None = None) -> RunFiles:
             if file.is_file()
         ],
         samples=_optional(Samples, folder / "samples.json"),
-        evaluations=[_mapping(file) for file in sorted(folder.glob("students/*/evaluation.json"))],
+        evaluations=_evaluations(folder, [str(student.get("name")) for student in config.get("students") or ()]),
         study=_mapping(folder / "study.json") or None,
     )
 
@@ -256,6 +259,12 @@ def read_runs(folders: list[Path]) -> list[RunFiles]:
     if len(set(labels)) < len(labels):
         labels = [str(folder) for folder in folders]
     return [RunFiles(**(vars(run) | {"label": label})) for run, label in zip(runs, labels, strict=True)]
+
+
+def _evaluations(folder: Path, students: Sequence[str]) -> list[Evaluation]:
+    files = sorted(folder.glob("students/*/evaluation.json"))
+    what = "is not an evaluation; delete it and run kvopt evaluate again"
+    return in_order([_checked(Evaluation, _json(file), file, what) for file in files], students)
 
 
 def _optional(model: type[Document], path: Path) -> Document | None:

@@ -15,6 +15,7 @@ from kvopt.report.pictures.curves import curve_values
 from kvopt.report.pictures.drawing import Scale, log_scale
 from kvopt.report.pictures.length import Chosen
 from kvopt.report.reading import RunFiles
+from kvopt.report.students import StudentsView, students_view
 from kvopt.report.worddiff import Piece, template_diff
 
 DIFFS = 40  # mutations whose text is shown
@@ -60,6 +61,7 @@ class Page:
     hashes: Sequence[tuple[str, Any]] = ()
     config: str = ""
     totals: Mapping[str, Any] = field(default_factory=dict)
+    evaluated: StudentsView | None = None
 
 
 def run_view(run: RunFiles, report: Mapping[str, Any]) -> Page:
@@ -98,6 +100,7 @@ def run_view(run: RunFiles, report: Mapping[str, Any]) -> Page:
         hashes=_hashes(run),
         config=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True, width=100) if run.config else "",
         totals=_totals(report["stages"]),
+        evaluated=students_view(run.evaluations) if run.evaluations else None,
     )
 
 

@@ -44,13 +44,15 @@ class Scale:
 
 
 def _linear_ticks(low: float, high: float, most: int) -> list[float]:
+    """Multiples of the smallest 1, 2 or 5 times a power of ten that gives at most ``most`` of them."""
     if high <= low:
         return [low]
-    rough = (high - low) / max(most - 1, 1)
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(s * power for s in (1, 2, 5, 10) if s * power >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    power = math.floor(math.log10((high - low) / most))
+    for step in (factor * 10.0**exponent for exponent in (power, power + 1, power + 2) for factor in (1, 2, 5)):
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        if last - first + 1 <= most:
+            break
+    return [round(i * step, 12) for i in range(first, last + 1)]
 
 
 def log_scale(values: Sequence[float], start: float, end: float) -> Scale:
