@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kvopt.kernels.contenders import DEFAULT, Loss, NotHere, build
+from kvopt.kernels.memory import peak, reset_peak
 from kvopt.kernels.options import Head, KLOptions
 from kvopt.kernels.reference import linear_kl64
 
@@ -117,11 +117,11 @@ def _bench_shape(
 
 def _step(loss: Loss, candidate: Tensor, reference: Tensor, weight: Tensor) -> tuple[Tensor, int]:
     """One forward and backward: (gradient, peak extra bytes)."""
-    before = _reset_peak(candidate.device)
+    before = reset_peak(candidate.device)
     leaf = candidate.detach().requires_grad_()
     loss(leaf, reference, weight).backward()
     assert leaf.grad is not None
-    return leaf.grad, _peak(candidate.device) - before
+    return leaf.grad, peak(candidate.device) - before
 
 
 def _errors(
@@ -157,33 +157,6 @@ def _timed(function: Any, device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _reset_peak(device: torch.device) -> int:
-    """Bytes in use now; where the system allows it, the peak starts from here."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return _status("VmRSS")
-
-
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if Path("/proc/self/status").exists():
-        return _status("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def print_tables(report: dict[str, Any]) -> None:

@@ -14,6 +14,8 @@ from kvopt.kernels.plan import Plan, make_plan
 from kvopt.kernels.reference import linear_kl64
 from kvopt.kernels.stored import Moments, StoredReference, TopK, check_stored, stored_value_and_gradient
 
+BACKWARD_ROWS = 4096
+
 
 @dataclass(frozen=True)
 class LinearKL:
@@ -118,6 +120,15 @@ def _backend(plan: Plan) -> Any:
     return torch_backend
 
 
+def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of gradient [N, D] times upstream [N], in ``dtype``, without a float32 copy of all of it."""
+    out = torch.empty_like(gradient, dtype=dtype)
+    for part in range(0, len(gradient), BACKWARD_ROWS):
+        rows = slice(part, part + BACKWARD_ROWS)
+        out[rows] = gradient[rows] * upstream[rows, None]
+    return out
+
+
 class _StoredDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, candidate: Tensor, stored: StoredReference, head: Head, options: KLOptions) -> Tensor:
@@ -130,7 +141,7 @@ class _StoredDivergence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * upstream[:, None]).to(ctx.dtype), None, None, None
+        return _scaled(gradient, upstream, ctx.dtype), None, None, None
 
 
 class _Divergence(torch.autograd.Function):
@@ -155,7 +166,7 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.trained:
             (gradient,) = ctx.saved_tensors
-            return (gradient * upstream[:, None]).to(ctx.dtype), None, None, None, None
+            return _scaled(gradient, upstream, ctx.dtype), None, None, None, None
         candidate, reference = ctx.saved_tensors
         head = ctx.plan.head
         by_hidden, by_weight, by_bias = torch_backend.all_gradients(ctx.plan, candidate, reference, upstream)

@@ -23,7 +23,7 @@ def logits_product(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     if hidden.dtype == weight.dtype == out.dtype:
         return torch.mm(hidden, weight.T, out=out)
     if hidden.dtype == weight.dtype and out.dtype == torch.float32 and has_float32_output(hidden.device):
-        return out.copy_(torch.mm(hidden, weight.T, out_dtype=torch.float32))
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
     hidden = hidden.to(out.dtype)
     if weight.dtype == out.dtype:
         return torch.mm(hidden, weight.T, out=out)

@@ -91,6 +91,17 @@ def divergence_rows_any_size(z_t: Tensor, u: Tensor, divergence: str, beta: floa
     return RowWork(value[:, 0], (1 - beta) * q * (a - mean) if want_gradient else None, shift)
 
 
+def normalize_(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Replaces logits [R, V] by their probabilities, in place; returns log Σ e^z [R] and the entropy in nats [R]."""
+    top = z.amax(-1, keepdim=True)
+    e = z.sub_(top).exp()
+    mass = e.sum(-1)
+    log_mass = mass.log()
+    entropy = log_mass - z.mul_(e).sum(-1) / mass
+    torch.div(e, mass[:, None], out=z)
+    return log_mass + top[:, 0], entropy
+
+
 RowFunction = Callable[[Tensor, Tensor, str, float, bool], RowWork]
 
 _compiled: dict[str, Any] = {}

@@ -17,7 +17,7 @@ from torch import Tensor
 from kvopt.kernels.options import Head, KernelInputError, KLOptions
 from kvopt.kernels.plan import Plan, make_plan
 from kvopt.kernels.products import has_float32_output
-from kvopt.kernels.rows import divergence_rows
+from kvopt.kernels.rows import divergence_rows, normalize_
 from kvopt.kernels.torch_backend import Block, LogitChunks, balanced
 
 NLL_LIMIT = 0.02
@@ -74,18 +74,8 @@ def reference_facts(reference_hidden: Tensor, head: Head, options: KLOptions | N
         for start in range(0, count, rows):
             part = slice(start, start + rows)
             for block, z in chunks.reference_blocks(reference_hidden[part]):
-                facts.log_partition[part][block], facts.entropy[part][block] = _log_partition_and_entropy(z)
+                facts.log_partition[part][block], facts.entropy[part][block] = normalize_(z)
     return facts
-
-
-def _log_partition_and_entropy(z: Tensor) -> tuple[Tensor, Tensor]:
-    """log Σ e^z and H(softmax z) of rows [R, V]: log Z − Σ p z, with z counted from the row's largest."""
-    top = z.amax(-1, keepdim=True)
-    z = z - top
-    e = z.exp()
-    mass = e.sum(-1)
-    log_mass = mass.log()
-    return log_mass + top[:, 0], log_mass - e.mul_(z).sum(-1) / mass
 
 
 @torch.compiler.disable
@@ -187,7 +177,7 @@ class _Job:
         if self.facts is not None:
             log_partition, entropy = self.facts.log_partition[rows], self.facts.entropy[rows]
         else:
-            log_partition, entropy = _log_partition_and_entropy(z_t)
+            log_partition, entropy = normalize_(z_t.clone())
         work = divergence_rows(z_t, u, options.divergence, options.beta, False)
         out.kl[rows], out.entropy[rows] = work.value, entropy
         out.reference_nll[rows] = log_partition - gold_t

@@ -5,6 +5,7 @@ Forward KL only, frozen head. Hidden states are the exact store and the default;
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from kvopt.kernels.options import Head, KernelInputError, KLOptions, UnsupportedError
 from kvopt.kernels.plan import rows_per_chunk
 from kvopt.kernels.products import gradient_product, logits_product
-from kvopt.kernels.torch_backend import final_logits
+from kvopt.kernels.rows import normalize_
+from kvopt.kernels.torch_backend import block_rows, final_logits
 
 
 @dataclass(frozen=True)
@@ -71,16 +73,17 @@ def moments_of(
     mean_weight = torch.empty(count, head.weight.shape[1], device=device)
     mean_bias, entropy = torch.zeros(count, device=device), torch.empty(count, device=device)
     step = rows_per_chunk(device, head.size, torch.float32, torch.float32, options)
+    room = torch.empty(min(step, count), teacher.size, device=device)
     for start in range(0, count, step):
         part = slice(start, start + step)
-        hidden = reference_hidden[part]
-        logits = logits_product(hidden, teacher.rows, torch.empty(len(hidden), teacher.size, device=device))
-        log_p = torch.log_softmax(final_logits(logits, teacher, options.temperature)[0], -1)
-        p = log_p.exp()
-        entropy[part] = -(p * log_p).sum(-1)
-        mean_weight[part] = gradient_product(p, head.rows)
+        logits = logits_product(reference_hidden[part], teacher.rows, room[: len(reference_hidden[part])])
+        for rows in _row_blocks(logits):
+            z, _ = final_logits(logits[rows], teacher, options.temperature)
+            _, entropy[part][rows] = normalize_(z)
+            logits[rows] = z
+        mean_weight[part] = gradient_product(logits, head.rows)
         if head.offsets is not None:
-            mean_bias[part] = p @ head.offsets.float()
+            mean_bias[part] = logits @ head.offsets.float()
     return Moments(mean_weight, mean_bias, entropy, options.temperature)
 
 
@@ -122,24 +125,33 @@ def stored_value_and_gradient(
     value = torch.empty(count, device=device)
     gradient = torch.empty(candidate.shape, device=device) if want_gradient else None
     step = rows_per_chunk(device, head.size, torch.float32, torch.float32, options)
+    room = torch.empty(min(step, count), head.size, device=device)
     factor = head.scale / options.temperature
     for start in range(0, count, step):
         part = slice(start, start + step)
         hidden, reference = candidate[part], stored[part]
-        logits = logits_product(hidden, head.rows, torch.empty(len(hidden), head.size, device=device))
-        z, slope = final_logits(logits, head, options.temperature)
-        log_q = torch.log_softmax(z, -1)
-        if isinstance(reference, TopK):
-            value[part], by_logits = _top_k_rows(log_q, reference)
-            if gradient is not None:
-                by_logits = by_logits if slope is None else by_logits * slope
-                gradient[part] = gradient_product(by_logits, head.rows) * factor
-            continue
-        dot = (hidden.float() * reference.mean_weight).sum(-1) + reference.mean_bias
-        value[part] = torch.logsumexp(z, -1) - factor * dot - reference.entropy
+        logits = logits_product(hidden, head.rows, room[: len(hidden)])
+        for rows in _row_blocks(logits):
+            z, slope = final_logits(logits[rows], head, options.temperature)
+            if isinstance(reference, TopK):
+                value[part][rows], by_logits = _top_k_rows(torch.log_softmax(z, -1), reference[rows])
+                logits[rows] = by_logits if slope is None else by_logits * slope
+            else:
+                value[part][rows], _ = normalize_(z)
+        mean = None
+        if isinstance(reference, Moments):
+            mean = reference.mean_weight
+            value[part] -= factor * ((hidden.float() * mean).sum(-1) + reference.mean_bias) + reference.entropy
         if gradient is not None:
-            gradient[part] = (gradient_product(log_q.exp_(), head.rows) - reference.mean_weight) * factor
+            product = gradient_product(logits, head.rows)
+            gradient[part] = (product if mean is None else product - mean) * factor
     return value, gradient
+
+
+def _row_blocks(logits: Tensor) -> Iterator[slice]:
+    """Slices of rows of a chunk of logits, whose row-wise temporaries stay small."""
+    size = block_rows(logits.device, *logits.shape)
+    return (slice(start, start + size) for start in range(0, len(logits), size))
 
 
 def _top_k_rows(log_q: Tensor, reference: TopK) -> tuple[Tensor, Tensor]:

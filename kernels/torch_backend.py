@@ -17,6 +17,8 @@ from kvopt.kernels.rows import row_function
 BLOCK_BYTES = 3 * 2**19
 """float32 bytes of logits whose row-wise work is done at a time on a CPU: a few such blocks fit its cache."""
 
+GPU_BLOCK_ROWS = 128
+
 ROUNDED_LIMIT = 0.25
 """Forward KL in nats beyond which 16-bit rounding of the difference logits may break the precision contract."""
 
@@ -43,8 +45,7 @@ class LogitChunks:
         self.z_t = torch.empty(rows, vocabulary, dtype=plan.logits, device=device)
         self.u = torch.empty_like(self.z_t)
         self.gradient = self.u if plan.product == plan.logits else torch.empty_like(self.u, dtype=plan.product)
-        on_cpu = device.type == "cpu"
-        self.block = max(torch.get_num_threads(), BLOCK_BYTES // (4 * vocabulary)) if on_cpu else rows
+        self.block = block_rows(device, rows, vocabulary)
         self._hidden: tuple[Tensor, Tensor] | None = None
 
     def fill(self, candidate: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,6 +111,13 @@ class LogitChunks:
         tanh_s, tanh_t = torch.tanh((z_t + u) / cap), torch.tanh(z_t / cap)
         u = torch.tanh(u / cap) * (1 - tanh_t * tanh_s)
         return tanh_t * (cap / temperature), u * (cap / temperature), 1 - tanh_s * tanh_s
+
+
+def block_rows(device: torch.device, rows: int, vocabulary: int) -> int:
+    """Rows whose row-wise work is done at a time, so that its temporaries are small beside a chunk of ``rows``."""
+    if device.type == "cpu":
+        return max(torch.get_num_threads(), BLOCK_BYTES // (4 * vocabulary))
+    return max(GPU_BLOCK_ROWS, rows // 8)
 
 
 def affine_(x: Tensor, head: Head) -> Tensor:

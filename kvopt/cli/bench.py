@@ -12,12 +12,16 @@ from kvopt.cli.common import ConfigPath, Json, Sets, print_json
 
 def bench_kl(
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write JSON and a picture here.")] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Measure extra memory by number of tokens instead, up to 131,072.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """The divergence op against plain torch and other libraries: time, memory, and error by size of the KL."""
     from kvopt.kernels.benchmark import run as run_kl
+    from kvopt.kernels.memory_curve import run_memory
 
-    result = run_kl(out=out)
+    result = run_memory(out=out) if memory else run_kl(out=out)
     if as_json:
         print_json(result)
 
