@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from kvopt.columns import Columns, NoValue, unseen_turns
+from kvopt.columns import Columns, NoValue, as_text, find, unseen_turns
 from kvopt.errors import InputError
 from kvopt.files import canonical_json, sha256_json
 from kvopt.records import read_records
@@ -55,6 +56,9 @@ class DataConfig(BaseModel):
     """Column of the gold output, or a path like messages.assistant."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Slot name to column, or to a path like messages.user, where the two names differ."""
+    only: dict[str, str] = Field(default_factory=dict)
+    """Column or path to a regular expression: rows in which one of them is not found are left out, in every part. Tasks
+    of a sequence can share one file this way."""
     limit: Limits = Field(default_factory=Limits)
     """How many rows of each part are used."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
@@ -118,13 +122,14 @@ def load_dataset(config: DataConfig, template: Template, base_dir: Path, seed: i
         InputError: one line that names file and line of the first rows at fault and counts the rest.
     """
     columns = _columns(config, template)
+    wanted = _patterns(config.only)
     warnings: list[str] = []
-    train = _read(config.train, "train", columns, base_dir, warnings)
+    train = _read(config.train, "train", columns, wanted, base_dir, warnings)
     limit = config.limit
     if config.validation is None:
         train, validation = _set_aside(train, config.validation_fraction, seed)
     else:
-        validation = _read(config.validation, "validation", columns, base_dir, warnings)
+        validation = _read(config.validation, "validation", columns, wanted, base_dir, warnings)
     validation = _without_repeats(validation, limit.validation, config.duplicates, warnings)
     reported = {example.key for example in validation}
     if config.leakage == "drop":
@@ -147,6 +152,24 @@ def _columns(config: DataConfig, template: Template) -> Columns:
     return Columns(template.slots, config.columns, config.output)
 
 
+def _patterns(only: dict[str, str]) -> dict[str, re.Pattern[str]]:
+    found = {}
+    for path, pattern in only.items():
+        try:
+            found[path] = re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"{pattern!r} is no regular expression: {error}", where=f"data.only.{path}") from None
+    return found
+
+
+def _is_wanted(fields: Mapping[str, Any], wanted: Mapping[str, re.Pattern[str]]) -> bool:
+    """Whether every pattern is found in its column. Raises NoValue for a column that is not there."""
+    return all(
+        pattern.search(as_text(find(fields, path, "data.only"), f"data.only ({path!r})"))
+        for path, pattern in wanted.items()
+    )
+
+
 def _places(sources: Sequence[str]) -> str:
     """``"train.jsonl:3, 7, 9 and 12 more"``: the first places, the file named once."""
     file = sources[0].rsplit(":", 1)[0]
@@ -155,8 +178,15 @@ def _places(sources: Sequence[str]) -> str:
     return ", ".join([sources[0], *rest]) + more
 
 
-def _read(source: str, part: str, columns: Columns, base_dir: Path, warnings: list[str]) -> list[Example]:
-    """Every row of a source as an example; the rows at fault are collected and reported together."""
+def _read(
+    source: str,
+    part: str,
+    columns: Columns,
+    wanted: Mapping[str, re.Pattern[str]],
+    base_dir: Path,
+    warnings: list[str],
+) -> list[Example]:
+    """Every wanted row of a source as an example; the rows at fault are collected and reported together."""
     examples: list[Example] = []
     faults: dict[str, list[str]] = {}
     seen: Counter[str] = Counter()
@@ -166,7 +196,10 @@ def _read(source: str, part: str, columns: Columns, base_dir: Path, warnings: li
     for number, record in enumerate(read_records(source, base_dir, part)):
         fields, where = record.fields, record.where
         seen.update(fields.keys())
+        used |= {path if path in fields else path.split(".")[0] for path in wanted}
         try:
+            if not _is_wanted(fields, wanted):
+                continue
             example = Example(f"{part}:{number}", columns.values(fields), columns.gold(fields), where)
         except NoValue as error:
             faults.setdefault(str(error), []).append(where)
@@ -179,6 +212,8 @@ def _read(source: str, part: str, columns: Columns, base_dir: Path, warnings: li
             turns.append(where)
     if faults:
         raise _faulty(faults)
+    if not examples and wanted and seen:
+        raise InputError("data.only leaves no row", where=source, mend="change the pattern")
     if not examples:
         raise InputError("the data set is empty", where=source, mend="it needs at least one row")
     unused = [name for name in seen if name not in used]

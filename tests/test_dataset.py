@@ -120,6 +120,23 @@ def test_the_division_is_deterministic_and_the_identity_follows_contents_only(lo
 # Columns
 
 
+def test_only_rows_in_which_the_pattern_is_found_are_used_in_every_part_and_keep_their_numbers(load):
+    mixed = [
+        {"question": f"q{i}", "output": f"{'ab'[i % 2]}{i}", "meta": {"kind": "xy"[i % 3 == 0]}} for i in range(24)
+    ]
+    data = load(mixed[:12], mixed[12:], only={"output": "^a", "meta.kind": "x"}, limit={"selection": 1})
+    assert sorted(numbers(data.train + data.selection)) == [2, 4, 8, 10]
+    assert numbers(data.validation) == [2, 4, 8, 10]
+    assert {example.output[0] for example in (*data.train, *data.validation)} == {"a"}
+    assert not [warning for warning in data.warnings if "no slot uses" in warning]
+
+
+def test_patterns_that_leave_nothing_cannot_be_read_or_have_no_column_are_refused(load):
+    fails(load, "data.only leaves no row (change the pattern)", "train.jsonl", rows(4), only={"output": "zzz"})
+    fails(load, "'(' is no regular expression", "data.only.output", rows(4), only={"output": "("})
+    fails(load, "data.only has no column 'outputs'", "train.jsonl:1, 2, 3, 4", rows(4), only={"outputs": "a"})
+
+
 def test_columns_are_mapped_by_name_and_path(load):
     records = [{"a": f"c{i}", "meta": {"q": [f"q{i}"]}, "gold.text": f"g{i}"} for i in range(9)]
     settings = {"columns": {"context": "a", "question": "meta.q.0"}, "output": "gold.text"}
