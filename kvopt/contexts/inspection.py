@@ -137,7 +137,8 @@ def _student_lines(facts: dict[str, Any]) -> list[str]:
     contexts = facts["contexts"] or []
     names = [str(c.get("name")) if isinstance(c, dict) else str(c) for c in contexts]
     lines = [
-        f"{facts['name']}: a student trained by {facts['method']} ({facts['steps']} steps, {facts['epochs']} epochs)",
+        f"{facts['name']}: a student trained by {facts['method']}"
+        + (f" ({facts['steps']} steps, {facts['epochs']:.3g} epochs)" if facts["steps"] and facts["epochs"] else ""),
         f"base: {(facts['base'] or {}).get('name')}; written by kvopt {facts['kvopt_version']}",
     ]
     if names:

@@ -1,0 +1,263 @@
+"""Export folders: cards whose snippets run, records, refusals, names of contexts, and the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoTokenizer
+
+from kvopt.builtin_base import NAME
+from kvopt.contexts import load_context
+from kvopt.contexts.inspection import describe, describe_text
+from kvopt.errors import InputError, KvoptError
+from kvopt.export import EXPORTERS, Options, export, hub
+from kvopt.export.exporter import base_lines
+from kvopt.export.source import open_source
+from kvopt.generate import answer_text, generate, stop_ids
+from kvopt.template import Template
+from tests.jobs import run_job, write_job
+from tests.tiny import tiny_base, tiny_folder
+
+CONTEXTS = {"kv": "#kv-8", "soft": "#soft-6", "text": "#m001"}
+EXPORTED = [(name, kind) for name, exporter in EXPORTERS.items() for kind in exporter.kinds]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("job")
+    run_job(write_job(folder), folder / "run")
+    return folder / "run"
+
+
+def exported(run: Path, to: str, kind: str, out: Path) -> Path:
+    export(f"{run}{CONTEXTS[kind]}", to, out, options=Options(block_size=2))
+    return out
+
+
+def run_snippet(folder: Path) -> str:
+    """Standard output of the card's Python, run from inside the folder by a fresh interpreter."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text("utf-8"), flags=re.S)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode("utf-8")
+    return done.stdout.decode("utf-8")
+
+
+@pytest.mark.parametrize(("to", "kind"), EXPORTED)
+def test_the_snippet_of_every_card_runs_and_answers_as_we_do(run: Path, to: str, kind: str, tmp_path: Path) -> None:
+    folder = exported(run, to, kind, tmp_path / "out")
+    said = run_snippet(folder)
+    if kind == "text":
+        assert said.strip()
+        return
+    base = tiny_base("llama")
+    context = load_context(run / "contexts" / CONTEXTS[kind][1:], base)
+    body = open_source(f"{run}{CONTEXTS[kind]}").body_example()
+    assert body is not None
+    assert "{{text}}" in body
+    ids = base.tokenizer(body, add_special_tokens=False)["input_ids"]
+    if to == "vllm":
+        request = json.loads(said)
+        assert request["prompt"][context.tokens :] == ids
+        return
+    (answer,) = generate(base, context.prefix(base), [ids], max_new_tokens=64, stop=stop_ids(base))
+    assert said.strip() == answer_text(base, answer).strip()
+
+
+@pytest.mark.parametrize(("to", "kind"), EXPORTED)
+def test_every_folder_says_what_it_is_for_which_base_and_how_good(
+    run: Path, to: str, kind: str, tmp_path: Path
+) -> None:
+    folder = exported(run, to, kind, tmp_path / "out")
+    card = (folder / "README.md").read_text("utf-8")
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == str(tiny_folder("llama"))
+    board = json.loads((run / "leaderboard.json").read_text())
+    row = next((row for row in board["contexts"] if row["name"] == CONTEXTS[kind][1:]), None)
+    if row:
+        assert f"forward KL {row['kl_forward']['mean']:.4f}" in card
+    facts = describe(folder)
+    assert (facts["what"], facts["to"], facts["kind"]) == ("export", to, kind)
+    text = describe_text(facts)
+    assert facts["name"] in text
+    assert str(tiny_folder("llama")) in text
+    assert facts["snippet"].splitlines()[-1] in text
+
+
+def test_a_learned_contexts_card_pins_base_template_and_data(run: Path, tmp_path: Path) -> None:
+    card = (exported(run, "peft", "kv", tmp_path / "out") / "README.md").read_text()
+    record = json.loads((run / "contexts" / "kv-8" / "kvopt.json").read_text())
+    for digest in (record["base"]["weights"], record["template_sha256"], record["data_sha256"]):
+        assert digest[:16] in card
+    assert f"drop its first {record['template_tokens']} ids" in card
+
+
+def test_the_body_behind_a_context_is_the_whole_prompt_without_the_tokens_it_stands_for(run: Path) -> None:
+    """What the card says about cutting the prompt holds for this tokenizer."""
+    source = open_source(f"{run}#kv-8")
+    assert source.run is not None
+    tokenizer = AutoTokenizer.from_pretrained(source.base_name)
+    messages = source.run.template.fill({"text": "Tell me about snow."})
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    body = (source.body_example() or "").replace("{{text}}", "Tell me about snow.")
+    assert ids[source.template_tokens :] == tokenizer(body, add_special_tokens=False)["input_ids"]
+
+
+def test_a_peft_export_is_a_context_again(run: Path, tmp_path: Path) -> None:
+    base = tiny_base("llama")
+    for kind in ("kv", "soft"):
+        folder = exported(run, "peft", kind, tmp_path / kind)
+        before = load_context(run / "contexts" / CONTEXTS[kind][1:], base)
+        assert load_context(folder, base).sha256() == before.sha256()
+
+
+def test_the_original_and_mutations_are_exported_as_text(run: Path, tmp_path: Path) -> None:
+    export(f"{run}#original", "text", tmp_path / "original")
+    template = Template.from_json(json.loads((tmp_path / "original" / "template.json").read_text()))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert template.to_json()["messages"] == config["template"]["messages"]
+    messages = json.loads((tmp_path / "original" / "messages.json").read_text())
+    assert messages == config["template"]["messages"]
+    export(f"{run}#m001", "text", tmp_path / "m001")
+    other = Template.from_json(json.loads((tmp_path / "m001" / "template.json").read_text()))
+    assert other != template
+    assert other.slot_sequence == template.slot_sequence
+
+
+def test_a_template_file_is_in_the_run_directory_too(tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("Sort the message.\nMessage: {{text}}\nLabel:\n")
+    config = write_job(tmp_path, lambda tree: tree.update(template={"file": "prompt.txt"}, contexts=[]))
+    run_job(config, tmp_path / "run")
+    export(f"{tmp_path / 'run'}#original", "text", tmp_path / "out")
+    assert (tmp_path / "out" / "prompt.txt").read_text() == (tmp_path / "prompt.txt").read_text()
+
+
+def test_the_same_context_gives_the_same_bytes(run: Path, tmp_path: Path) -> None:
+    for to in ("peft", "hf-cache", "vllm"):
+        first, again = (exported(run, to, "kv", tmp_path / f"{to}-{i}") for i in range(2))
+        for path in first.iterdir():
+            assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+
+
+def test_the_built_in_base_is_found_by_name_in_snippets() -> None:
+    assert "builtin_folder" in base_lines(NAME)
+    assert base_lines("org/model") == "base = 'org/model'"
+    assert "locate" in base_lines("model.gguf")
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("to", "kind", "able"),
+    [
+        ("prompt-embeds", "kv", "peft, hf-cache, vllm"),
+        ("text", "soft", "peft, prompt-embeds, hf-cache, vllm"),
+        ("peft", "text", "text, trl-dataset"),
+    ],
+)
+def test_a_kind_that_a_format_cannot_hold_is_refused_with_what_can(
+    run: Path, to: str, kind: str, able: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=f"{to} cannot hold a {kind} context .use --to {able}"):
+        export(f"{run}{CONTEXTS[kind]}", to, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_names_are_refused_with_the_right_ones(run: Path, tmp_path: Path) -> None:
+    for spec, message in [
+        (f"{run}#nope", "there are original, kv-8"),
+        (str(run), "name one of its contexts"),
+        (str(tmp_path / "nothing"), "no such context"),
+        (f"{tmp_path}#kv-8", "is not a run directory"),
+        (str(tmp_path), "is not a context folder"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            export(spec, "peft", tmp_path / "out")
+    with pytest.raises(InputError, match="one of peft, prompt-embeds"):
+        export(f"{run}#kv-8", "gguf", tmp_path / "out")
+    with pytest.raises(InputError, match="it can be CARTRIDGE or PREFIX_TUNING"):
+        export(f"{run}#kv-8", "peft", tmp_path / "out", options=Options(peft_type="PROMPT_TUNING"))
+
+
+def test_only_an_earlier_export_is_replaced(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="is there already and is no export"):
+        exported(run, "peft", "kv", out)
+    assert (out / "notes.txt").read_text() == "mine"
+    with pytest.raises(InputError, match="is the context itself"):
+        exported(run, "peft", "kv", run / "contexts" / "kv-8")
+    (out / "notes.txt").unlink()
+    exported(run, "peft", "kv", out)
+    exported(run, "hf-cache", "kv", out)
+    assert not (out / "adapter_config.json").exists()
+
+
+def test_damaged_contexts_are_not_exported(run: Path, tmp_path: Path) -> None:
+    folder = exported(run, "peft", "kv", tmp_path / "c")
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(InputError, match="damaged or truncated"):
+        export(folder, "hf-cache", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the hub
+
+
+class _Api:
+    """Records what would be sent."""
+
+    calls: list[tuple[str, dict[str, object]]] = []
+    fault: Exception | None = None
+
+    def create_repo(self, repository: str, **options: object) -> str:
+        if self.fault:
+            raise self.fault
+        self.calls.append(("create", {"repo_id": repository, **options}))
+        return f"https://huggingface.co/{repository}"
+
+    def upload_folder(self, **options: object) -> None:
+        self.calls.append(("upload", options))
+
+
+def test_the_whole_folder_is_pushed_and_private_unless_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(hub, "HfApi", _Api)
+    _Api.calls, _Api.fault = [], None
+    assert hub.push(tmp_path, "me/context", private=True) == "https://huggingface.co/me/context"
+    (_, created), (_, uploaded) = _Api.calls
+    assert created == {"repo_id": "me/context", "private": True, "exist_ok": True}
+    assert uploaded["repo_id"] == "me/context"
+    assert uploaded["folder_path"] == str(tmp_path)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_and_the_export_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hub, "HfApi", _Api)
+    monkeypatch.setattr(_Api, "fault", OSError("no route\nto host"))
+    with pytest.raises(KvoptError, match="cannot be pushed: no route to host; the export stays in") as caught:
+        hub.push(tmp_path, "me/context", private=True)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="give USER/NAME"):
+        hub.push(tmp_path, "context", private=True)
+
+
+def test_soft_prompts_keep_every_bit_on_their_way(run: Path, tmp_path: Path) -> None:
+    """No cast between the folder and what a server is sent."""
+    from safetensors.torch import load_file
+
+    folder = exported(run, "prompt-embeds", "soft", tmp_path / "out")
+    stored = load_file(run / "contexts" / "soft-6" / "adapter_model.safetensors")["prompt_embeddings"]
+    assert torch.equal(load_file(folder / "soft_prompt.safetensors")["soft_prompt"], stored)

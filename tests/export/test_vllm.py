@@ -1,0 +1,315 @@
+"""Contexts in vLLM's paged cache: packing, rules, and the connector's calls against stand-ins of vLLM's classes.
+
+No server is run here: the stand-ins hold only what ``KVConnectorBase_V1`` documents.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvopt.contexts import KVContext
+from kvopt.errors import InputError
+from kvopt.export import Options, export
+from kvopt.export import vllm_connector as connector
+from kvopt.model import Base
+from tests.export.readers import saved
+from tests.tasks import make_task
+from tests.tiny import MODELS, tiny_base
+
+HEADS, WIDTH, SLOTS, BLOCK, BLOCKS = 4, 8, 32, 16, 9
+LAYOUTS = {
+    "keys and values first": (2, BLOCKS, BLOCK, HEADS, WIDTH),
+    "blocks first": (BLOCKS, 2, BLOCK, HEADS, WIDTH),
+    "heads, then packed": (BLOCKS, HEADS, BLOCK, 2 * WIDTH),
+}
+
+
+def empty_cache(layout: str, heads: int = HEADS, width: int = WIDTH, block: int = BLOCK) -> Tensor:
+    shape = {HEADS: heads, WIDTH: width, BLOCK: block, 2 * WIDTH: 2 * width}
+    return torch.full([shape.get(n, n) for n in LAYOUTS[layout]], torch.nan)
+
+
+def gathered(cache: Tensor, layout: str, block_ids: list[int], count: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [H, count, d] of a request as an attention kernel finds them: block table, place in block."""
+    keys, values = [], []
+    for position in range(count):
+        block, place = block_ids[position // BLOCK], position % BLOCK
+        if layout == "keys and values first":
+            keys.append(cache[0, block, place])
+            values.append(cache[1, block, place])
+        elif layout == "blocks first":
+            keys.append(cache[block, 0, place])
+            values.append(cache[block, 1, place])
+        else:
+            half = cache.shape[-1] // 2
+            keys.append(cache[block, :, place, :half])
+            values.append(cache[block, :, place, half:])
+    return torch.stack(keys, dim=1), torch.stack(values, dim=1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_slots_are_where_the_block_table_says_in_every_layout(layout: str) -> None:
+    keys, values = torch.randn(2, HEADS, SLOTS, WIDTH)
+    cache, blocks = empty_cache(layout), [7, 2]
+    connector.write_slots(cache, keys, values, connector.paged_slots(blocks, BLOCK, 0, SLOTS))
+    found = gathered(cache, layout, blocks, SLOTS)
+    assert torch.equal(found[0], keys)
+    assert torch.equal(found[1], values)
+    assert int(cache.isfinite().sum()) == keys.numel() + values.numel(), "nothing else was written"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_rest_of_a_context_is_loaded_behind_blocks_that_are_cached_already(layout: str) -> None:
+    keys, values = torch.randn(2, HEADS, SLOTS, WIDTH)
+    cache, blocks = empty_cache(layout), [5, 3]
+    slots = connector.paged_slots(blocks, BLOCK, BLOCK, SLOTS)
+    connector.write_slots(cache, keys[:, BLOCK:], values[:, BLOCK:], slots)
+    found, _ = gathered(cache, layout, blocks, SLOTS)
+    assert torch.equal(found[:, BLOCK:], keys[:, BLOCK:])
+    assert found[:, :BLOCK].isnan().all()
+
+
+def test_a_cache_cut_into_smaller_kernel_blocks_gets_the_same_slots() -> None:
+    """Scheduler blocks of 16 that the kernel sees as two of 8 each."""
+    keys, values = torch.randn(2, HEADS, SLOTS, WIDTH)
+    cache = torch.full((BLOCKS * 2, 2, BLOCK // 2, HEADS, WIDTH), torch.nan)
+    connector.write_slots(cache, keys, values, connector.paged_slots([7, 2], BLOCK, 0, SLOTS))
+    whole = cache.view(BLOCKS, 2, 2, BLOCK // 2, HEADS, WIDTH).transpose(1, 2).reshape(BLOCKS, 2, BLOCK, HEADS, WIDTH)
+    assert torch.equal(gathered(whole, "blocks first", [7, 2], SLOTS)[0], keys)
+
+
+def test_16_bit_caches_hold_rounded_values_and_others_are_refused() -> None:
+    keys, values = torch.randn(2, HEADS, SLOTS, WIDTH)
+    cache = empty_cache("blocks first").bfloat16()
+    connector.write_slots(cache, keys, values, connector.paged_slots([1, 2], BLOCK, 0, SLOTS))
+    assert torch.equal(gathered(cache, "blocks first", [1, 2], SLOTS)[0], keys.bfloat16())
+    with pytest.raises(ValueError, match="uint8"):
+        connector.paged_views(torch.zeros(LAYOUTS["blocks first"], dtype=torch.uint8), HEADS, WIDTH)
+
+
+@pytest.mark.parametrize("shape", [(9, 16, 4, 8), (9, 3, 16, 4, 8), (9, 2, 16, 4, 7), (2, 2, 16, 4, 8), (9, 4, 16, 8)])
+def test_layouts_that_are_not_known_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="unknown layout"):
+        connector.paged_views(torch.zeros(shape), HEADS, WIDTH)
+
+
+def test_too_few_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not hold position 31"):
+        connector.paged_slots([1], BLOCK, 0, SLOTS)
+
+
+@pytest.mark.parametrize(
+    ("heads", "ranks", "shares"),
+    [
+        (8, 1, [(0, 8)]),
+        (8, 4, [(0, 2), (2, 4), (4, 6), (6, 8)]),
+        (2, 4, [(0, 1), (0, 1), (1, 2), (1, 2)]),
+        (1, 2, [(0, 1), (0, 1)]),
+    ],
+)
+def test_heads_divide_among_tensor_parallel_ranks(heads: int, ranks: int, shares: list[tuple[int, int]]) -> None:
+    assert [connector.heads_of_rank(heads, ranks, rank) for rank in range(ranks)] == [slice(*s) for s in shares]
+
+
+@pytest.mark.parametrize(("heads", "ranks"), [(3, 2), (8, 3), (2, 3)])
+def test_heads_that_do_not_divide_are_refused(heads: int, ranks: int) -> None:
+    with pytest.raises(ValueError, match="do not divide"):
+        connector.heads_of_rank(heads, ranks, 0)
+
+
+def test_contexts_fill_blocks_or_the_mend_is_named() -> None:
+    connector.check_blocks("c", 32, 16)
+    connector.check_blocks("c", 40, 16, allow_partial=True)
+    with pytest.raises(ValueError, match="shorten it to 32 slots"):
+        connector.check_blocks("c", 40, 16)
+    with pytest.raises(ValueError, match="do not fill blocks of 16: learn it"):
+        connector.check_blocks("c", 9, 16)
+
+
+@pytest.mark.parametrize("name", ["model.layers.12.self_attn.attn", "language_model.model.layers.12.attn", "h.12.attn"])
+def test_layer_names_are_read(name: str) -> None:
+    assert connector.layer_index(name) == 12
+
+
+# ---- the whole way: export, server start, scheduling, writing
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for the vLLM modules that the connector imports."""
+
+    class KVConnectorMetadata:
+        pass
+
+    class KVConnectorBase_V1:
+        def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any = None) -> None:
+            self.metadata: Any = None
+
+        def bind_connector_metadata(self, metadata: Any) -> None:
+            self.metadata = metadata
+
+        def _get_connector_metadata(self) -> Any:
+            return self.metadata
+
+    base = ModuleType("base")
+    base.KVConnectorBase_V1, base.KVConnectorMetadata = KVConnectorBase_V1, KVConnectorMetadata  # type: ignore[attr-defined]
+    state = ModuleType("parallel_state")
+    state.get_tensor_model_parallel_rank = lambda: 0  # type: ignore[attr-defined]
+    package = "vllm.distributed.kv_transfer.kv_connector.v1"
+    for name in [".".join(package.split(".")[: i + 1]) for i in range(5)]:
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, f"{package}.base", base)
+    monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", state)
+    monkeypatch.setattr(connector, "_MADE", {})
+
+
+def settings(*folders: Path, block: int = BLOCK, ranks: int = 1, **extra: Any) -> Any:
+    """What a connector reads of a VllmConfig."""
+    return SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(
+            kv_connector_extra_config={"contexts": [str(folder) for folder in folders], **extra}
+        ),
+        cache_config=SimpleNamespace(block_size=block),
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+    )
+
+
+def exported(base: Base, folder: Path, tokens: int = SLOTS) -> tuple[KVContext, list[int]]:
+    """A context exported for vLLM into ``folder``, and its placeholder ids."""
+    task = make_task(base, folder.parent / f"{folder.name}-task", count=4)
+    context = saved(task, "kv", folder.parent / f"{folder.name}-context", tokens)
+    export(folder.parent / f"{folder.name}-context", "vllm", folder)
+    assert isinstance(context, KVContext)
+    return context, json.loads((folder / "vllm.json").read_text())["placeholder_ids"]
+
+
+def request(ids: list[int], name: str = "r") -> Any:
+    return SimpleNamespace(request_id=name, prompt_token_ids=ids)
+
+
+def blocks(*ids: int) -> Any:
+    return SimpleNamespace(get_block_ids=lambda: (list(ids),))
+
+
+@pytest.mark.usefixtures("vllm")
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_request_with_the_placeholders_gets_the_context_into_its_blocks(kind: str, tmp_path: Path) -> None:
+    base = tiny_base(kind)
+    context, ids = exported(base, tmp_path / "out")
+    scheduler, worker = (connector.KvoptConnector(settings(tmp_path / "out"), role) for role in ("scheduler", "worker"))
+    wanted, other = request([*ids, 40, 41]), request([40, 41, 42], "other")
+    assert scheduler.get_num_new_matched_tokens(wanted, 0) == (SLOTS, False)
+    assert scheduler.get_num_new_matched_tokens(other, 0) == (0, False)
+    scheduler.update_state_after_alloc(wanted, blocks(6, 1, 4), SLOTS)
+    scheduler.update_state_after_alloc(other, blocks(2), 0)
+    metadata = pickle.loads(pickle.dumps(scheduler.build_connector_meta(None)))
+    assert scheduler.build_connector_meta(None).loads == [], "each request is loaded once"
+    g = base.geometry
+    caches = {
+        f"model.layers.{i}.self_attn.attn": torch.full((2, BLOCKS, BLOCK, g.kv_heads, g.head_dim), torch.nan)
+        for i in range(g.layers)
+    }
+    worker.register_kv_caches(caches)
+    worker.bind_connector_metadata(metadata)
+    worker.start_load_kv(None)
+    prefix = context.prefix(base)
+    for i, cache in enumerate(caches.values()):
+        keys, values = gathered(cache, "keys and values first", [6, 1], SLOTS)
+        assert torch.equal(keys, prefix.keys[i])
+        assert torch.equal(values, prefix.values[i])
+
+
+@pytest.mark.usefixtures("vllm")
+def test_a_context_that_vllm_has_cached_in_part_is_loaded_from_there(tmp_path: Path) -> None:
+    base = tiny_base("llama")
+    _, ids = exported(base, tmp_path / "out")
+    scheduler = connector.KvoptConnector(settings(tmp_path / "out"), "scheduler", None)
+    again = request([*ids, 40])
+    assert scheduler.get_num_new_matched_tokens(again, BLOCK) == (BLOCK, False)
+    assert scheduler.get_num_new_matched_tokens(again, SLOTS) == (0, False)
+    scheduler.update_state_after_alloc(again, blocks(6, 1, 4), BLOCK)
+    (load,) = scheduler.build_connector_meta(None).loads
+    assert (load.start, load.stop) == (BLOCK, SLOTS)
+
+
+@pytest.mark.usefixtures("vllm")
+def test_workers_of_versions_that_register_no_caches_find_them_in_the_layers(tmp_path: Path) -> None:
+    base = tiny_base("llama")
+    context, _ = exported(base, tmp_path / "out")
+    worker = connector.KvoptConnector(settings(tmp_path / "out"), "worker")
+    g = base.geometry
+    layers = {
+        f"model.layers.{i}.self_attn.attn": SimpleNamespace(
+            kv_cache=[torch.zeros(2, BLOCKS, BLOCK, g.kv_heads, g.head_dim)]
+        )
+        for i in range(g.layers)
+    }
+    layers["model.layers.0.mlp"] = SimpleNamespace()
+    worker.bind_connector_metadata(connector.KvoptMetadata([connector.Load(0, (3, 8), 0, SLOTS)]))
+    worker.start_load_kv(SimpleNamespace(no_compile_layers=layers, virtual_engine=0))
+    keys, _ = gathered(layers["model.layers.1.self_attn.attn"].kv_cache[0], "keys and values first", [3, 8], SLOTS)
+    assert torch.equal(keys, context.prefix(base).keys[1])
+
+
+@pytest.mark.usefixtures("vllm")
+def test_each_rank_holds_its_own_heads(tmp_path: Path) -> None:
+    base = tiny_base("llama")
+    context, _ = exported(base, tmp_path / "out")
+    server = connector.Server(settings(tmp_path / "out", ranks=2))
+    cache = torch.zeros(2, BLOCKS, BLOCK, 1, base.geometry.head_dim)
+    server.write(connector.Load(0, (3, 8), 0, SLOTS), {"model.layers.2.attn": cache}, 1)
+    keys, _ = gathered(cache, "keys and values first", [3, 8], SLOTS)
+    assert torch.equal(keys, context.prefix(base).keys[2][1:2])
+
+
+def test_contexts_have_placeholders_of_their_own_which_say_their_content(tmp_path: Path) -> None:
+    base = tiny_base("llama")
+    _, first = exported(base, tmp_path / "a")
+    _, again = exported(base, tmp_path / "b")
+    _, other = exported(base, tmp_path / "c", tokens=48)
+    assert first == again
+    assert first[:BLOCK] != other[:BLOCK]
+    assert not set(first) & set(base.tokenizer.all_special_ids)
+    server = connector.Server(settings(tmp_path / "a", tmp_path / "c"))
+    assert server.asked_for([*first, 40]) == 0
+    assert server.asked_for([*other, 40]) == 1
+    assert server.asked_for(first) is None, "a prompt must go on behind its context"
+
+
+def test_servers_refuse_at_the_start_what_they_cannot_serve(tmp_path: Path) -> None:
+    exported(tiny_base("llama"), tmp_path / "out")
+    with pytest.raises(ValueError, match="do not fill blocks of 64"):
+        connector.Server(settings(tmp_path / "out", block=64))
+    connector.Server(settings(tmp_path / "out", block=64, allow_partial_block=True))
+    with pytest.raises(ValueError, match="do not divide"):
+        connector.Server(settings(tmp_path / "out", ranks=3))
+    with pytest.raises(ValueError, match="needs"):
+        connector.Server(settings())
+    with pytest.raises(ValueError, match="not a context exported"):
+        connector.Server(settings(tmp_path))
+
+
+def test_slots_that_do_not_fill_blocks_are_refused_at_the_export(tmp_path: Path) -> None:
+    task = make_task(tiny_base("llama"), tmp_path / "task", count=4)
+    saved(task, "kv", tmp_path / "c", 20)
+    with pytest.raises(InputError, match="shorten it to 16 slots"):
+        export(tmp_path / "c", "vllm", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export(tmp_path / "c", "vllm", tmp_path / "out", options=Options(block_size=4))
+    export(tmp_path / "c", "vllm", tmp_path / "out", options=Options(partial_block=True))
+
+
+def test_the_connector_asks_for_nothing_but_torch_safetensors_and_vllm(tmp_path: Path) -> None:
+    exported(tiny_base("llama"), tmp_path / "out")
+    source = (tmp_path / "out" / "kvopt_vllm_connector.py").read_text()
+    assert "from kvopt" not in source
+    assert "import kvopt" not in source
