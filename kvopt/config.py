@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -25,6 +25,8 @@ from kvopt.template import Template
 from kvopt.train.config import StudentConfig
 from kvopt.train.evaluation.config import EvaluateConfig
 from kvopt.train.study.config import StudyConfig
+
+Checked = TypeVar("Checked", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -151,6 +153,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Path
     Raises:
         InputError: the file cannot be read, or something in it is wrong.
     """
+    config = build_config(read_tree(path, overrides), str(path))
+    base_dir = path.resolve().parent
+    return _with_local_base(config, base_dir), base_dir
+
+
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The parsed document of a YAML file after ``overrides``. Raises InputError."""
     try:
         text = path.read_text("utf-8-sig")
     except FileNotFoundError:
@@ -164,8 +173,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Path
         raise InputError("is not a mapping of sections", where=str(path), mend="kvopt init writes a starter config")
     for override in overrides:
         _assign(tree, override)
-    config, base_dir = build_config(tree, str(path)), path.resolve().parent
-    return _with_local_base(config, base_dir), base_dir
+    return tree
 
 
 def _with_local_base(config: Config, base_dir: Path) -> Config:
@@ -178,10 +186,15 @@ def _with_local_base(config: Config, base_dir: Path) -> Config:
 
 def build_config(tree: dict[str, Any], where: str) -> Config:
     """The checked config of a parsed document. Raises InputError, one line, for the first thing that is wrong."""
+    return build_model(Config, tree, where)
+
+
+def build_model(model: type[Checked], tree: dict[str, Any], where: str) -> Checked:
+    """As :func:`build_config`, for another kind of document."""
     try:
-        return Config.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise _input_error(error, where) from None
+        raise _input_error(error, where, model) from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -190,6 +203,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # <<: *anchor; keys beside it may stand in it too
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key_node.start_mark)
@@ -270,11 +285,11 @@ _PLAIN = {
 }
 
 
-def _input_error(error: ValidationError, where: str) -> InputError:
+def _input_error(error: ValidationError, where: str, model: type[BaseModel]) -> InputError:
     """One line about the first fault; unknown keys come first, because a missing key is often a misspelt one."""
     faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
     first = faults[0]
-    place = _place(first["loc"])
+    place = _place(first["loc"], model)
     key = ".".join(str(part) for part, _ in place)
     more = f"; and {len(faults) - 1} more" if len(faults) > 1 else ""
     if first["type"] == "extra_forbidden":
@@ -302,10 +317,10 @@ def _short(fault: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _place(location: Sequence[int | str]) -> list[tuple[int | str, tuple[str, ...]]]:
+def _place(location: Sequence[int | str], model: type[BaseModel]) -> list[tuple[int | str, tuple[str, ...]]]:
     """Each part of the way to a fault with the keys known there; what pydantic adds (tags of unions) is left out."""
     place: list[tuple[int | str, tuple[str, ...]]] = []
-    models: list[Any] = [Config]
+    models: list[Any] = [model]
     for part in location:
         fields: dict[str, Any] = {}
         for model in models:
