@@ -15,6 +15,7 @@ import numpy as np
 from scipy.optimize import OptimizeWarning, curve_fit
 
 HIGHEST_B = 8.0
+MOST_EVALUATIONS = 300
 LEAST_SHARE = 0.5
 """An interval is given when at least this share of the bootstrap fits converged."""
 
@@ -39,8 +40,10 @@ def fit_curve(points: Mapping[int, Sequence[float]], *, seed: int = 0, resamples
     values = np.array([points[n] for n in counts], dtype=np.float64)  # [counts, seeds]
     wordings = np.array(counts, dtype=np.float64) + 1
     fit = _fit(wordings, values)
-    rng, seeds = np.random.default_rng(seed), values.shape[1]
-    draws = [_fit(wordings, values[:, rng.integers(seeds, size=seeds)]) for _ in range(resamples)] if seeds > 1 else []
+    seeds = values.shape[1]
+    drawn = np.sort(np.random.default_rng(seed).integers(seeds, size=(resamples, seeds)), axis=1)
+    fits = {tuple(draw): _fit(wordings, values[:, draw]) for draw in np.unique(drawn, axis=0)} if seeds > 1 else {}
+    draws = [fits[tuple(draw)] for draw in drawn] if fits else []
     good = [draw for draw in draws if draw is not None]
     share = len(good) / len(draws) if draws else None
     interval = None
@@ -68,7 +71,7 @@ def _fit(wordings: np.ndarray, values: np.ndarray) -> np.ndarray | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", OptimizeWarning)
-            found, covariance = curve_fit(power_law, x, y, p0=start, bounds=bounds, max_nfev=5000)
+            found, covariance = curve_fit(power_law, x, y, p0=start, bounds=bounds, max_nfev=MOST_EVALUATIONS)
     except (RuntimeError, ValueError, OptimizeWarning):
         return None
     determined = np.isfinite(covariance).all() and 1e-3 < found[1] < HIGHEST_B - 1e-3

@@ -1,0 +1,268 @@
+"""Studies: which arms a grid has, what they are trained with, and the document that compares them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from kvopt import cli
+from kvopt.config import load_config
+from kvopt.errors import InputError
+from kvopt.train.config import StudentConfig
+from kvopt.train.evaluation.conditions import held_out_mutations
+from kvopt.train.study.arms import study_arms, trained_students
+from kvopt.train.study.study import conduct
+from tests.jobs import artefacts, stages_in
+from tests.train.evaluated import open_evaluated, student, write_evaluated
+
+
+def write_study(folder, change=None):
+    """Two arms and a curve of 0 and 1, two seeds."""
+
+    def study(config):
+        config["students"] = [student("plain", "original"), student("kv", "kv-8")]
+        config["study"] = {"seeds": [0, 5], "curve": {"counts": [0, 1]}, "equal_seconds": ["kv"]}
+        config["evaluate"] |= {"templates": None, "frozen": None, "held_out_mutations": 1, "metrics": ["rouge-l"]}
+        if change:
+            change(config)
+
+    return write_evaluated(folder, study)
+
+
+def loaded(folder, change=None):
+    return load_config(write_study(folder, change))[0]
+
+
+def conducted(config, out):
+    run = open_evaluated(config, out)
+    with run.opened():
+        return conduct(run)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(config, run directory, document); do not change them, copy them."""
+    place = tmp_path_factory.mktemp("study")
+    config = write_study(place)
+    return config, place / "out", conducted(config, place / "out")
+
+
+def arm(document, name, budget="steps"):
+    return next(row for row in document["arms"] if (row["name"], row["budget"]) == (name, budget))
+
+
+def test_arms_are_the_students_the_curve_and_those_at_equal_seconds(tmp_path):
+    arms = study_arms(loaded(tmp_path))
+    assert [(a.name, a.budget, a.mutations) for a in arms] == [
+        ("plain", "steps", 0), ("kv", "steps", None), ("curve-1", "steps", 1), ("kv", "seconds", None),
+    ]  # fmt: skip
+    assert [choice.context for choice in arms[2].config.contexts] == ["original", "best-mutations:1"]
+    assert arms[2].config.learning_rate == 0.01
+    assert arms[3].student(5, steps=7).name == "kv--seconds--seed-5"
+    assert arms[3].student(5, steps=7).steps == 7
+    assert arms[0].student(5).seed == 5
+
+
+def test_an_arm_that_is_a_point_of_the_curve_is_not_trained_twice(tmp_path):
+    def nested(config):
+        config["students"].append(student("two", "original", "best-mutations:2"))
+        config["study"]["curve"]["counts"] = [0, 1, 2]
+
+    arms = study_arms(loaded(tmp_path, nested))
+    assert {a.mutations: a.name for a in arms if a.mutations is not None} == {0: "plain", 1: "curve-1", 2: "two"}
+
+
+def test_random_order_draws_the_mutations_of_the_curve(tmp_path):
+    arms = study_arms(loaded(tmp_path, lambda c: c["study"]["curve"].update(context_order="random")))
+    assert arms[2].config.contexts[1].context == "random-mutations:1"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["study"].update(arms=["plain", "nobody"]), r"study\.arms: no arm 'nobody' \(known: plain, kv\)"),
+        (lambda c: c["study"].update(reference="nobody"), r"study\.reference: no arm 'nobody'"),
+        (lambda c: c["study"].update(equal_seconds=["nobody"]), r"study\.equal_seconds: no arm 'nobody'"),
+        (lambda c: c["study"]["curve"].update(like="nobody"), r"study\.curve\.like: no arm 'nobody'"),
+        (lambda c: c["students"][1].update(steps=4), r"do not have equal steps \(plain: 3, kv: 4\)"),
+        (lambda c: c["study"].update(budget="tokens"), r"do not have equal tokens \(plain: none, kv: none\)"),
+        (lambda c: c["study"].update(amount=2.5), r"study\.amount: 2\.5 steps is no whole number"),
+        (lambda c: c.update(students=[], study={}), "has no students to compare"),
+        (lambda c: c.pop("study"), "has no study section"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_named(tmp_path, change, message):
+    config = loaded(tmp_path, change)
+    with pytest.raises(InputError, match=message):
+        study_arms(config)
+
+
+@pytest.mark.parametrize(
+    ("study", "message"),
+    [
+        ({"seeds": [0, 0]}, "study.seeds: must be different numbers"),
+        ({"seeds": []}, "study.seeds"),
+        ({"curve": {"counts": [2, 1]}}, "study.curve.counts: must be rising numbers"),
+        ({"budgets": "steps"}, "unknown key 'study.budgets' (did you mean 'budget'?)"),
+    ],
+)
+def test_a_study_section_that_is_wrong_is_named(tmp_path, study, message):
+    with pytest.raises(InputError) as caught:
+        loaded(tmp_path, lambda c: c.update(study=study))
+    assert message in str(caught.value)
+
+
+def test_an_amount_gives_every_arm_the_same_budget(tmp_path):
+    def by_tokens(config):
+        config["students"][1]["steps"] = 9
+        config["study"] = {"budget": "tokens", "amount": 500}
+
+    arms = study_arms(loaded(tmp_path, by_tokens))
+    assert {(a.config.steps, a.config.tokens) for a in arms} == {(None, 500)}
+
+
+def test_epochs_that_no_arm_sets_are_one(tmp_path):
+    def by_epochs(config):
+        for one in config["students"]:
+            del one["steps"]
+        config["study"] = {"budget": "epochs"}
+
+    assert len(study_arms(loaded(tmp_path, by_epochs))) == 2
+
+
+def test_every_arm_is_trained_with_every_seed_and_evaluated(finished):
+    _, out, document = finished
+    assert document["complete"]
+    assert json.loads((out / "study.json").read_text("utf-8")) == document
+    assert [(row["name"], row["budget"], len(row["runs"])) for row in document["arms"]] == [
+        ("plain", "steps", 2), ("kv", "steps", 2), ("curve-1", "steps", 2), ("kv", "seconds", 2),
+    ]  # fmt: skip
+    for row in document["arms"]:
+        for run in row["runs"]:
+            folder = out / "students" / run["student"]
+            record = json.loads((folder / "kvopt-student.json").read_text("utf-8"))
+            assert record["seed"] == run["seed"]
+            assert record["steps"] == run["steps"]
+            assert record["tokens"] == run["tokens"] > 0
+            evaluation = json.loads((folder / "evaluation.json").read_text("utf-8"))
+            group = next(g for g in evaluation["groups"] if g["group"] == "held-out")
+            assert run["values"]["held-out/gold_nll"] == group["quantities"]["gold_nll"]["mean"]
+            assert run["seconds"] > 0
+
+
+def test_arms_at_equal_steps_have_them_and_the_reference_is_not_compared_with_itself(finished):
+    _, _, document = finished
+    assert {row["steps"] for row in document["arms"] if row["budget"] == "steps"} == {3}
+    assert arm(document, "plain")["against_reference"] is None
+    compared = arm(document, "kv")["against_reference"]["original/gold_nll"]
+    values = [arm(document, name)["values"]["original/gold_nll"]["seeds"] for name in ("kv", "plain")]
+    assert compared["difference"]["seeds"] == [a - b for a, b in zip(*values, strict=True)]
+
+
+def test_steps_at_equal_seconds_follow_from_the_pace_of_both_arms(finished):
+    _, out, document = finished
+    kept = json.loads((out / "study-steps.json").read_text("utf-8"))
+    for i, run in enumerate(arm(document, "kv", "seconds")["runs"]):
+        own, reference = arm(document, "kv")["runs"][i], arm(document, "plain")["runs"][i]
+        expected = max(1, int(reference["seconds"] / (own["seconds"] / own["steps"])))
+        assert run["steps"] == expected == kept[run["student"]]["steps"]
+
+
+def test_a_second_study_does_nothing_again_and_leaves_the_same_bytes(finished, tmp_path):
+    config, out, document = finished
+    shutil.copytree(out, tmp_path / "out")
+    lines = (tmp_path / "out" / "ledger.jsonl").read_bytes()
+    assert conducted(config, tmp_path / "out") == document
+    assert (tmp_path / "out" / "ledger.jsonl").read_bytes() == lines
+    assert artefacts(tmp_path / "out") == artefacts(out)
+
+
+def test_what_a_kill_left_undone_is_done_and_ends_in_the_same_bytes(finished, tmp_path):
+    config, out, document = finished
+    copy = tmp_path / "out"
+    shutil.copytree(out, copy)
+    shutil.rmtree(copy / "students" / "curve-1--seed-5")
+    (copy / "students" / "kv--seed-0" / "evaluation.json").unlink()
+    (copy / "study.json").unlink()
+    before = len(stages_in(copy))
+    again = conducted(config, copy)
+    assert {stage.split("/")[1] for stage in stages_in(copy)[before:]} == {"curve-1--seed-5"}
+    for a, b in zip(again["arms"], document["arms"], strict=True):
+        assert a["values"] == b["values"]
+    for name, data in artefacts(out).items():
+        if name.startswith("students/"):
+            assert artefacts(copy)[name] == data
+
+
+def test_the_curve_and_the_sweep_are_over_the_students(finished):
+    _, _, document = finished
+    curve = document["curve"]["original/rouge-l"]
+    assert curve["counts"] == [0, 1]
+    assert curve["values"]["0"] == arm(document, "plain")["values"]["original/rouge-l"]["seeds"]
+    assert document["sweep"]["task_kl_to_probe_kl"]["points"] == 8
+    assert document["sweep"]["context_kl_to_probe_kl"]["points"] == 4
+    assert abs(arm(document, "plain")["runs"][0]["context_kl"]) < 1e-6
+    assert arm(document, "kv")["runs"][0]["context_kl"] > 1e-3
+
+
+def test_mutations_of_every_arm_and_seed_are_kept_from_the_held_out_ones(tmp_path):
+    def random(config):
+        config["students"].append(student("drawn", "original", "random-mutations:2"))
+        config["evaluate"]["held_out_mutations"] = 6
+
+    run = open_evaluated(write_study(tmp_path, random), tmp_path / "out")
+    with run.opened():
+        trained = trained_students(run.config)
+        held_out = {c.name for c in held_out_mutations(run, run.config.evaluate, trained)}
+        used = set()
+        for config in trained:
+            from kvopt.train.pool import build_pool
+
+            used |= {item.name for item in build_pool(run, config).contexts}
+    assert len({c.seed for c in trained if c.name.startswith("drawn--")}) == 2
+    assert held_out
+    assert not held_out & used
+
+
+def test_the_study_that_comes_with_snips_is_a_whole_grid():
+    from tests.test_configs import CONFIGS
+
+    config, _ = load_config(CONFIGS / "snips-study.yaml")
+    arms = study_arms(config)
+    assert len({a.config.steps for a in arms}) == 1
+    assert {a.mutations for a in arms if a.mutations is not None} == {0, 1, 2, 4, 8}
+    largest = max(4 * len(config.study.seeds) + 8, 8)
+    assert config.mutations.count >= largest + config.evaluate.held_out_mutations
+    template = yaml.safe_load((CONFIGS / "snips.yaml").read_text("utf-8"))["template"]["messages"]
+    assert [m.model_dump() for m in config.template.messages] == template
+    assert all(isinstance(a.config, StudentConfig) for a in arms)
+
+
+def test_the_command_shows_tables_or_one_document(finished, capsys, monkeypatch, tmp_path):
+    config, out, document = finished
+    shutil.copytree(out, tmp_path / "out")
+    for arguments in ([], ["--json"]):
+        monkeypatch.setattr("sys.argv", ["kvopt", "study", str(config), "--out", str(tmp_path / "out"), *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        printed = capsys.readouterr().out
+        assert end.value.code == 0
+        if arguments:
+            assert json.loads(printed) == document
+        else:
+            assert "not separable from plain" in " ".join(printed.split())
+            assert "curve-1" in printed
+
+
+def test_a_wrong_grid_is_one_line_before_any_model_is_loaded(capsys, monkeypatch, tmp_path):
+    config = write_study(tmp_path, lambda c: c["study"].update(reference="nobody"))
+    monkeypatch.setattr("sys.argv", ["kvopt", "study", str(config), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("error: study.reference: no arm 'nobody'")
+    assert "base:" not in error

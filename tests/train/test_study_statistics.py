@@ -1,0 +1,95 @@
+"""Means over seeds, the fit of the curve, and R², against hand-made numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvopt.train.study.curve import fit_curve, power_law
+from kvopt.train.study.regression import explained
+from kvopt.train.study.seeds import compared, over_seeds
+
+
+def test_the_interval_over_three_seeds_is_students():
+    found = over_seeds([0.4, 0.5, 0.6])
+    assert found["mean"] == pytest.approx(0.5)
+    assert found["std"] == pytest.approx(0.1)
+    half = 4.302652729911275 * 0.1 / 3**0.5  # t(0.975, 2) from a table
+    assert found["ci95"] == pytest.approx([0.5 - half, 0.5 + half])
+
+
+def test_one_seed_has_no_interval_and_a_missing_value_no_mean():
+    assert over_seeds([0.5]) == {"mean": 0.5, "ci95": None, "std": None, "seeds": [0.5]}
+    assert over_seeds([0.5, None])["mean"] is None
+
+
+def test_arms_are_separable_when_their_intervals_do_not_overlap():
+    low, high, wide = over_seeds([1.0, 1.1, 0.9]), over_seeds([2.0, 2.1, 1.9]), over_seeds([1.0, 2.0, 3.0])
+    assert compared(low, high)["separable"] is True
+    assert compared(low, wide)["separable"] is False
+    assert compared(high, low)["difference"]["mean"] == pytest.approx(1.0)
+    assert compared(over_seeds([1.0]), over_seeds([2.0]))["separable"] is None
+
+
+def test_a_paired_difference_takes_each_seeds_own():
+    a, b = over_seeds([1.0, 5.0, 9.0]), over_seeds([0.5, 4.5, 8.5])
+    found = compared(a, b)
+    assert found["difference"]["ci95"] == pytest.approx([0.5, 0.5])
+    assert found["separable"] is False
+
+
+def points(a, b, c, noise=0.0, seeds=3):
+    rng = np.random.default_rng(0)
+    counts = (0, 1, 2, 4, 8)
+    return {
+        n: [float(power_law(np.float64(n + 1), a, b, c) + rng.normal() * noise) for _ in range(seeds)] for n in counts
+    }
+
+
+def test_the_fit_finds_the_power_law_and_its_interval_holds_it():
+    found = fit_curve(points(-0.3, 0.8, 0.6, noise=0.003))
+    assert found["fit"]["b"] == pytest.approx(0.8, abs=0.2)
+    for name, truth in (("a", -0.3), ("b", 0.8), ("c", 0.6)):
+        low, high = found["ci95"][name]
+        assert low - 0.03 <= truth <= high + 0.03
+    assert found["r2"] > 0.99
+    assert found["converged"] > 0.9
+
+
+def test_exact_points_give_the_exact_law():
+    assert fit_curve(points(0.5, 1.5, 0.2))["fit"] == pytest.approx({"a": 0.5, "b": 1.5, "c": 0.2}, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {n: [0.4, 0.4] for n in (0, 1, 2, 4)},  # flat: every b fits
+        {n: [float(n), float(n)] for n in (0, 1, 2, 4, 8)},  # rises without end
+        {0: [0.0, 0.0], 1: [1.0, 1.0], 2: [1.0, 1.0], 4: [1.0, 1.0]},  # a step: b without end
+        {0: [0.1], 1: [0.2]},  # fewer points than parameters
+    ],
+)
+def test_what_is_no_power_law_gets_no_fit(values):
+    found = fit_curve(values)
+    assert found["fit"] is None
+    assert found["ci95"] is None
+
+
+def test_one_seed_gives_a_fit_without_an_interval():
+    found = fit_curve(points(0.5, 1.5, 0.2, seeds=1))
+    assert found["fit"] is not None
+    assert (found["ci95"], found["converged"]) == (None, None)
+
+
+def test_r2_of_a_line_and_of_noise():
+    x = [0.0, 1.0, 2.0, 3.0]
+    assert explained(x, [1.0, 3.0, 5.0, 7.0]) == pytest.approx(
+        {"points": 4, "slope": 2.0, "intercept": 1.0, "r2": 1.0, "p": 0.0}, abs=1e-9
+    )
+    assert explained(x, [1.0, -1.0, -1.0, 1.0])["r2"] == pytest.approx(0, abs=1e-12)
+
+
+def test_r2_needs_three_points_that_differ():
+    assert explained([1.0, 2.0], [1.0, 2.0]) is None
+    assert explained([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
+    assert explained([1.0, None, 2.0, 3.0], [1.0, 5.0, 2.0, 3.0])["points"] == 3
