@@ -34,6 +34,9 @@ def export(
     partial_block: Annotated[
         bool, typer.Option("--partial-block", help="Of vllm: allow a last block that is not full.")
     ] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="CONFIG.yaml", help="Of trl-dataset: the run's own config.")
+    ] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="USER/NAME", help="Upload the export to the Hugging Face hub too.")
     ] = None,
@@ -49,7 +52,7 @@ def export(
         check_repository(push_to_hub)
     if to == "vllm":
         say("note: the vLLM connector is tested on a CPU alone, not on a server")
-    options = Options(peft_type.upper() if peft_type else None, block_size, partial_block)
+    options = Options(peft_type.upper() if peft_type else None, block_size, partial_block, config)
     result = write(context, to, out, base=base, options=options)
     if push_to_hub is not None:
         result["pushed_to"] = push(Path(result["folder"]), push_to_hub, private=not public)

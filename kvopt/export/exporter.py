@@ -19,11 +19,13 @@ class Options:
         peft_type: of ``peft``: CARTRIDGE, PREFIX_TUNING or PROMPT_TUNING; None for the kind's own.
         block_size: of ``vllm``: tokens in a block of the server's paged cache.
         partial_block: of ``vllm``: allow a last block that is not full.
+        config: of ``trl-dataset``: the config that the run was given, which says where its data are.
     """
 
     peft_type: str | None = None
     block_size: int = 16
     partial_block: bool = False
+    config: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,56 @@
-"""``--to trl-dataset``: the run's examples under a text context, as the conversational or plain rows that TRL's
-trainers read.
-"""
+"""``--to trl-dataset``: the training rows under a text context, as prompt-completion JSONL that TRL's trainers read."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from kvopt.errors import InputError
 from kvopt.export.exporter import Options, Written
 from kvopt.export.source import Source
+from kvopt.files import write_text
+
+FILE = "train.jsonl"
+
+SNIPPET = """\
+from datasets import load_dataset
+
+rows = load_dataset("json", data_files="train.jsonl", split="train")
+print(len(rows), rows[0]["prompt"], rows[0]["completion"])
+# trl.SFTTrainer(model=MODEL, train_dataset=rows).train()
+"""
 
 
 def write(source: Source, place: Path, options: Options) -> Written:
-    raise InputError("is not there yet", where="--to trl-dataset")
+    """``train.jsonl``: ``prompt`` and ``completion`` (messages under a chat template), ``context_id``, ``example_id``.
+
+    Raises:
+        InputError: the data are not where the config says, or are not those of the run.
+    """
+    from kvopt.config import load_config
+    from kvopt.inputs import Inputs
+    from kvopt.train.config import ContextChoice
+    from kvopt.train.export_data import export_rows
+
+    if source.run is None:
+        raise ValueError("a text context belongs to a run")
+    path = options.config or source.run.path / "config.yaml"
+    config, base_dir = load_config(path)
+    try:
+        inputs = Inputs(config, base_dir, source.run.path, say=lambda line: None)
+    except InputError as error:
+        if options.config is not None:
+            raise
+        raise InputError(str(error), where=str(path), mend="give the run's own config with --config") from None
+    rows = list(export_rows(inputs, [ContextChoice(context=source.name)], config.seed))
+    write_text(place / FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return Written(
+        summary=f"{len(rows)} training rows under the context {source.name}, as prompt and completion.",
+        snippet=SNIPPET,
+        library="datasets",
+        notes=(
+            "Gold outputs are the bytes of the data; `context_id` and `example_id` say where a row comes from.",
+            "`kvopt export-data` writes the rows under several contexts at once.",
+        ),
+        facts={"rows": len(rows)},
+    )

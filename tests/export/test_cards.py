@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(run: Path, to: str, kind: str, out: Path) -> Path:
-    export(f"{run}{CONTEXTS[kind]}", to, out, options=Options(block_size=2))
+    export(f"{run}{CONTEXTS[kind]}", to, out, options=Options(block_size=2, config=run.parent / "job.yaml"))
     return out
 
 
@@ -152,6 +152,24 @@ def test_the_built_in_base_is_found_by_name_in_snippets() -> None:
     assert "builtin_folder" in base_lines(NAME)
     assert base_lines("org/model") == "base = 'org/model'"
     assert "locate" in base_lines("model.gguf")
+
+
+def test_a_trl_data_set_holds_every_training_row_under_the_context(run: Path, tmp_path: Path) -> None:
+    folder = exported(run, "trl-dataset", "text", tmp_path / "out")
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    template = open_source(f"{run}#m001").template
+    assert template is not None
+    values = [json.loads(line) for line in (run.parent / "train.jsonl").read_text().splitlines()]
+    assert rows
+    for row in rows:
+        assert row["context_id"] == "m001"
+        (value,) = [v for v in values if template.fill({"text": v["text"]}) == row["prompt"]]
+        assert row["completion"] == [{"role": "assistant", "content": value["output"]}]
+
+
+def test_data_that_are_not_found_are_asked_for(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="give the run's own config with --config"):
+        export(f"{run}#m001", "trl-dataset", tmp_path / "out")
 
 
 # ---- refusals
