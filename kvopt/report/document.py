@@ -47,7 +47,7 @@ def run_document(run: RunFiles) -> dict[str, Any]:
         "rank_agreement": rank_agreements(board),
         "samples": run.samples.model_dump(mode="json") if run.samples else None,
         "evaluations": [one.model_dump(mode="json", exclude_none=True) for one in run.evaluations],
-        "study": run.study,
+        "study": run.study.model_dump(mode="json") if run.study else None,
         "manifest": run.manifest,
         "config": run.config,
         "stages": stage_costs(run.ledger),

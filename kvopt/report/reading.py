@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kvopt.errors import InputError
 from kvopt.mutate.record import Mutation, read_mutations
 from kvopt.report.evaluation import Evaluation, in_order
+from kvopt.report.study import Study
 from kvopt.template import Template
 
 AGAIN = "delete it and run kvopt run again"
@@ -199,7 +200,7 @@ class RunFiles:
     learned: list[Learned] = field(default_factory=list)
     samples: Samples | None = None
     evaluations: list[Evaluation] = field(default_factory=list)
-    study: dict[str, Any] | None = None
+    study: Study | None = None
 
     @property
     def template(self) -> Template | None:
@@ -243,7 +244,7 @@ def read_run(folder: Path, label: str | None = None) -> RunFiles:
         ],
         samples=_optional(Samples, folder / "samples.json"),
         evaluations=_evaluations(folder, [str(student.get("name")) for student in config.get("students") or ()]),
-        study=_mapping(folder / "study.json") or None,
+        study=_optional(Study, folder / "study.json", "is not a study; delete it and run kvopt study again"),
     )
 
 
@@ -267,8 +268,8 @@ def _evaluations(folder: Path, students: Sequence[str]) -> list[Evaluation]:
     return in_order([_checked(Evaluation, _json(file), file, what) for file in files], students)
 
 
-def _optional(model: type[Document], path: Path) -> Document | None:
-    return _checked(model, _json(path), path, f"is damaged; {AGAIN}") if path.is_file() else None
+def _optional(model: type[Document], path: Path, what: str = f"is damaged; {AGAIN}") -> Document | None:
+    return _checked(model, _json(path), path, what) if path.is_file() else None
 
 
 def _checked(model: type[Document], value: Any, path: Path, what: str) -> Document:

@@ -16,6 +16,7 @@ from kvopt.report.pictures.drawing import Scale, log_scale
 from kvopt.report.pictures.length import Chosen
 from kvopt.report.reading import RunFiles
 from kvopt.report.students import StudentsView, students_view
+from kvopt.report.study_view import StudyView, study_view
 from kvopt.report.worddiff import Piece, template_diff
 
 DIFFS = 40  # mutations whose text is shown
@@ -62,6 +63,7 @@ class Page:
     config: str = ""
     totals: Mapping[str, Any] = field(default_factory=dict)
     evaluated: StudentsView | None = None
+    study: StudyView | None = None
 
 
 def run_view(run: RunFiles, report: Mapping[str, Any]) -> Page:
@@ -101,6 +103,7 @@ def run_view(run: RunFiles, report: Mapping[str, Any]) -> Page:
         config=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True, width=100) if run.config else "",
         totals=_totals(report["stages"]),
         evaluated=students_view(run.evaluations) if run.evaluations else None,
+        study=study_view(run.study) if run.study else None,
     )
 
 

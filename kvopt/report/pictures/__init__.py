@@ -3,8 +3,9 @@ light, dark and print. Every picture has a title and a description in words; its
 """
 
 from kvopt.report.pictures.curves import learning_curve
+from kvopt.report.pictures.growth import growth_picture
 from kvopt.report.pictures.length import length_picture
 from kvopt.report.pictures.ranks import rank_picture
 from kvopt.report.pictures.strips import Mark, interval_strips
 
-__all__ = ["Mark", "interval_strips", "learning_curve", "length_picture", "rank_picture"]
+__all__ = ["Mark", "growth_picture", "interval_strips", "learning_curve", "length_picture", "rank_picture"]

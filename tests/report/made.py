@@ -1,0 +1,228 @@
+"""A run directory made by hand, with every part of a report in it and no model behind it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>{{ 7 * 7 }}"
+SYSTEM = "You sort messages.\n\n- Read the request twice.\n- Answer in one line.\n"
+
+
+def score(kl: float, *, spread: float = 0.2, nll: float = 2.0, count: int = 12) -> dict[str, Any]:
+    """The numbers of one context on one split."""
+    return {
+        "kl_forward": {"mean": kl, "ci95": [kl * (1 - spread), kl * (1 + spread)], "p95": kl * 3},
+        "gold_nll": nll + kl,
+        "gold_nll_ci95": [nll, nll + 1],
+        "top1_agreement": 1 - min(kl, 1) / 2,
+        "examples": count,
+        "gold_tokens": count * 4,
+    }
+
+
+def row(name: str, kind: str, tokens: int, kl: float, **more: Any) -> dict[str, Any]:
+    return {"name": name, "kind": kind, "tokens": tokens, **score(kl), **more}
+
+
+def template(system: str = SYSTEM) -> dict[str, Any]:
+    return {"messages": [{"role": "system", "content": system}, {"role": "user", "content": "Message: {{text}}"}]}
+
+
+def leaderboard() -> dict[str, Any]:
+    lineage = {"id": "a1", "family": "lexical", "operators": ["synonyms"], "parents": [], "seed": 1}
+    other = lineage | {"id": "a2", "operators": ["add-please"], "parents": ["a1"]}
+    third = lineage | {"id": "a3", "family": "structure", "operators": ["headings"], "parents": []}
+    return {
+        "name": "made",
+        "base": "tiny",
+        "template_tokens": 40,
+        "rows": {"train": 30, "selection": 8, "validation": 12},
+        "split": "validation",
+        "selected_on": "selection",
+        "template": template(),
+        "rows_sha256": {"train": "t" * 8, "selection": "s" * 8, "validation": "v" * 8},
+        "noise_floor": {"kl_forward": 0.0005, "batch_sizes": [16, 5], "dtype": "bfloat16"},
+        "contexts": [
+            row("original", "text", 40, 0.0004),
+            row("kv-full", "kv", 40, 0.004),
+            row("m002", "text", 42, 0.0045, selection=score(0.004), lineage=other, separable_from_best=False),
+            row("m001", "text", 41, 0.012, selection=score(0.010), lineage=lineage, separable_from_best=True),
+            row("kv-16", "kv", 16, 0.02, separable_from_best=True),
+            row("soft-16", "soft", 16, 0.3, separable_from_best=True),
+            row("none", "text", 0, 0.8, separable_from_best=True),
+        ],
+        "other_mutations": [
+            {"name": "m003", "kind": "text", "tokens": 44, "selection": score(0.05), "lineage": third},
+        ],
+    }
+
+
+def mutations() -> list[dict[str, Any]]:
+    def one(attempt: int, name: str | None, id: str, text: str, **more: Any) -> dict[str, Any]:
+        return {
+            "id": id, "name": name, "attempt": attempt, "accepted": name is not None, "reason": None, "detail": None,
+            "family": "lexical", "operators": ["synonyms"], "lineage": [], "seed": attempt, "template": template(text),
+            "search": "s",
+        } | more  # fmt: skip
+
+    return [
+        one(0, "m001", "a1", SYSTEM.replace("twice", "two times")),
+        one(1, None, "r1", "You sort.", reason="slot-lost", detail="the slot {{text}} is gone"),
+        one(2, "m002", "a2", SYSTEM.replace("twice", "two times, please"), lineage=["a1"], operators=["add-please"]),
+        one(3, "m003", "a3", "# Task\n" + SYSTEM, family="structure", operators=["headings"]),
+        one(4, None, "r2", SYSTEM, reason="unchanged"),
+    ]
+
+
+def samples() -> dict[str, Any]:
+    top = [{"token": " rain", "p": 0.6}, {"token": "\n", "p": 0.1}]
+
+    def on(kl: list[float], answer: str, says: str | None = None) -> dict[str, Any]:
+        mine = None if says is None else [{"token": says, "p": 0.7}, {"token": " rain", "p": 0.2}]
+        return {"kl": kl, "nll": [0.5, 0.25], "agree": [True, says is None], "answer": answer, "top": [None, mine]}
+
+    def example(number: int, place: str, kl: float) -> dict[str, Any]:
+        original = on([0.0, 0.0], "rain")
+        del original["top"]
+        return {
+            "id": f"validation:{number}",
+            "place": place,
+            "values": {"text": f"Will it rain? ({number})"},
+            "output": "rain",
+            "gold": [" rain", "<|end|>"],
+            "gold_tokens": 2,
+            "reference": {"nll": [0.5, 0.25], "top": [top, top]},
+            "contexts": {
+                "original": original,
+                "m002": on([kl, kl / 2], "rain"),
+                "kv-16": on([kl * 2, kl], "snow\tfalls", " snow"),
+                "none": on([3.5, 1.0], "Hello!", "!"),
+            },
+        }
+
+    kinds = [("original", "text", 40), ("m002", "text", 42), ("kv-16", "kv", 16), ("none", "text", 0)]
+    return {
+        "key": "k",
+        "split": "validation",
+        "contexts": [{"name": name, "kind": kind, "tokens": tokens} for name, kind, tokens in kinds],
+        "ranked_by": ["m002", "kv-16"],
+        "rows": 12,
+        "max_new_tokens": 8,
+        "examples": [example(3, "worst", 0.5), example(1, "median", 0.02), example(7, "best", 0.0005)],
+    }
+
+
+def ledger() -> list[dict[str, Any]]:
+    def entry(stage: str, seconds: float, outcome: str = "done", **more: Any) -> dict[str, Any]:
+        return {"stage": stage, "outcome": outcome, "seconds": seconds, "peak_memory_bytes": 2**30} | more
+
+    return [
+        entry("reference", 20, tokens_in=5000),
+        entry("mutations", 10, tokens_in=900, tokens_out=100, model_calls=6),
+        entry("scores/m001.selection", 1, tokens_in=50),
+        entry("scores/m002.selection", 2, tokens_in=60),
+        entry("scores/m003.selection", 3, tokens_in=70),
+        entry("contexts/kv-16", 100, tokens_in=7),
+        entry("contexts/kv-16", 5, "interrupted", tokens_in=10),
+        entry("contexts/kv-16", 7, tokens_in=30),
+        entry("scores/kv-16.validation", 1, tokens_in=40),
+    ]
+
+
+def learned(name: str, kind: str, tokens: int) -> dict[str, Any]:
+    history = [
+        {"step": 0, "train_kl": None, "held_out_kl": 0.2},
+        {"step": 4, "train_kl": 0.1, "held_out_kl": 0.025},
+        {"step": 8, "train_kl": 0.05, "held_out_kl": 0.03},
+    ]
+    settings = {"init": "matched", "learning_rate": 0.001}
+    return {
+        "name": name, "kind": kind, "tokens": tokens, "settings": settings, "best_step": 4, "history": history,
+    }  # fmt: skip
+
+
+def evaluation(name: str, f1: float) -> dict[str, Any]:
+    def quantities(shift: float) -> dict[str, Any]:
+        return {
+            "slots.f1": {"mean": f1 + shift, "ci95": [f1 + shift - 0.05, f1 + shift + 0.05]},
+            "gold_nll": {"mean": 1.0 - f1, "ci95": None},
+        }
+
+    spread = {"min": f1 - 0.1, "max": f1, "std": 0.05, "spread": 0.1, "spread_ci95": [0.05, 0.2]}
+    share = {"mean": 0.25, "ci95": [0.1, 0.4]}
+    return {
+        "format_version": 1,
+        "name": name,
+        "student": None if name == "base" else {"method": "lora"},
+        "rows": {"answered": 12, "scored": 12},
+        "headlines": ["slots.f1"],
+        "quantities": ["slots.f1", "gold_nll", "kl_from_base", "top1_agreement"],
+        "contexts": [
+            {"name": "original", "group": "original", "kind": "text", "tokens": 40, "quantities": quantities(0)},
+            {"name": "m002", "group": "held-out", "kind": "text", "tokens": 42, "quantities": quantities(-0.1)},
+            {"name": "none", "group": "none", "kind": "text", "tokens": 0, "quantities": {"slots.f1": {"mean": None}}},
+        ],
+        "groups": [
+            {"group": "original", "contexts": ["original"], "quantities": quantities(0), "consistency": None},
+            {
+                "group": "wordings",
+                "contexts": ["original", "m002"],
+                "quantities": {"slots.f1": quantities(-0.05)["slots.f1"] | spread},
+                "consistency": share,
+            },
+        ],
+        "no_context": {"same_as_original": share, "valid_json": None, "looks_like_task": share},
+        "frozen_prompt": None,
+        "forgetting": None
+        if name == "base"
+        else {"rows": 64, "kl_from_base": {"mean": 0.03, "ci95": [0.02, 0.04]}, "gold_nll_change": {"mean": -0.01}},
+    }
+
+
+def manifest() -> dict[str, Any]:
+    return {
+        "format_version": 1,
+        "kvopt_version": "0.1.0",
+        "versions": {"python": "3.11", "torch": "2.13.0"},
+        "seed": 0,
+        "device": "cpu",
+        "base": {"name": "tiny", "weights": "w" * 8, "config": "c", "tokenizer": "k", "chat_template": "h"},
+        "template_sha256": "p" * 8,
+        "data_sha256": "d" * 8,
+    }
+
+
+def write_run(folder: Path, *, students: bool = False) -> Path:
+    """Write the whole run into ``folder`` and return it."""
+    (folder / "contexts").mkdir(parents=True)
+    put(folder / "leaderboard.json", leaderboard())
+    put(folder / "manifest.json", manifest())
+    put(folder / "samples.json", samples())
+    config = {"name": "made", "template": template(), "contexts": [{"name": "kv-16", "steps": 8}]}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), "utf-8")
+    put_lines(folder / "mutations.jsonl", mutations())
+    put_lines(folder / "ledger.jsonl", ledger())
+    for name, kind, tokens in (("kv-full", "kv", 40), ("kv-16", "kv", 16), ("soft-16", "soft", 16)):
+        put(folder / "contexts" / name / "kvopt.json", learned(name, kind, tokens))
+    if students:
+        put(folder / "students" / "base" / "evaluation.json", evaluation("base", 0.4))
+        put(folder / "students" / "lora-mixed" / "evaluation.json", evaluation("lora-mixed", 0.7))
+    return folder
+
+
+def put(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), "utf-8")
+
+
+def put_lines(path: Path, values: list[Any]) -> None:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values), "utf-8")
+
+
+def change(path: Path, **values: Any) -> None:
+    """Set keys of a JSON file."""
+    put(path, json.loads(path.read_text("utf-8")) | values)
