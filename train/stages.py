@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,8 @@ def _student(run: Run, config: StudentConfig, launch: Launch) -> dict[str, Any]:
         return record
     stage = f"students/{config.name}"
     run.directory.begin(stage, key, stage, f".training/{config.name}")
-    order = launch.share(_Order(config, pool, seed, key, reference, teacher.context if teacher else None, start))
+    unread = replace(reference) if reference else None  # open files cannot be sent
+    order = launch.share(_Order(config, pool, seed, key, unread, teacher.context if teacher else None, start))
     with run.directory.ledger(stage, processes=launch.processes) as entry:
         trained = _train(run, order, teacher)
         entry |= {"steps": trained.steps, "tokens_in": trained.tokens, "gold_tokens": trained.gold_tokens}
