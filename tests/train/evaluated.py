@@ -32,6 +32,7 @@ def write_evaluated(folder: Path, change: Callable[[dict[str, Any]], object] | N
             "frozen": {"rows": 2, "instructions": ["Count the words.", "Say hello."]},
         }  # fmt: skip
         config["students"] = [student("s1", "original", "best-mutations:2")]
+        config["students"].append(student("s2", "original", method="full"))  # its head is another than the base's
         if change:
             change(config)
 

@@ -24,7 +24,7 @@ from tests.train.evaluated import WORDS, open_evaluated, student, write_evaluate
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """(config, run directory, documents of base and s1); do not change them, copy them."""
+    """(config, run directory, documents of base, s1 (LoRA) and s2 (full)); do not change them, copy them."""
     place = tmp_path_factory.mktemp("evaluated")
     config = write_evaluated(place)
     run = open_evaluated(config, place / "out")
@@ -61,7 +61,7 @@ def plain_logits(model, ids, count):
     return logits[-count:].double()
 
 
-@pytest.mark.parametrize("name", ["base", "s1"])
+@pytest.mark.parametrize("name", ["base", "s1", "s2"])
 @pytest.mark.parametrize("context", ["original", "whole", "none"])
 def test_gold_likelihoods_equal_plain_transformers_on_full_prompts(evaluated, name, context):
     config, out, _ = evaluated
@@ -256,13 +256,13 @@ def test_a_context_of_the_command_line_alone(copied, tmp_path):
 
 def test_students_that_are_not_there_are_named(copied):
     config, out = copied
-    with pytest.raises(InputError, match=r"no student 'nobody' \(known: base, s1\)"):
+    with pytest.raises(InputError, match=r"no student 'nobody' \(known: base, s1, s2\)"):
         again(config, out, ["nobody"])
     shutil.rmtree(out / "students" / "s1")
     with pytest.raises(InputError, match="student s1: is not trained yet"):
         again(config, out, ["s1"])
     documents, run = again(config, out)
-    assert [document["name"] for document in documents] == ["base"]
+    assert [document["name"] for document in documents] == ["base", "s2"]
     assert any("student s1: is not trained yet" in line for line in run.lines)
 
 

@@ -52,7 +52,7 @@ class SlotsConfig(_Metric):
 
     kind: Literal["slots"]
     path: str | None = Field(None, description="dotted keys of the object whose pairs count; default: all")
-    ignore_case: bool = False
+    ignore_case: bool = Field(False, description="values that differ in case alone are the same")
 
 
 class RougeLConfig(_Metric):
@@ -66,7 +66,7 @@ class RegexConfig(_Metric):
     """Share of answers that a regular expression matches."""
 
     kind: Literal["regex"]
-    pattern: str
+    pattern: str = Field(description="a regular expression of Python")
     whole: bool = Field(False, description="the stripped answer must match from end to end")
     absent: bool = Field(False, description="the share of answers in which it is not found")
 
@@ -106,8 +106,8 @@ class JudgeConfig(EndpointSettings):
     instruction: str | None = Field(
         None, description="what the judge is told; {lowest} and {highest} stand for the numbers"
     )
-    lowest: int = 1
-    highest: int = 5
+    lowest: int = Field(1, description="the number that is scored 0")
+    highest: int = Field(5, description="the number that is scored 1")
     temperature: float = Field(0.0, ge=0, le=2)
 
     @property
@@ -130,14 +130,15 @@ def _spelled_out(value: Any) -> Any:
 
 
 Check = ExactMatchConfig | JSONValidConfig | RegexConfig | JSONSchemaConfig | OwnConfig
-CheckConfig = Annotated[Annotated[Check, Field(discriminator="kind")], BeforeValidator(_spelled_out)]
+_Check = Annotated[Check, Field(discriminator="kind")]
+CheckConfig = Annotated[_Check, BeforeValidator(_spelled_out, json_schema_input_type=str | _Check)]
 
 
 class ChecksConfig(_Metric):
     """A sum of pass/fail checks; the rate of each is shown."""
 
     kind: Literal["checks"]
-    checks: list[CheckConfig] = Field(min_length=1)
+    checks: list[CheckConfig] = Field(min_length=1, description="metrics that an answer passes or fails")
 
     @field_validator("checks")
     @classmethod
@@ -149,7 +150,8 @@ class ChecksConfig(_Metric):
 
 
 AnyMetric = Check | SlotsConfig | RougeLConfig | JudgeConfig | ChecksConfig
-MetricConfig = Annotated[Annotated[AnyMetric, Field(discriminator="kind")], BeforeValidator(_spelled_out)]
+_Metrics = Annotated[AnyMetric, Field(discriminator="kind")]
+MetricConfig = Annotated[_Metrics, BeforeValidator(_spelled_out, json_schema_input_type=str | _Metrics)]
 
 
 def _distinct_labels(metrics: list[Any], what: str) -> None:
@@ -172,7 +174,7 @@ class ProbesConfig(_Section):
 class FrozenConfig(_Section):
     """Instructions that ask for something else on the task's own inputs: does the student still do the task?"""
 
-    instructions: tuple[str, ...] = Field(FROZEN_INSTRUCTIONS, min_length=1)
+    instructions: tuple[str, ...] = Field(FROZEN_INSTRUCTIONS, min_length=1, description="each for all the rows")
     rows: int = Field(16, ge=1, description="validation rows for each instruction")
     max_new_tokens: int | None = Field(None, ge=1, description="default: as under the other contexts")
 
@@ -189,8 +191,8 @@ class EvaluateConfig(_Section):
     held_out_mutations: int = Field(4, ge=0, description="accepted mutations that no student is trained on")
     templates: str | None = Field(None, description="a file of templates written by hand, with the same slots")
     contexts: list[str] | None = Field(None, description="learned contexts; default: all of the config")
-    probes: ProbesConfig | None = None
-    frozen: FrozenConfig | None = FrozenConfig()
+    probes: ProbesConfig | None = Field(None, description="prompts of other tasks; without them, no forgetting")
+    frozen: FrozenConfig | None = Field(FrozenConfig(), description="the frozen-prompt probe; null: none")
     resamples: int = Field(2000, ge=100, description="bootstrap draws of the 95 % intervals")
 
     @field_validator("metrics")
