@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -237,7 +238,7 @@ def test_damaged_contexts_are_not_exported(run: Path, tmp_path: Path) -> None:
 class _Api:
     """Records what would be sent."""
 
-    calls: list[tuple[str, dict[str, object]]] = []
+    calls: ClassVar[list[tuple[str, dict[str, object]]]] = []
     fault: Exception | None = None
 
     def create_repo(self, repository: str, **options: object) -> str:
