@@ -93,9 +93,9 @@ def to_markdown(report: dict[str, Any]) -> str:
 def _cell(text: str) -> str:
     """Text that cannot leave its cell or become markup."""
     text = " ".join(text.split())
-    for character in "\\|`*_[]<>":
+    for character in "\\|`*_[]":
         text = text.replace(character, "\\" + character)
-    return text
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def mark(row: dict[str, Any]) -> str:

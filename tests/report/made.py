@@ -183,6 +183,43 @@ def evaluation(name: str, f1: float) -> dict[str, Any]:
     }
 
 
+def study() -> dict[str, Any]:
+    """A study of two arms and a curve over 0, 2 and 8 mutations."""
+
+    def over(mean: float) -> dict[str, Any]:
+        return {"mean": mean, "ci95": [mean - 0.1, mean + 0.1], "std": 0.02, "seeds": [mean - 0.02, mean + 0.02]}
+
+    def arm(name: str, n: int | None, f1: float) -> dict[str, Any]:
+        values = {
+            "original/slots.f1": over(f1),
+            "wordings/slots.f1/spread": over(0.1),
+            "forgetting/kl_from_base": over(0.05),
+        }
+        against = None
+        if name != "fixed":
+            against = {path: {"difference": over(0.1), "separable": f1 > 0.8} for path in values}
+        return {
+            "name": name, "budget": "steps", "contexts": ["original"], "mutations": n, "runs": [], "steps": 10.0,
+            "tokens": 100.0, "seconds": None, "values": values, "against_reference": against,
+        }  # fmt: skip
+
+    values = {"0": [0.5, 0.52], "2": [0.7, 0.72], "8": [0.8, 0.82]}
+    curve = {
+        "counts": [0, 2, 8], "values": values, "fit": {"a": -0.4, "b": 1.0, "c": 0.9}, "ci95": None, "r2": 0.98,
+        "converged": None,
+    }  # fmt: skip
+    return {
+        "format_version": 1, "name": "made", "base": "tiny", "rows": {}, "seeds": [0, 1], "budget": "steps",
+        "reference": "fixed", "complete": True, "headlines": ["slots.f1"], "interval": "95 % Student t over seeds",
+        "base_values": {"original/slots.f1": 0.4}, "arms": [arm("fixed", 0, 0.5), arm("mixed", 8, 0.85)],
+        "curve": {"original/slots.f1": curve, "held-out/slots.f1": curve | {"fit": None, "r2": None}},
+        "sweep": {
+            "task_kl_to_probe_kl": {"points": 4, "slope": 1.0, "intercept": 0.0, "r2": 0.5, "p": 0.1},
+            "context_kl_to_probe_kl": None,
+        },
+    }  # fmt: skip
+
+
 def manifest() -> dict[str, Any]:
     return {
         "format_version": 1,
@@ -211,6 +248,7 @@ def write_run(folder: Path, *, students: bool = False) -> Path:
     if students:
         put(folder / "students" / "base" / "evaluation.json", evaluation("base", 0.4))
         put(folder / "students" / "lora-mixed" / "evaluation.json", evaluation("lora-mixed", 0.7))
+        put(folder / "study.json", study())
     return folder
 
 

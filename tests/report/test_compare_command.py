@@ -1,0 +1,106 @@
+"""The command: what it prints and writes, for one run and several, and that it needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvopt.cli import app
+from kvopt.errors import InputError
+from tests.jobs import write_job
+from tests.report.made import change, write_run
+
+FILES = {"report.html", "report.json", "report.csv", "report.md"}
+
+
+def kvopt(*arguments: object) -> tuple[str, str]:
+    """Standard output and error; errors are raised."""
+    done = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False, standalone_mode=False)
+    if done.exception is not None:
+        raise done.exception
+    return done.stdout, done.stderr
+
+
+def reports(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.name.startswith("report.")}
+
+
+def test_one_run_gets_its_report_beside_it(run: Path):
+    out, err = kvopt("compare", run)
+    assert reports(run) == FILES
+    assert "kv-16 keeps the template's behaviour" in " ".join(out.split())
+    assert "12.0 s" not in out
+    assert "12 s" in out
+    assert f"wrote {run / 'report.html'}" in err
+
+
+def test_formats_and_folder_are_chosen(run: Path, tmp_path: Path):
+    kvopt("compare", run, "--format", "csv, html", "--out", tmp_path / "there")
+    assert reports(tmp_path / "there") == {"report.html", "report.csv"}
+    assert reports(run) == set()
+    with pytest.raises(InputError, match="unknown format 'pdf'"):
+        kvopt("compare", run, "--format", "pdf")
+    with pytest.raises(InputError, match="no format is named"):
+        kvopt("compare", run, "--format", ",")
+
+
+def test_json_is_the_report_and_writes_nothing_unasked(run: Path, tmp_path: Path):
+    out, _ = kvopt("compare", run, "--json")
+    assert reports(run) == set()
+    kvopt("compare", run, "--json", "--out", tmp_path / "there", "--format", "json")
+    assert json.loads(out) == json.loads((tmp_path / "there" / "report.json").read_text("utf-8"))
+
+
+def test_several_runs_are_one_table_one_page_and_what_changed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    other = write_run(tmp_path / "other")
+    change(other / "leaderboard.json", name="[red]second[/red]")
+    monkeypatch.chdir(tmp_path)
+    out, _ = kvopt("compare", run, other)
+    assert reports(tmp_path / "comparison") == FILES
+    assert "[red]second[/red]" in out
+    assert "KLs can be compared" in " ".join(out.split())
+    lines = (tmp_path / "comparison" / "report.csv").read_text("utf-8").splitlines()
+    assert len(lines) == 1 + 2 * 7
+
+
+def test_markdown_has_the_advice_and_a_row_for_each_context(run: Path):
+    kvopt("compare", run)
+    lines = (run / "report.md").read_text("utf-8").splitlines()
+    assert lines[2].startswith("kv-16 keeps the template's behaviour to 0.0200 nats")
+    assert sum(line.startswith("| ") for line in lines) == 2 + 7
+    assert "| m002 | text | 42 | 0.0045 ~ |" in "\n".join(lines)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path):
+    with pytest.raises(InputError, match="no such run directory"):
+        kvopt("compare", tmp_path / "nowhere")
+
+
+def test_comparing_imports_neither_torch_nor_transformers(run: Path):
+    code = (
+        "import sys; from kvopt.cli import main; sys.argv = ['kvopt', 'compare', sys.argv[1]]\n"
+        "try: main()\nexcept SystemExit as end: assert not end.code, end.code\n"
+        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules), 'a model library was imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_leaves_its_page_and_says_where(tmp_path: Path):
+    config = write_job(tmp_path / "job")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "kvopt.cli", "run", str(config), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert f"report: {tmp_path / 'out' / 'report.html'}" in done.stderr
+    html = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "kv-best" in html
+    assert "would rather say" in html
