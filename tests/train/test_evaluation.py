@@ -311,3 +311,12 @@ def test_a_probe_row_without_the_column_is_named(copied):
     config, out = copied
     with pytest.raises(InputError, match=r"probes\.jsonl:1: .*question"):
         again(config, out, ["base"], sets=("evaluate.probes.prompt=question",))
+
+
+def test_a_student_of_another_template_is_told(copied):
+    config, out = copied
+    path = out / "students" / "s1" / "kvopt-student.json"
+    record = json.loads(path.read_text("utf-8"))
+    write_json(path, record | {"template_sha256": "0" * 64})
+    _, run = again(config, out, ["s1"], ["original"])
+    assert "warning: student s1 was trained for another template than the config's" in run.lines

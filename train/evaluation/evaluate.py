@@ -103,6 +103,7 @@ class Evaluation:
         )
         if whole:
             write_json(model.folder / "evaluation.json", document)
+        model.release()
         return document
 
     def answers(self, model: Subject, condition: Condition, bar: tqdm) -> list[dict[str, Any]]:

@@ -35,6 +35,10 @@ class Subject:
     def model(self) -> Base:
         return self.run.base if self.name == BASE else load_student(self.folder, self.run.base)
 
+    def release(self) -> None:
+        """Forget the loaded student, so that many can be evaluated one after the other."""
+        self.__dict__.pop("model", None)
+
     @property
     def identity(self) -> dict[str, str | None]:
         """Hashes of the base, and of the student's weights; known without loading it where its record has them."""
@@ -56,6 +60,8 @@ def subject(run: Run, name: str) -> Subject:
             raise InputError("is not trained yet", where=f"student {name}", mend="kvopt train trains it")
         mend = "known: " + ", ".join([BASE, *configured])
         raise InputError(f"no student {name!r}", where="--student", mend=mend)
+    if record is not None and record.get("template_sha256") not in (None, run.template.sha256):
+        run.say(f"warning: student {name} was trained for another template than the config's")
     return Subject(run, name, folder, record)
 
 
