@@ -13,7 +13,7 @@ import typer
 
 import kvopt
 from kvopt.cli import bench as benchmarks
-from kvopt.cli import contexts, evaluation, exporting, merging, report, starting, students
+from kvopt.cli import contexts, evaluation, exporting, merging, report, sequence, starting, students
 from kvopt.errors import InputError, KvoptError
 from kvopt.files import write_error
 
@@ -38,6 +38,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "export-data": students.export_data,
     "evaluate": evaluation.evaluate,
     "study": evaluation.study,
+    "sequence": sequence.sequence,
     "compare": report.compare,
     "export": exporting.export,
     "inspect": contexts.inspect,

@@ -1,0 +1,37 @@
+"""The command about sequences of tasks: sequence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvopt.cli.common import Json, Out, Sets, print_json, say
+
+
+def sequence(
+    config: Annotated[
+        Path, typer.Argument(metavar="SEQUENCE.yaml", help="Tasks (kvopt configs) in order, and the arms to compare.")
+    ],
+    sets: Sets = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Train students on one task after the other, measure every task after every stage: R, AP, BWT, FWT. Run it again
+    to go on after an interruption.
+    """
+    from kvopt.cli.evaluation import show
+    from kvopt.train.sequence.config import load_sequence
+    from kvopt.train.sequence.sequence import conduct
+    from kvopt.train.sequence.tables import tables
+    from kvopt.train.sequence.tasks import load_tasks
+
+    settings, base_dir = load_sequence(config, sets or ())
+    folder = out or Path("runs") / settings.name
+    document = conduct(settings, load_tasks(settings, base_dir, folder, say=say), folder)
+    if as_json:
+        print_json(document)
+        return
+    show(tables(document))
+    print(folder / "sequence.json")

@@ -1,0 +1,146 @@
+"""A sequence of tasks with SAPO's protocol: stages are trained one after the other, each from the last one's student,
+and after every stage every task is measured under its original template.
+
+With a state-adaptive schedule, an arm scores the pool of a stage (the original and mutations of that task's template)
+under the student as it then is, by gold NLL on the first rows, and trains on the lowest. Each stage's student lies in
+``tasks/TASK/students/ARM/``, what was measured of it in ``tasks/TASK/sequence/ARM/after-STAGE/``; what is there is not
+done again. ``sequence.json`` is made from those:
+
+``format_version``; ``name``; ``base``; ``tasks``; ``headlines`` (one quantity for each metric) and ``quantities`` (all
+that every task has); ``arms``: ``name``, ``stages`` (``task``, ``contexts`` of the pool, ``kept`` and ``gold_nll`` at
+the last scoring, ``steps``, ``tokens``, ``weights_sha256``), ``R`` (by quantity, [stage][task], row 0 before training)
+and ``transfer`` (by quantity: ``AP``, ``BWT``, ``FWT``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kvopt.errors import InputError
+from kvopt.files import write_json
+from kvopt.model import Base
+from kvopt.train.evaluation.conditions import Condition
+from kvopt.train.evaluation.evaluate import Evaluation
+from kvopt.train.evaluation.models import BASE, Subject, subject
+from kvopt.train.sequence.config import SequenceConfig
+from kvopt.train.sequence.tasks import Task, opened
+from kvopt.train.sequence.transfer import transfer
+from kvopt.train.stages import chosen, students
+from kvopt.train.student import load_student
+
+FORMAT_VERSION = 1
+Scores = dict[str, float | None]
+"""Quantity to mean."""
+
+
+@dataclass(frozen=True)
+class _Learned:
+    """A stage's student, loaded once for all tasks."""
+
+    folder: Path
+    base: Base
+
+    @cached_property
+    def model(self) -> Base:
+        return load_student(self.folder, self.base)
+
+
+@dataclass(frozen=True)
+class _After(Subject):
+    """A stage's student as it is measured on some task."""
+
+    learned: _Learned | None = None
+
+    @cached_property
+    def model(self) -> Base:
+        assert self.learned is not None
+        return self.learned.model
+
+
+def conduct(config: SequenceConfig, tasks: Sequence[Task], out: Path) -> dict[str, Any]:
+    """Train every arm through all stages, measure, and write ``sequence.json``; returns it.
+
+    Raises:
+        InputError: a task's settings do not fit, or several processes. KvoptError: a student diverged.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("a sequence runs in one process", mend="start it without accelerate launch")
+    with opened(list(tasks)):
+        evaluations = [_evaluation(config, task) for task in tasks]
+        documents = [e.evaluate(subject(task.run, BASE)) for e, task in zip(evaluations, tasks, strict=True)]
+        before = [_scores(document) for document in documents]
+        names = [name for name in before[0] if all(name in scores for scores in before)]
+        arms = [_arm(arm.name, tasks, evaluations, before, names) for arm in config.arms]
+        headlines = [name for name in documents[0]["headlines"] if name in names]
+        base = tasks[0].run.base.name
+    document = {
+        "format_version": FORMAT_VERSION,
+        "name": config.name,
+        "base": base,
+        "tasks": [task.name for task in tasks],
+        "headlines": headlines,
+        "quantities": names,
+        "arms": arms,
+    }
+    write_json(out / "sequence.json", document)
+    return document
+
+
+def _evaluation(config: SequenceConfig, task: Task) -> Evaluation:
+    return Evaluation(task.run, config.arms, chosen=[Condition("original", task.run.original)])
+
+
+def _arm(
+    name: str, tasks: Sequence[Task], evaluations: Sequence[Evaluation], before: list[Scores], names: Sequence[str]
+) -> dict[str, Any]:
+    """One arm through all stages."""
+    after, stages = [before], []
+    for number, task in enumerate(tasks, 1):
+        task.run.say(f"{name}, stage {number} of {len(tasks)}: {task.name}")
+        [record] = students(task.run, chosen(task.run, [name]))
+        stages.append(_stage(task, record))
+        learned = _Learned(task.folder(name), tasks[0].run.base)
+        after.append(
+            [
+                _scores(evaluation.evaluate(_subject(measured, name, task, record, learned)))
+                for measured, evaluation in zip(tasks, evaluations, strict=True)
+            ]
+        )
+    matrices = {quantity: [[scores[quantity] for scores in row] for row in after] for quantity in names}
+    return {"name": name, "stages": stages, "R": matrices, "transfer": {q: _transfer(r) for q, r in matrices.items()}}
+
+
+def _subject(measured: Task, arm: str, stage: Task, record: dict[str, Any], learned: _Learned) -> Subject:
+    folder = measured.run.directory / "sequence" / arm / f"after-{stage.name}"
+    return _After(measured.run, f"{arm} after {stage.name} on {measured.name}", folder, record, learned)
+
+
+def _scores(document: Mapping[str, Any]) -> Scores:
+    """The means of every quantity under the original."""
+    return {name: value["mean"] for name, value in document["contexts"][0]["quantities"].items()}
+
+
+def _transfer(matrix: list[list[float | None]]) -> dict[str, float | None] | None:
+    """AP, BWT and FWT; None where a score is undefined (no answer to count)."""
+    rows = [[value for value in row if value is not None] for row in matrix]
+    return transfer(rows).to_json() if all(map(len, rows)) and len({*map(len, rows)}) == 1 else None
+
+
+def _stage(task: Task, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage trained on."""
+    pool = [context["name"] for context in record["contexts"]]
+    scored = record["stages"][-1] if record["stages"] else {"kept": pool, "gold_nll": None}
+    return {
+        "task": task.name,
+        "contexts": pool,
+        "kept": scored["kept"],
+        "gold_nll": scored["gold_nll"],
+        "steps": record["steps"],
+        "tokens": record["tokens"],
+        "weights_sha256": record["weights_sha256"],
+    }

@@ -1,0 +1,78 @@
+"""The tasks of a sequence as runs of their own, ``tasks/NAME/``, over one base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvopt.config import load_config
+from kvopt.errors import InputError
+from kvopt.run import Run
+from kvopt.train.config import StudentConfig
+from kvopt.train.distill.teacher import check_teacher
+from kvopt.train.pool import check_choices
+from kvopt.train.sequence.config import SequenceConfig
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task; its run's students are the sequence's arms, each starting from its student of the task before."""
+
+    name: str
+    run: Run
+
+    def folder(self, arm: str) -> Path:
+        """The student of an arm after this task's stage."""
+        return self.run.directory / "students" / arm
+
+    def arm(self, name: str) -> StudentConfig:
+        return next(student for student in self.run.config.students if student.name == name)
+
+
+def load_tasks(
+    config: SequenceConfig, base_dir: Path, out: Path, *, say: Callable[[str], None], bars: bool | None = None
+) -> list[Task]:
+    """Read every stage's config and data, before anything is worked on.
+
+    Raises:
+        InputError: a config that is wrong, two tasks of one name, tasks over different bases, contexts that a task
+            does not have.
+    """
+    tasks: list[Task] = []
+    for number, stage in enumerate(config.stages):
+        settings, folder = load_config(base_dir / stage.config, stage.set)
+        name = stage.name or settings.name
+        where = f"stages.{number} {stage.config}"
+        if name in [task.name for task in tasks]:
+            raise InputError(f"two tasks are named {name!r}", where=where, mend="give the stage a name of its own")
+        if tasks and settings.model != tasks[0].run.config.model:
+            what = f"its model section differs from that of {config.stages[0].config}"
+            raise InputError(what, where=where, mend="all tasks of a sequence are learned by one model")
+        students = [_continued(arm, number, settings.seed, tasks[-1] if tasks else None) for arm in config.arms]
+        changes = {"students": students, "study": None, "evaluate": config.evaluate or settings.evaluate}
+        run = Run(settings.model_copy(update=changes), folder, out / "tasks" / name, say=say, bars=bars)
+        for student in students:
+            check_choices(run, student)
+            check_teacher(run, student)
+        tasks.append(Task(name, run))
+    return tasks
+
+
+def _continued(arm: StudentConfig, number: int, seed: int, before: Task | None) -> StudentConfig:
+    """The arm at a stage: another seed for every stage (orders, halves that are frozen), and where it starts."""
+    changes: dict[str, object] = {"seed": (seed if arm.seed is None else arm.seed) + number}
+    if before is not None:
+        changes["start"] = str(before.folder(arm.name).resolve())
+    return arm.model_copy(update=changes)
+
+
+@contextmanager
+def opened(tasks: list[Task]) -> Iterator[None]:
+    """All runs open, with one loaded base."""
+    with ExitStack() as stack:
+        for task in tasks:
+            task.run.base = tasks[0].run.base
+            stack.enter_context(task.run.opened())
+        yield
