@@ -2,4 +2,25 @@
 them.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvopt.api import Comparison, LearnedContext, compare_contexts, export_context, optimize_context
+
 __version__ = "0.1.0"
+__all__ = ["Comparison", "LearnedContext", "__version__", "compare_contexts", "export_context", "optimize_context"]
+
+
+def __getattr__(name: str) -> Any:
+    """What :mod:`kvopt.api` offers, loaded when it is first asked for: ``import kvopt`` alone stays fast."""
+    if name in __all__:
+        from kvopt import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'kvopt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,187 @@
+"""kvopt from Python, in one call each: learn a context for a template, compare learned with sampled contexts, export.
+
+Every call works in a folder that the command line reads too: ``kvopt.yaml``, ``examples.jsonl`` and the run directory
+``run/``. A second call with the same arguments finds everything done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kvopt.config import load_config
+from kvopt.errors import InputError
+from kvopt.export import Options, export
+from kvopt.files import write_jsonl, write_text
+from kvopt.run import Run
+
+__all__ = ["Comparison", "LearnedContext", "compare_contexts", "export_context", "optimize_context"]
+
+TemplateLike = str | Sequence[Mapping[str, str]]
+Examples = str | Path | Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class LearnedContext:
+    """A context that was learned, and how well it does on rows that it never saw.
+
+    Attributes:
+        name, kind, tokens: of the context.
+        folder: a PEFT adapter folder.
+        kl: forward KL on the validation rows, nats per gold token.
+        interval: its 95 % interval, None for a single row.
+        score: everything that ``kvopt score --json`` says of it.
+    """
+
+    name: str
+    kind: str
+    tokens: int
+    folder: Path
+    kl: float
+    interval: tuple[float, float] | None
+    score: dict[str, Any]
+
+    def export(self, to: str, out: str | Path | None = None, **options: Any) -> Path:
+        """As :func:`export_context`."""
+        return export_context(self.folder, to, out, **options)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The leaderboard of a run.
+
+    Attributes:
+        folder: the run directory.
+        board: the document of ``leaderboard.json``.
+    """
+
+    folder: Path
+    board: dict[str, Any]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Contexts by forward KL, lowest first: name, kind, tokens, kl_forward, gold_nll, top1_agreement, …"""
+        return self.board["contexts"]
+
+    def __str__(self) -> str:
+        lines = [f"{'context':24s} {'kind':5s} {'tokens':>6s} {'forward KL':>11s} {'top-1':>7s}"]
+        for row in self.rows:
+            kl, agreement = row["kl_forward"]["mean"], row["top1_agreement"]
+            lines.append(f"{row['name']:24s} {row['kind']:5s} {row['tokens']:6d} {kl:11.4f} {agreement:7.1%}")
+        return "\n".join(lines)
+
+
+def optimize_context(
+    template: TemplateLike,
+    examples: Examples,
+    *,
+    base: str = "smollm2-135m",
+    kind: str = "kv",
+    tokens: int | None = None,
+    out: str | Path = "runs/context",
+    validation: Examples | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **context: Any,
+) -> LearnedContext:
+    """Learn one soft prompt or KV cache that makes ``base`` behave as it does under ``template``.
+
+    Args:
+        template: text with ``{{slots}}``, or chat messages (``{"role", "content"}``).
+        examples: rows with the slots' values and an ``output``, or a file of them; a part is set aside for scoring
+            unless ``validation`` is given.
+        base: the built-in model, a hub id, a folder, or a .gguf file.
+        kind, tokens: kv or soft, and how many slots (default: as many as its starting text has tokens).
+        out: the folder to work in.
+        settings: further sections of the config, as in YAML.
+        context: further settings of the context: init, steps, learning_rate, batch_size, …
+
+    Raises:
+        InputError: something of this is wrong, in one line.
+    """
+    entry = {"name": f"{kind}-{tokens or 'all'}", "kind": kind, **({"tokens": tokens} if tokens else {}), **context}
+    tree = _config(template, base, {"contexts": [entry], "mutations": {"count": 0}, **(settings or {})})
+    with _run(tree, examples, validation, Path(out)).opened() as run:
+        (learned,) = run.learned([entry["name"]])
+        score = run.score(learned)
+        folder = run.directory / "contexts" / learned.name
+    interval = score.kl_forward.ci95
+    return LearnedContext(
+        learned.name, learned.kind, learned.tokens, folder, score.kl_forward.mean, interval, score.to_json()
+    )
+
+
+def compare_contexts(
+    template: TemplateLike,
+    examples: Examples,
+    *,
+    base: str = "smollm2-135m",
+    contexts: Sequence[Mapping[str, Any]] = (),
+    mutations: int | Mapping[str, Any] = 8,
+    out: str | Path = "runs/comparison",
+    validation: Examples | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Comparison:
+    """Learn ``contexts``, sample ``mutations`` of the text, and put all of them on one leaderboard.
+
+    Args:
+        contexts: as in the config: ``{"name", "kind", "tokens", "init", "steps", …}``; a name is made where there is
+            none.
+        mutations: how many mutations by rules, or the config's whole section.
+        template, examples, base, out, validation, settings: as for :func:`optimize_context`.
+
+    Raises:
+        InputError: something of this is wrong, in one line.
+    """
+    entries = [{"name": f"{c.get('kind', 'kv')}-{c.get('tokens', 'all')}", **c} for c in contexts]
+    section = {"count": mutations, "generator": {"kind": "none"}} if isinstance(mutations, int) else dict(mutations)
+    tree = _config(template, base, {"contexts": entries, "mutations": section, **(settings or {})})
+    with _run(tree, examples, validation, Path(out)).opened() as run:
+        return Comparison(run.directory.path, run.run())
+
+
+def export_context(context: str | Path, to: str, out: str | Path | None = None, **options: Any) -> Path:
+    """Write a context (a folder, or ``RUN#NAME``) for another tool; returns the folder written.
+
+    ``to`` and ``options`` (peft_type, block_size, …) are those of ``kvopt export``. Raises InputError.
+    """
+    return Path(export(context, to, Path(out) if out else None, options=Options(**options))["folder"])
+
+
+def _config(template: TemplateLike, base: str, sections: Mapping[str, Any]) -> dict[str, Any]:
+    """The config's tree; ``model`` and ``data`` of the caller's sections are laid over ours."""
+    tree: dict[str, Any] = {"model": {"base": base}, "data": {}}
+    tree["template"] = {"text": template} if isinstance(template, str) else {"messages": [dict(m) for m in template]}
+    for name, section in sections.items():
+        if isinstance(section, Mapping) and isinstance(tree.get(name), dict):
+            tree[name] |= section
+        else:
+            tree[name] = section
+    return tree
+
+
+def _run(tree: dict[str, Any], examples: Examples, validation: Examples | None, out: Path) -> Run:
+    """Write the config and the rows into ``out`` and open the run on them."""
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "kvopt.yaml").is_file())):
+        raise InputError("is there already and was not made by kvopt", where=str(out), mend="choose another out")
+    for name, rows in (("train", examples), ("validation", validation)):
+        if rows is not None:
+            tree["data"][name] = _stored(rows, out, "examples.jsonl" if name == "train" else "validation.jsonl")
+    if "limit" not in tree["data"] and not isinstance(examples, str | Path):
+        tree["data"]["limit"] = {"selection": max(1, min(32, len(examples) // 4))}
+    write_text(out / "kvopt.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    config, base_dir = load_config(out / "kvopt.yaml")
+    return Run(config, base_dir, out / "run")
+
+
+def _stored(rows: Examples, out: Path, name: str) -> str:
+    """Where the rows are, for the config: a file's own place, or the one they are written to."""
+    if isinstance(rows, Path):
+        return str(rows.resolve())
+    if isinstance(rows, str):
+        return str(Path(rows).resolve()) if Path(rows).exists() else rows
+    write_jsonl(out / name, [dict(row) for row in rows])
+    return name

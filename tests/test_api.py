@@ -1,0 +1,112 @@
+"""kvopt from Python: the calls of kvopt.api, and that importing kvopt loads nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvopt
+from kvopt.errors import InputError
+from tests.jobs import SYSTEM, rows, stages_in, write_rows
+from tests.tiny import tiny_folder
+
+TEMPLATE = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Message: {{text}}"}]
+QUICK: dict[str, Any] = {"steps": 2, "batch_size": 4}
+
+
+@pytest.fixture
+def learn(tmp_path: Path) -> Any:
+    def call(**changes: Any) -> kvopt.LearnedContext:
+        options = {"template": TEMPLATE, "examples": rows(), "base": str(tiny_folder("llama")), "tokens": 6}
+        return kvopt.optimize_context(**(options | {"out": tmp_path / "out"} | QUICK | changes))
+
+    return call
+
+
+def test_importing_kvopt_loads_nothing_heavy() -> None:
+    code = "import sys, kvopt; print(kvopt.__version__, 'torch' in sys.modules, 'optimize_context' in dir(kvopt))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()[1:] == [
+        "False",
+        "True",
+    ]
+
+
+def test_names_that_are_not_there_are_attribute_errors() -> None:
+    with pytest.raises(AttributeError, match="nonsense"):
+        kvopt.nonsense  # noqa: B018
+
+
+def test_a_learned_context_comes_with_its_score(learn: Any) -> None:
+    context = learn()
+    assert (context.name, context.kind, context.tokens) == ("kv-6", "kv", 6)
+    assert context.kl == context.score["kl_forward"]["mean"]
+    assert context.interval[0] <= context.kl <= context.interval[1]
+    assert json.loads((context.folder / "kvopt.json").read_text())["tokens"] == 6
+
+
+def test_a_second_call_finds_everything_done(learn: Any, tmp_path: Path) -> None:
+    first = learn()
+    stages = stages_in(tmp_path / "out" / "run")
+    again = learn()
+    assert again.kl == first.kl
+    assert stages_in(tmp_path / "out" / "run") == stages
+
+
+def test_other_arguments_learn_again(learn: Any) -> None:
+    assert learn(tokens=6).kl != learn(tokens=6, steps=5, learning_rate=0.02).kl
+
+
+def test_text_templates_files_of_rows_and_validation_rows_work(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", rows()[:14])
+    context = kvopt.optimize_context(
+        "Sort the message into weather, music or book.\nMessage: {{text}}\nLabel:\n",
+        tmp_path / "rows.jsonl",
+        base=str(tiny_folder("qwen3")),
+        kind="soft",
+        tokens=5,
+        init="strided",
+        validation=rows()[14:],
+        out=tmp_path / "out",
+        settings={"data": {"limit": {"selection": 4}}, "model": {"dtype": "float32"}},
+        **QUICK,
+    )
+    assert context.kind == "soft"
+    assert context.score["examples"] == 6
+
+
+def test_export_options_reach_the_exporter(learn: Any, tmp_path: Path) -> None:
+    folder = learn().export("peft", tmp_path / "peft", peft_type="PREFIX_TUNING")
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "PREFIX_TUNING"
+
+
+def test_compare_names_contexts_and_prints_a_table(tmp_path: Path) -> None:
+    contexts = [{"kind": "kv", "tokens": 6, **QUICK}, {"kind": "soft", "tokens": 4, "name": "mine", **QUICK}]
+    found = kvopt.compare_contexts(
+        TEMPLATE, rows(), base=str(tiny_folder("llama")), contexts=contexts, mutations=2, out=tmp_path / "out"
+    )
+    assert {"original", "none", "kv-6", "mine"} < {row["name"] for row in found.rows}
+    assert sum(row["name"].startswith("m0") for row in found.rows) == 2
+    assert (found.folder / "leaderboard.json").is_file()
+    assert len(str(found).splitlines()) == len(found.rows) + 1
+
+
+def test_what_is_wrong_is_one_line(learn: Any, tmp_path: Path) -> None:
+    for changes, message in [
+        ({"kind": "lora"}, "contexts.0.kind"),
+        ({"template": "no slot"}, "no slots"),
+        ({"examples": [{"text": "x"}]}, "output"),
+        ({"stepz": 3}, "did you mean 'steps'"),
+        ({"base": "/nowhere"}, "no such folder"),
+    ]:
+        with pytest.raises(InputError, match=message) as caught:
+            learn(**changes, out=tmp_path / message.replace(" ", "-").replace(".", "-"))
+        assert "\n" not in str(caught.value)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="was not made by kvopt"):
+        learn(out=tmp_path / "mine")
