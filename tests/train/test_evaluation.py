@@ -320,3 +320,15 @@ def test_a_student_of_another_template_is_told(copied):
     write_json(path, record | {"template_sha256": "0" * 64})
     _, run = again(config, out, ["s1"], ["original"])
     assert "warning: student s1 was trained for another template than the config's" in run.lines
+
+
+def test_answers_may_be_drawn_and_are_then_a_function_of_the_seed(copied):
+    config, out = copied
+    greedy = answers_of(out, "base", "original")
+    drawn = []
+    for seed in (1, 2, 1):
+        again(config, out, ["base"], ["original"], ("evaluate.temperature=1.5", f"seed={seed}"))
+        drawn.append([row.get("answer") for row in answers_of(out, "base", "original")])
+    assert drawn[0] == drawn[2]
+    assert drawn[0] != drawn[1]
+    assert drawn[0] != [row.get("answer") for row in greedy]

@@ -184,6 +184,7 @@ class EvaluateConfig(_Section):
 
     rows: int | None = Field(64, ge=1, description="validation rows that are answered; null: all")
     max_new_tokens: int = Field(128, ge=1, description="an answer is cut here")
+    temperature: float = Field(0.0, ge=0, le=2, description="0: the most likely token; above: drawn with the seed")
     batch_size: int = Field(16, ge=1, description="bodies a batch")
     metrics: list[MetricConfig] = Field(
         [ExactMatchConfig(kind="exact-match")], min_length=1, description="by kind, or with options"

@@ -82,6 +82,12 @@ class Evaluation:
             return None
         return load_probes(self.run, self.settings.probes, self.settings.batch_size)
 
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """How tokens of answers are chosen; the seed counts only where they are drawn."""
+        drawn = self.settings.temperature > 0
+        return {"temperature": self.settings.temperature, "seed": self.run.config.seed if drawn else 0}
+
     # ---- one model
 
     def evaluate(self, model: Subject) -> dict[str, Any]:
@@ -110,7 +116,7 @@ class Evaluation:
         """Answer (of the first ``rows`` rows) and gold likelihood of every validation row under one context."""
         rows = self._rows_under(condition)
         stream = [(row.example_id, row.body, row.gold) for row in rows]
-        limits = [len(self.answered), self.settings.max_new_tokens]
+        limits = [len(self.answered), self.settings.max_new_tokens, self.drawing]
         key = self._key(model, [condition.context.sha256(), stream, limits])
         path = self._path(model, f"{file_name(condition.name)}.jsonl")
         if (stored := stored_rows(path, key, len(rows))) is not None:
@@ -127,7 +133,7 @@ class Evaluation:
             bodies = [row.body for row in rows[: len(self.answered)]]
             ids = generate(
                 model.model, prefix, bodies, max_new_tokens=limit, stop=self.run.answer_ends, batch_size=batch_size,
-                progress=advance(bar),
+                progress=advance(bar), **self.drawing,
             )  # fmt: skip
             tokens = condition.context.tokens + sum(map(len, rows)) + sum(map(len, bodies))
             entry |= {"tokens_in": tokens, "tokens_out": sum(map(len, ids))}
@@ -195,7 +201,7 @@ class Evaluation:
         examples = self.answered[: settings.rows]
         limit = settings.max_new_tokens or self.settings.max_new_tokens
         templates = [frozen_template(self.run.template, instruction) for instruction in settings.instructions]
-        asked = [[template.to_json() for template in templates], [(e.id, e.values) for e in examples], limit]
+        asked = [[t.to_json() for t in templates], [(e.id, e.values) for e in examples], limit, self.drawing]
         key, path = self._key(model, ["frozen", asked]), self._path(model, "frozen-prompt.jsonl")
         stored = stored_rows(path, key, len(templates) * len(examples))
         if stored is None:
@@ -207,6 +213,7 @@ class Evaluation:
                     frozen_answers(
                         model.model, self.run.encoder, template, examples, max_new_tokens=limit,
                         stop=self.run.answer_ends, batch_size=self.settings.batch_size, progress=advance(bar),
+                        **self.drawing,
                     )
                     for template in templates
                 ]  # fmt: skip

@@ -50,9 +50,11 @@ def frozen_answers(
     max_new_tokens: int,
     stop: frozenset[int],
     batch_size: int,
+    temperature: float = 0.0,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Greedy answers under ``template``, one for each example."""
+    """Answers under ``template``, one for each example; arguments as for :func:`kvopt.generate.generate`."""
     encoded = [encoder.prompt_and_gold(template, example) for example in examples]
     prompts = [ids for ids, _, _ in encoded]
     shared = _shared(prompts, min(min(leading, len(ids) - 1) for ids, leading, _ in encoded))
@@ -65,6 +67,8 @@ def frozen_answers(
         max_new_tokens=max_new_tokens,
         stop=stop,
         batch_size=batch_size,
+        temperature=temperature,
+        seed=seed,
         progress=progress,
     )
     return [answer_text(model, ids) for ids in answers]
