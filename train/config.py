@@ -141,7 +141,7 @@ class StudentConfig(_Section):
 
     name: str = Field(pattern=NAME, description="folder name under students/")
     method: Literal["lora", "full"] = Field("lora", description="LoRA adapters, or all weights")
-    lora: LoraSettings = LoraSettings()
+    lora: LoraSettings = Field(LoraSettings(), description="adapters of method: lora")
     masters: Literal["float32", "base"] = Field(
         "float32", description="dtype of the trained weights of method: full: float32, or that of the base"
     )
@@ -151,9 +151,13 @@ class StudentConfig(_Section):
     start: str | None = Field(
         None, description="folder of a student of the same method to go on from; default: the base"
     )
-    contexts: list[ContextChoice] = Field(min_length=1, description="what it is trained under")
-    schedule: ScheduleConfig = Field(ExpandConfig(), description="which row meets which context when")
-    loss: LossConfig = Field(CrossEntropyConfig(), description="on gold tokens alone")
+    contexts: list[ContextChoice] = Field(
+        min_length=1,
+        description="what it is trained under: original, none, best-mutations:K, random-mutations:K, text:FILE, a "
+        "mutation, a learned context, a context folder; or {context: …, weight: …}",
+    )
+    schedule: ScheduleConfig = Field(ExpandConfig(), description="which row meets which context when; default: expand")
+    loss: LossConfig = Field(CrossEntropyConfig(), description="on gold tokens; default: ce")
     steps: int | None = Field(None, ge=1, description="optimizer steps; or epochs; or tokens")
     epochs: float | None = Field(None, gt=0, description="passes over the rows, up to a whole step (default: 1)")
     tokens: int | None = Field(None, ge=1, description="tokens through the student, up to a whole step")

@@ -71,6 +71,44 @@ def test_on_the_original_alone_it_is_plain_supervised_fine_tuning(task: Task, tm
     assert curve[-1] < curve[0] - 1
 
 
+@pytest.mark.slow
+def test_on_the_original_alone_it_is_trl_s_supervised_fine_tuning(task: Task, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    ours = job(task, tmp_path, pool(task, "original"), steps=9, learning_rate=0.01, warmup=0)
+    items = [item for step in range(9) for item in ours.plan.step_items(step, ())]
+    lines = [ours.pool.contexts[0].rows[row] for row, _ in items]
+    rows = [
+        {"input_ids": [*line.body, *line.gold], "completion_mask": [0] * len(line.body) + [1] * len(line.gold)}
+        for line in lines
+    ]
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder("llama"), dtype=torch.float32)
+    torch.manual_seed(ours.seed)
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    settings = trl.SFTConfig(
+        output_dir=str(tmp_path / "trl"),
+        per_device_train_batch_size=4,
+        max_steps=9,
+        learning_rate=0.01,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        train_sampling_strategy="sequential",
+        completion_only_loss=True,
+        seed=ours.seed,
+    )
+    theirs = trl.SFTTrainer(
+        model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=task.base.tokenizer
+    )
+    theirs.train()
+    curve = [log["loss"] for log in theirs.state.log_history if "loss" in log]
+    assert losses(train_student(ours)) == pytest.approx(curve, abs=1e-5)
+
+
 @pytest.mark.parametrize("settings", [{"accumulation": 2}, {"accumulation": 4}, {"gradient_checkpointing": True}])
 def test_micro_batches_and_checkpointing_change_nothing(task: Task, tmp_path: Path, settings: dict[str, Any]) -> None:
     contexts = pool(task, *ALL)
