@@ -1,7 +1,7 @@
 """The run directory: manifest, ledger, lock, and the rule that a stage whose inputs did not change is not run again.
 
-Everything in it but ``ledger.jsonl`` (which holds times) is a function of the inputs, so an interrupted run that is
-continued ends in the same bytes as one that was not.
+Everything in it but ``ledger.jsonl`` and ``report.*`` (which hold times) is a function of the inputs, so an interrupted
+run that is continued ends in the same bytes as one that was not.
 """
 
 from __future__ import annotations

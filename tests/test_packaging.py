@@ -33,6 +33,9 @@ configs = importlib.resources.files("kvopt").joinpath("configs")
 files = [file for file in configs.iterdir() if file.name.endswith(".yaml")]
 assert files and all(file.read_text(encoding="utf-8").strip() for file in files), files
 assert importlib.resources.files("kvopt").joinpath("py.typed").is_file()
+templates = importlib.resources.files("kvopt").joinpath("report", "templates")
+for name in ("report.html.j2", "leaderboard.html.j2", "report.css", "report.js"):
+    assert templates.joinpath(name).read_text(encoding="utf-8").strip(), name
 print(pathlib.Path(kvopt.__file__).parent)
 """
 

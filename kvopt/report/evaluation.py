@@ -92,10 +92,11 @@ def in_order(evaluations: Sequence[Evaluation], students: Sequence[str]) -> list
 
 
 def shown_quantities(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Headlines of all evaluations, then what every evaluation has."""
+    """Headlines of all evaluations, then what every evaluation has, as far as it was measured."""
     headlines = dict.fromkeys(name for one in evaluations for name in one.headlines)
-    known = {name for one in evaluations for name in one.quantities}
-    return [*headlines, *(name for name in ALWAYS if name in known and name not in headlines)]
+    measured = [group.quantities for one in evaluations for group in one.groups]
+    known = {name for found in measured for name, value in found.items() if value.mean is not None}
+    return [*(name for name in headlines if name in known), *(name for name in ALWAYS if name in known and name not in headlines)]
 
 
 def group_table(evaluations: Sequence[Evaluation], quantity: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
-CHARACTER = 6.4  # width of a letter in labels, in pixels
+CHARACTER = 7.4  # width of a letter in labels (semibold, 11.5 px), in pixels
 LINE = 14  # height of a label
 
 
