@@ -82,7 +82,12 @@ class TemplateConfig(_Section):
 class ReferenceConfig(_Section):
     """How the reference is kept."""
 
-    storage: Literal["hidden"] = Field("hidden", description="hidden states of gold tokens in the model's dtype")
+    storage: Literal["hidden", "moments"] = Field(
+        "hidden",
+        description="hidden states of gold tokens in the model's dtype; moments: float32 moments of the training rows"
+        " beside them, which take 2 float32 head products a step instead of 3 (see kernels/README.md for where that"
+        " pays)",
+    )
     batch_size: int = Field(16, ge=1, description="bodies a batch")
 
 

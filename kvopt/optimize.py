@@ -30,6 +30,7 @@ from kvopt.kernels import KLOptions, linear_kl
 from kvopt.model import Base
 from kvopt.reference import Reference
 from kvopt.score import score_prefix
+from kvopt.stored_moments import StoredMoments
 from kvopt.tensorfile import read_tensors, stored_key, write_tensors
 
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
@@ -162,6 +163,7 @@ def optimize(
     held_out: Sequence[Row],
     reference: Reference,
     *,
+    moments: StoredMoments | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
     key: str = "",
@@ -175,6 +177,7 @@ def optimize(
         config: steps, batch size, learning rate and so on.
         train, held_out: rows as encoded under the original template; both must be in the reference.
         reference: stored hidden states.
+        moments: the reference's moments of the training rows, to be trained on instead of its hidden states.
         seed: of the order of rows.
         checkpoint: file to go on from and to write now and then; with ``key`` it is only taken up by the same job.
         report: called after each step with (step, train KL, held-out KL where it was just measured).
@@ -188,7 +191,7 @@ def optimize(
     if not state:
         start = initial[frozen:].clone()
         state = _State(start, torch.zeros_like(start), torch.zeros_like(start), initial.clone())
-    job = _Job(base, config, head, train, held_out, reference, seed)
+    job = _Job(base, config, head, train, held_out, reference, moments, seed)
     if not state.history:
         _measure(job, state)
         if report:
@@ -217,14 +220,26 @@ class _Job:
     train: Sequence[Row]
     held_out: Sequence[Row]
     reference: Reference
+    moments: StoredMoments | None
     seed: int
 
 
-def context_loss(base: Base, kind: str, tensor: Tensor, rows: Sequence[Row], reference: Reference) -> Tensor:
-    """Mean forward KL per gold token of one batch, differentiable in ``tensor``."""
+def context_loss(
+    base: Base,
+    kind: str,
+    tensor: Tensor,
+    rows: Sequence[Row],
+    reference: Reference,
+    moments: StoredMoments | None = None,
+) -> Tensor:
+    """Mean forward KL per gold token of one batch, differentiable in ``tensor``.
+
+    With ``moments`` the gradient is as exact, and the value is off by about 1e-5 nats.
+    """
     batch = make_batch(rows, range(len(rows))).to(base.device)
     hidden = gold_hidden(base, context_prefix(base, kind, tensor), batch)
-    stored = reference.hidden([row.example_id for row in rows]).to(base.device)
+    ids = [row.example_id for row in rows]
+    stored = moments.of(ids, base.device) if moments else reference.hidden(ids).to(base.device)
     return linear_kl(hidden, stored, base.head, options=KLOptions()).loss
 
 
@@ -232,7 +247,7 @@ def _step(job: _Job, state: _State, checkpoint: Path | None) -> float:
     config = job.config
     trainable = state.trainable.requires_grad_(True)
     rows = [job.train[i] for i in batch_at(state.step, len(job.train), config.batch_size, job.seed)]
-    loss = context_loss(job.base, config.kind, torch.cat([job.frozen, trainable]), rows, job.reference)
+    loss = context_loss(job.base, config.kind, torch.cat([job.frozen, trainable]), rows, job.reference, job.moments)
     (gradient,) = torch.autograd.grad(loss, trainable)
     value, norm = float(loss.detach()), float(gradient.norm())
     if not (math.isfinite(value) and math.isfinite(norm)):

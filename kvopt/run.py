@@ -26,6 +26,7 @@ from kvopt.reference import Reference, build_reference, open_reference, referenc
 from kvopt.report.leaderboard import Entry, write_leaderboard
 from kvopt.samples import samples
 from kvopt.score import Score, TokenScores, score_tokens, summarize
+from kvopt.stored_moments import StoredMoments, check_head, drop_moments
 from kvopt.tensorfile import stored_key
 from kvopt.textfile import template_from_file
 
@@ -48,6 +49,8 @@ class Run(Inputs):
     def reference(self) -> Reference:
         """Hidden states of the base under the original template, for every row."""
         batch_size = self.config.reference.batch_size
+        if self.config.reference.storage == "moments":
+            check_head(self.base.head)
         key = reference_key(self.base, self.encoded, batch_size)
         self.directory.begin("reference", key, "reference")
         with suppress(InputError):  # not there or not whole: what is missing is made now
@@ -70,6 +73,20 @@ class Run(Inputs):
                 "gold_tokens": self.encoded.gold_tokens,
             }
         return reference
+
+    @cached_property
+    def moments(self) -> StoredMoments | None:
+        """The reference's moments of the training rows, with ``reference.storage: moments``."""
+        if self.config.reference.storage != "moments":
+            return None
+        rows = self.rows("train").rows
+        moments = StoredMoments(self.reference, [row.example_id for row in rows])
+        with (
+            self.directory.ledger("reference/moments", rows=len(rows)) as entry,
+            self.progress.bar("moments", len(rows)) as bar,
+        ):
+            entry |= {} if moments.build(self.base.head, advance(bar)) else {"nothing_new": True}
+        return moments
 
     @cached_property
     def mutations(self) -> list[Mutation]:
@@ -160,7 +177,7 @@ class Run(Inputs):
                 list(ids),
                 source and source.sha256(),
                 seed,
-                self.reference.key,
+                self.moments.key if self.moments else self.reference.key,
                 train.sha256(),
                 held_out.sha256(),
             ]
@@ -183,6 +200,7 @@ class Run(Inputs):
                 train.rows,
                 held_out.rows,
                 self.reference,
+                moments=self.moments,
                 seed=seed,
                 checkpoint=state,
                 key=key,
@@ -338,6 +356,8 @@ class Run(Inputs):
         for path in (self.directory / "scores").glob("*.safetensors"):
             if (stored_key(path) or "").partition(":")[0] != self.reference.key:
                 path.unlink()
+        if self.config.reference.storage == "hidden":
+            drop_moments(self.directory / "reference")
         names = {context.name for context in self.config.contexts}
         folder = self.directory / "contexts"
         if folder.is_dir():
