@@ -29,11 +29,11 @@ def identity(run: RunFiles) -> dict[str, Any]:
     """What a run's numbers depend on beside its config, flat."""
     manifest = run.manifest
     facts = {key: manifest.get(key) for key in ("seed", "device", "threads", "dtype", "kvopt_version")}
-    facts |= {f"base.{key}": value for key, value in (manifest.get("base") or {}).items()}
+    facts |= {f"base.{key}": value for key, value in run.of_manifest("base").items()}
     facts |= {"template_sha256": manifest.get("template_sha256"), "data_sha256": manifest.get("data_sha256")}
     facts |= {f"rows_sha256.{split}": value for split, value in run.board.rows_sha256.items()}
-    facts |= {f"rows.{split}": count for split, count in run.board.rows.items()}
-    return facts | {f"versions.{key}": value for key, value in (manifest.get("versions") or {}).items()}
+    facts |= {f"rows.{split}": count for split, count in run.board.rows.model_dump().items()}
+    return facts | {f"versions.{key}": value for key, value in run.of_manifest("versions").items()}
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

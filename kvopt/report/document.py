@@ -36,7 +36,7 @@ def run_document(run: RunFiles) -> dict[str, Any]:
         "name": board.name,
         "base": board.base,
         "template_tokens": board.template_tokens,
-        "rows": board.rows,
+        "rows": board.rows.model_dump(),
         "noise_floor": board.noise_floor.model_dump(mode="json"),
         "advice": advice(board),
         "contexts": _contexts(run),

@@ -96,7 +96,10 @@ def shown_quantities(evaluations: Sequence[Evaluation]) -> list[str]:
     headlines = dict.fromkeys(name for one in evaluations for name in one.headlines)
     measured = [group.quantities for one in evaluations for group in one.groups]
     known = {name for found in measured for name, value in found.items() if value.mean is not None}
-    return [*(name for name in headlines if name in known), *(name for name in ALWAYS if name in known and name not in headlines)]
+    return [
+        *(name for name in headlines if name in known),
+        *(name for name in ALWAYS if name in known and name not in headlines),
+    ]
 
 
 def group_table(evaluations: Sequence[Evaluation], quantity: str) -> dict[str, Any]:

@@ -7,13 +7,13 @@ is empty or None.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kvopt.errors import InputError
 from kvopt.mutate.record import Mutation, read_mutations
@@ -84,13 +84,21 @@ class Floor(_Part):
     dtype: str
 
 
+class Parts(_Part):
+    """How many rows each part of the data has."""
+
+    train: int
+    selection: int
+    validation: int
+
+
 class Board(_Part):
     """``leaderboard.json``."""
 
     name: str
     base: str
     template_tokens: int
-    rows: dict[str, int]
+    rows: Parts
     noise_floor: Floor
     contexts: list[Row]
     other_mutations: list[Unreported] = Field(default_factory=list)
@@ -109,7 +117,7 @@ class Reference(_Part):
     """What the base under the original template says of the gold tokens."""
 
     nll: list[float]
-    top: list[list[Token]]
+    top: list[Annotated[list[Token], Field(min_length=1)]]
 
 
 class OnExample(_Part):
@@ -119,7 +127,7 @@ class OnExample(_Part):
     nll: list[float]
     agree: list[bool]
     answer: str | None = None
-    top: list[list[Token] | None] | None = None
+    top: list[Annotated[list[Token], Field(min_length=1)] | None] | None = None
 
 
 class SampleExample(_Part):
@@ -149,7 +157,24 @@ class Samples(_Part):
     contexts: list[ShownContext]
     ranked_by: list[str]
     rows: int
+    max_new_tokens: int = 0
     examples: list[SampleExample]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Samples:
+        names = {context.name for context in self.contexts}
+        if not self.contexts:
+            raise ValueError("no contexts")
+        for example in self.examples:
+            if not names <= set(example.contexts):
+                raise ValueError(f"{example.id} lacks {', '.join(sorted(names - set(example.contexts)))}")
+            found = [example.contexts[name] for name in names]
+            lists: list[Sized] = [example.reference.nll, example.reference.top]
+            lists += [values for one in found for values in (one.kl, one.nll, one.agree)]
+            lists += [one.top for one in found if one.top is not None]
+            if any(len(values) != len(example.gold) for values in lists):
+                raise ValueError(f"{example.id} has values for more or fewer tokens than its gold output")
+        return self
 
 
 class LedgerEntry(_Part):
@@ -202,10 +227,17 @@ class RunFiles:
     evaluations: list[Evaluation] = field(default_factory=list)
     study: Study | None = None
 
+    def of_manifest(self, key: str) -> dict[str, Any]:
+        """A mapping in the manifest; empty where there is none."""
+        value = self.manifest.get(key)
+        return value if isinstance(value, dict) else {}
+
     @property
     def template(self) -> Template | None:
         """The original template; None when neither leaderboard nor config holds its text."""
-        source = self.board.template or self.config.get("template") or {}
+        source = self.board.template or self.config.get("template")
+        if not isinstance(source, dict):
+            return None
         try:
             return Template.from_json({key: source.get(key) for key in ("messages", "text")})
         except InputError:
@@ -243,7 +275,7 @@ def read_run(folder: Path, label: str | None = None) -> RunFiles:
             if file.is_file()
         ],
         samples=_optional(Samples, folder / "samples.json"),
-        evaluations=_evaluations(folder, [str(student.get("name")) for student in config.get("students") or ()]),
+        evaluations=_evaluations(folder, _names(config.get("students"))),
         study=_optional(Study, folder / "study.json", "is not a study; delete it and run kvopt study again"),
     )
 
@@ -262,6 +294,11 @@ def read_runs(folders: list[Path]) -> list[RunFiles]:
     return [RunFiles(**(vars(run) | {"label": label})) for run, label in zip(runs, labels, strict=True)]
 
 
+def _names(items: Any) -> list[str]:
+    """Names of a config's list of mappings; what is none of these is left out."""
+    return [str(item.get("name")) for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+
+
 def _evaluations(folder: Path, students: Sequence[str]) -> list[Evaluation]:
     files = sorted(folder.glob("students/*/evaluation.json"))
     what = "is not an evaluation; delete it and run kvopt evaluate again"
@@ -278,7 +315,9 @@ def _checked(model: type[Document], value: Any, path: Path, what: str) -> Docume
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        reason = f" ({place}: {first['msg']})" if place else ""
+        message = first["msg"].removeprefix("Value error, ")
+        told = [part for part in (place, message) if part and (place or first["type"] == "value_error")]
+        reason = f" ({': '.join(told)})" if told else ""
         raise InputError(what + reason, where=str(path)) from None
 
 

@@ -5,6 +5,8 @@ A path names a quantity: ``GROUP/QUANTITY``, ``GROUP/QUANTITY/spread``, ``forget
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -41,12 +43,28 @@ class Arm(_Part):
     against_reference: dict[str, Against] | None = None
 
 
+class Fit(_Part):
+    """a·(n+1)^(−b) + c."""
+
+    a: float
+    b: float
+    c: float
+
+
+class FitIntervals(_Part):
+    """95 % intervals of a, b and c."""
+
+    a: tuple[float, float]
+    b: tuple[float, float]
+    c: tuple[float, float]
+
+
 class Curve(_Part):
     """A quantity by number of mutations, and the power law through it."""
 
-    values: dict[int, list[float]]
-    fit: dict[str, float] | None = None
-    ci95: dict[str, tuple[float, float]] | None = None
+    values: dict[int, Annotated[list[float], Field(min_length=1)]]
+    fit: Fit | None = None
+    ci95: FitIntervals | None = None
     r2: float | None = None
 
 

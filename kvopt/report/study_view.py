@@ -41,7 +41,13 @@ def study_view(study: Study) -> StudyView:
         _pictures(study, drawn, "study-robust", zero=False),
         _pictures(study, [path for path in FORGETTING if path in known], "study-forgetting", zero=True),
         [
-            (path, curve, growth_picture(path, curve.values, curve.fit, id=f"growth-{position}"))
+            (
+                path,
+                curve,
+                growth_picture(
+                    path, curve.values, curve.fit.model_dump() if curve.fit else None, id=f"growth-{position}"
+                ),
+            )
             for position, (path, curve) in enumerate((study.curve or {}).items())
             if curve.values
         ],

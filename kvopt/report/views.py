@@ -185,12 +185,12 @@ def _hashes(run: RunFiles) -> list[tuple[str, Any]]:
     manifest = run.manifest
     facts = [("kvopt", manifest.get("kvopt_version")), ("seed", manifest.get("seed"))]
     facts += [(key, manifest.get(key)) for key in ("device", "dtype", "threads")]
-    facts += [(f"base {key}", value) for key, value in (manifest.get("base") or {}).items()]
+    facts += [(f"base {key}", value) for key, value in run.of_manifest("base").items()]
     facts += [
         (key.removesuffix("_sha256"), manifest.get(key)) for key in ("template_sha256", "data_sha256", "tokens_sha256")
     ]
     facts += [(f"{split} rows", value) for split, value in run.board.rows_sha256.items()]
-    facts += [(key, value) for key, value in (manifest.get("versions") or {}).items()]
+    facts += [(key, value) for key, value in run.of_manifest("versions").items()]
     return [(key, value) for key, value in facts if value is not None]
 
 

@@ -102,3 +102,22 @@ def test_runs_are_labelled_by_name_and_by_folder_where_names_are_the_same(run: P
     assert [r.label for r in read_runs([run, other])] == ["made", "second"]
     with pytest.raises(InputError, match="is given twice"):
         read_runs([run, run / ".." / "run"])
+
+
+def test_samples_that_do_not_fit_together_are_refused(run: Path):
+    document = json.loads((run / "samples.json").read_text("utf-8"))
+    document["examples"][1]["contexts"]["kv-16"]["kl"].pop()
+    change(run / "samples.json", **document)
+    with pytest.raises(InputError, match=r"samples.json: is damaged.*validation:1 has values for more or fewer tokens"):
+        read_run(run)
+    del document["examples"][1]["contexts"]["kv-16"]
+    change(run / "samples.json", **document)
+    with pytest.raises(InputError, match="validation:1 lacks kv-16"):
+        read_run(run)
+
+
+def test_odd_manifests_and_configs_are_taken_for_empty(run: Path, tmp_path: Path):
+    change(run / "manifest.json", base="text", versions=[1])
+    (run / "config.yaml").write_text("students: 3\ntemplate: text\n", "utf-8")
+    report, _ = write_report([run], tmp_path / "out")
+    assert report["runs"][0]["manifest"]["base"] == "text"
