@@ -61,8 +61,9 @@ def weights(student: Student) -> dict[str, Tensor]:
     }
 
 
-def plain_nll(model: Any, task: Task, item: PoolContext, row: int) -> Tensor:
-    """Σ −log p(gold) of one row under one context by plain transformers: no batch, no padding, nothing shared."""
+def plain_logits(model: Any, task: Task, item: PoolContext, row: int) -> Tensor:
+    """Logits [gold tokens, V] of one row under one context by plain transformers: no batch, no padding, nothing
+    shared."""
     line = item.encoded.rows[row]
     gold, body = list(line.gold), list(line.body)
     if isinstance(item.context, KVContext):
@@ -73,9 +74,14 @@ def plain_nll(model: Any, task: Task, item: PoolContext, row: int) -> Tensor:
             cache.update(keys, values, layer)
         output = model(input_ids=torch.tensor([body + gold]), past_key_values=cache)
     elif isinstance(item.context, SoftContext):
-        embedded = task.base.embed(torch.tensor([body + gold]))
+        embedded = model.get_input_embeddings()(torch.tensor([body + gold]))
         output = model(inputs_embeds=torch.cat([item.context.embeddings[None], embedded], 1))
     else:
         output = model(input_ids=torch.tensor([[*item.encoded.prefix, *body, *gold]]))
-    logits = output.logits[0, -len(gold) - 1 : -1]
-    return -logits.log_softmax(-1).gather(-1, torch.tensor(gold)[:, None]).sum()
+    return output.logits[0, -len(gold) - 1 : -1]
+
+
+def plain_nll(model: Any, task: Task, item: PoolContext, row: int) -> Tensor:
+    """Σ −log p(gold) of :func:`plain_logits`."""
+    gold = torch.tensor(item.encoded.rows[row].gold)
+    return -plain_logits(model, task, item, row).log_softmax(-1).gather(-1, gold[:, None]).sum()

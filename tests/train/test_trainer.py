@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 from kvopt.errors import KvoptError
 from kvopt.train import trainer as module
 from kvopt.train.forward import ContextLoss
-from kvopt.train.losses import CrossEntropy
-from kvopt.train.student import lora_student
+from kvopt.train.losses import AnchoredKL, CrossEntropy
+from kvopt.train.student import full_student, lora_student
 from kvopt.train.trainer import Job, StudentTrainer, Trained, make_plan, train_student
 from tests.tasks import Task, make_task
 from tests.tiny import MODELS, tiny_base, tiny_folder
-from tests.train.pools import context, job, plain_nll, pool, weights
+from tests.train.pools import context, job, plain_logits, plain_nll, pool, weights
 
 ALL = ("original", "other", "none", "kv", "soft")
 
@@ -143,6 +143,27 @@ def test_gradients_of_mixed_contexts_are_those_of_rows_run_alone(task: Task) -> 
     )
     for ours, theirs in zip(together, alone, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("anchor", ["original", "same"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_anchor_is_the_base_under_the_original_or_under_the_same_context(
+    task: Task, method: str, anchor: Literal["original", "same"]
+) -> None:
+    contexts = pool(task, *ALL)
+    student = lora_student(task.base, "s") if method == "lora" else full_student(task.base, "s")
+    for parameter in student.trainable().values():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    loss = AnchoredKL(0.5, "forward", anchor)
+    for number, item in enumerate(contexts.contexts):
+        with torch.no_grad():
+            ours = ContextLoss(student.base, task.base, contexts, loss, task.reference)([(2, number)])
+            seen = contexts.contexts[0] if anchor == "original" else item
+            log_p = plain_logits(task.base.model, task, seen, 2).log_softmax(-1)
+            log_q = plain_logits(student.model, task, item, 2).log_softmax(-1)
+            nll = plain_nll(student.model, task, item, 2)
+        kl = (log_p.exp() * (log_p - log_q)).sum()
+        assert float(ours) == pytest.approx(float(nll + 0.5 * kl), rel=1e-4), item.name
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
