@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -219,7 +220,9 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     transformers checkpoints only layers in train mode; here only the layer's own flag is set, so dropout inside it
     stays off.
     """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with warnings.catch_warnings():  # transformers 6 will know it by another name
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for module in model.modules():
         if hasattr(module, "_can_checkpoint_with_cache"):
             module._can_checkpoint_with_cache = True

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 
 from kvopt.contexts import Context, NoContext, TextContext, load_context
-from kvopt.encoding import Encoded, Row
+from kvopt.encoding import Encoded, Row, SeamError
 from kvopt.errors import InputError
 from kvopt.files import sha256_json
 from kvopt.run import Run
@@ -205,7 +205,11 @@ def in_seeded_order(items: Sequence[T], seed: int) -> list[T]:
 def in_front_of_rows(run: Run, context: Context, weight: float) -> PoolContext:
     """A context with the training rows behind it."""
     if isinstance(context, TextContext):
-        context = run.for_training(context)
+        try:
+            context = run.for_training(context)
+        except SeamError as error:
+            where = f"{context.name}, {error.where}"
+            raise InputError(error.what, where=where, mend="leave this context out") from None
         return PoolContext(context, weight, context.encoded)
     prefix = tuple(context.bos) if isinstance(context, NoContext) else ()
     return PoolContext(context, weight, Encoded(prefix, run.behind("train").rows))
