@@ -11,6 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,40 +29,70 @@ SHAPES_GPU = [(8192, 4096, 128256), (8192, 640, 262144), (8192, 576, 49152)]
 NOISE = {"1e-6": 1.4e-3, "1e-3": 4.5e-2, "1e-1": 0.45}
 """Noise on hidden states of unit variance, with logits of standard deviation 1, that gives about this KL (½ noise²)."""
 
+ERROR_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is measured: reference [N, D], candidates [N, D] by a name of their distance, head weight [V, D].
+
+    ``timed`` names the candidate that times and memory are taken of; errors are given for each.
+    """
+
+    reference: Tensor
+    candidates: dict[str, Tensor]
+    weight: Tensor
+    timed: str
+    name: str = "random weights, logits of standard deviation 1"
+
+
+def random_inputs(shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Inputs:
+    """Random hidden states and weights of a shape (N, D, V), at the distances of NOISE."""
+    n, d, v = shape
+    generator = torch.Generator(device=device).manual_seed(0)
+    weight = (torch.randn(v, d, generator=generator, device=device) / d**0.5).to(dtype)
+    reference = torch.randn(n, d, generator=generator, device=device)
+    direction = torch.randn(n, d, generator=generator, device=device)
+    candidates = {f"KL {kl}": (reference + noise * direction).to(dtype) for kl, noise in NOISE.items()}
+    return Inputs(reference.to(dtype), candidates, weight, "KL 1e-3")
+
 
 def run(
-    shapes: Sequence[tuple[int, int, int]] | None = None,
+    inputs: Sequence[Inputs | tuple[int, int, int]] | None = None,
     implementations: Sequence[str] | None = None,
     out: Path | str | None = None,
     repeats: int = 5,
     dtype: str = "bfloat16",
-    logit_std: float = 1.0,
     show: bool = True,
 ) -> dict[str, Any]:
-    """Benchmarks ``implementations`` (default: all) at ``shapes`` of (N, D, V); writes OUT/bench-kl.json and .png.
+    """Benchmarks ``implementations`` (default: all) on ``inputs``; writes OUT/bench-kl.json, .png and .md.
 
-    Returns {"environment", "shapes": [{"shape", "product_ms", "results": {name: {...}}, "skipped": {name: reason}}]}.
+    Args:
+        inputs: shapes (N, D, V) of random problems, or given hidden states; by default shapes for this device.
+
+    Returns {"environment", "shapes": [{"shape", "inputs", "product_ms", "results": {name: {...}}, "skipped": {name:
+    reason}}]}.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shapes = shapes or (SHAPES_GPU if device.type == "cuda" else SHAPES_CPU)
+    inputs = inputs or (SHAPES_GPU if device.type == "cuda" else SHAPES_CPU)
     report: dict[str, Any] = {"environment": environment(device), "dtype": dtype, "repeats": repeats, "shapes": []}
-    for shape in shapes:
-        report["shapes"].append(
-            _bench_shape(shape, list(implementations or DEFAULT), device, getattr(torch, dtype), repeats, logit_std)
-        )
+    for one in inputs:
+        given = one if isinstance(one, Inputs) else random_inputs(one, device, getattr(torch, dtype))
+        report["shapes"].append(_bench(given, list(implementations or DEFAULT), repeats))
     if out is not None:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "bench-kl.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (folder / "bench-kl.md").write_text(markdown(report), encoding="utf-8")
         draw(report, folder / "bench-kl.png")
     if show:
-        print_tables(report)
+        print(markdown(report), file=sys.stderr)
     return report
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and device that the figures belong to."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
         "device": name,
         "torch": torch.__version__,
@@ -70,23 +101,19 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _inputs(shape: tuple[int, int, int], noise: float, device: torch.device, dtype: torch.dtype, logit_std: float,
-            ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    n, d, v = shape
-    generator = torch.Generator(device=device).manual_seed(0)
-    weight = (torch.randn(v, d, generator=generator, device=device) * logit_std / d**0.5).to(dtype)
-    reference = torch.randn(n, d, generator=generator, device=device)
-    candidate = reference + noise / logit_std * torch.randn(n, d, generator=generator, device=device)
-    return candidate.to(dtype), reference.to(dtype), weight
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
-def _bench_shape(
-    shape: tuple[int, int, int], names: list[str], device: torch.device, dtype: torch.dtype, repeats: int, std: float
-) -> dict[str, Any]:
+def _bench(inputs: Inputs, names: list[str], repeats: int) -> dict[str, Any]:
     losses: dict[str, Loss] = {}
     skipped: dict[str, str] = {}
     results: dict[str, dict[str, Any]] = {}
-    candidate, reference, weight = _inputs(shape, NOISE["1e-3"], device, dtype, std)
+    candidate, reference, weight = inputs.candidates[inputs.timed], inputs.reference, inputs.weight
+    device = reference.device
     for name in names:
         try:
             losses[name] = build(name, device)
@@ -106,13 +133,23 @@ def _bench_shape(
             elapsed = _timed(lambda loss=loss: _step(loss, candidate, reference, weight), device)  # type: ignore[misc]
             results[name]["times_ms"].append(elapsed * 1e3)
     product = median(products) * 1e3
-    for name, result in results.items():
+    for result in results.values():
         times = sorted(result.pop("times_ms"))
         result.update(median_ms=median(times), min_ms=times[0], max_ms=times[-1], products=median(times) / product)
         result["errors"] = {}
-        for kl, noise in NOISE.items():
-            result["errors"][kl] = _errors(losses[name], shape, noise, device, dtype, std)
-    return {"shape": shape, "product_ms": product, "results": results, "skipped": skipped}
+    stride = max(1, len(reference) // ERROR_TOKENS)
+    for kl, far in inputs.candidates.items():
+        few = far[::stride][:ERROR_TOKENS], reference[::stride][:ERROR_TOKENS]
+        exact = few[0].double().requires_grad_()
+        head = Head(weight)
+        kl64 = linear_kl64(exact, few[1], head, head, KLOptions()).mean()
+        kl64.backward()
+        assert exact.grad is not None
+        for name, loss in losses.items():
+            results[name]["errors"][kl] = _errors(loss, *few, weight, float(kl64.detach()), exact.grad)
+    shape = (len(reference), reference.shape[1], len(weight))
+    return {"shape": shape, "inputs": inputs.name, "timed": inputs.timed, "product_ms": product, "results": results,
+            "skipped": skipped}  # fmt: skip
 
 
 def _step(loss: Loss, candidate: Tensor, reference: Tensor, weight: Tensor) -> tuple[Tensor, int]:
@@ -125,24 +162,17 @@ def _step(loss: Loss, candidate: Tensor, reference: Tensor, weight: Tensor) -> t
 
 
 def _errors(
-    loss: Loss, shape: tuple[int, int, int], noise: float, device: torch.device, dtype: torch.dtype, std: float
+    loss: Loss, candidate: Tensor, reference: Tensor, weight: Tensor, kl: float, exact: Tensor
 ) -> dict[str, float]:
-    """Relative errors of value and gradient (Frobenius) on 64 tokens against float64."""
-    candidate, reference, weight = _inputs((64, *shape[1:]), noise, device, dtype, std)
-    exact = candidate.double().requires_grad_()
-    head = Head(weight)
-    kl64 = linear_kl64(exact, reference, head, head, KLOptions()).mean()
-    kl64.backward()
+    """Relative errors of mean value and gradient (Frobenius) against those in float64."""
     leaf = candidate.detach().requires_grad_()
     value = loss(leaf, reference, weight)
     value.backward()
-    assert exact.grad is not None
     assert leaf.grad is not None
-    gradient = (leaf.grad.double() - exact.grad).norm() / exact.grad.norm()
     return {
-        "kl": kl64.item(),
-        "value": abs(value.item() - kl64.item()) / kl64.item(),
-        "gradient": gradient.item(),
+        "kl": kl,
+        "value": abs(float(value.detach()) - kl) / kl,
+        "gradient": float((leaf.grad.double() - exact).norm() / exact.norm()),
     }
 
 
@@ -159,31 +189,33 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def print_tables(report: dict[str, Any]) -> None:
-    """One rich table per shape, on standard error."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(stderr=True, width=None if sys.stderr.isatty() else 160)
+def markdown(report: dict[str, Any]) -> str:
+    """The report as tables ready for a document, fastest first."""
+    lines = []
+    where = report["environment"]
     for entry in report["shapes"]:
         n, d, v = entry["shape"]
-        title = (
-            f"forward KL and gradient, N={n} D={d} V={v}, {report['dtype']}; one product {entry['product_ms']:.0f} ms"
-        )
-        table = Table(title=title)
-        headings = ["", "median ms", "min-max", "products", "extra MiB", *(f"err @{kl}" for kl in NOISE)]
-        for heading in headings:
-            table.add_column(heading, justify="left" if not heading else "right")
-        for name, r in sorted(entry["results"].items(), key=lambda item: item[1]["median_ms"]):
-            errors = [f"{e['value']:.0e} / {e['gradient']:.0e}" for e in r["errors"].values()]
-            spread = f"{r['min_ms']:.0f}-{r['max_ms']:.0f}"
-            table.add_row(
-                name, f"{r['median_ms']:.0f}", spread, f"{r['products']:.1f}", f"{r['extra_mib']:.0f}", *errors
+        results = sorted(entry["results"].items(), key=lambda item: item[1]["median_ms"])
+        sizes = {} if not results else {kl: e["kl"] for kl, e in results[0][1]["errors"].items()}
+        lines += [
+            f"## Forward KL and gradient, N = {n}, D = {d}, V = {v}, {report['dtype']}",
+            f"{where['device']}, torch {where['torch']}, {where['threads']} threads, {report['repeats']} rounds;"
+            f" {entry['inputs']}; timed at {entry['timed']}. One product: {entry['product_ms']:.0f} ms. Relative errors"
+            f" of value / gradient against float64, on {min(n, ERROR_TOKENS)} tokens.",
+            "",
+            "| | median ms (range) | products | first call s | extra MiB |"
+            + "".join(f" {kl} ({size:.1e}) |" for kl, size in sizes.items()),
+            "|---" * (5 + len(sizes)) + "|",
+        ]
+        for name, r in results:
+            shown = f"**{name}**" if name == "kvopt" else name
+            errors = "".join(f" {e['value']:.0e} / {e['gradient']:.0e} |" for e in r["errors"].values())
+            lines.append(
+                f"| {shown} | {r['median_ms']:.0f} ({r['min_ms']:.0f}-{r['max_ms']:.0f}) | {r['products']:.1f}"
+                f" | {r['first_call_s']:.1f} | {r['extra_mib']:.0f} |{errors}"
             )
-        console.print(table)
-        console.print("err: relative error of value / gradient at this KL")
-        for name, reason in entry["skipped"].items():
-            console.print(f"skipped {name}: {reason}", markup=False)
+        lines += ["", *(f"Skipped {name}: {reason}" for name, reason in entry["skipped"].items()), ""]
+    return "\n".join(lines)
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -196,10 +228,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
     for index, entry in enumerate(report["shapes"]):
         axes = figure.add_subplot(1, len(report["shapes"]), index + 1)
         for name, r in entry["results"].items():
-            x, y = r["median_ms"], r["errors"]["1e-3"]["gradient"]
+            x, y = r["median_ms"], r["errors"][entry["timed"]]["gradient"]
             axes.scatter(x, y, color="tab:blue" if name.startswith("kvopt") else "tab:gray")
             axes.annotate(name, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
         axes.axhline(1e-2, color="tab:red", linewidth=0.8)
-        axes.set(xscale="log", yscale="log", xlabel="milliseconds", ylabel="relative gradient error at KL 1e-3")
+        axes.set(
+            xscale="log", yscale="log", xlabel="milliseconds", ylabel=f"relative gradient error at {entry['timed']}"
+        )
         axes.set_title("N={} D={} V={}".format(*entry["shape"]))
     figure.savefig(path, dpi=120)

@@ -8,6 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from kvopt.cli.common import ConfigPath, Json, Sets, print_json
+from kvopt.errors import InputError
+
+REAL_TOKENS = 512
 
 
 def bench_kl(
@@ -15,13 +18,29 @@ def bench_kl(
     memory: Annotated[
         bool, typer.Option("--memory", help="Measure extra memory by number of tokens instead, up to 131,072.")
     ] = False,
+    real: Annotated[
+        bool, typer.Option("--real", help="On hidden states of the built-in model instead of random ones.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """The divergence op against plain torch and other libraries: time, memory, and error by size of the KL."""
+    from kvopt.kernels.benchmark import Inputs
     from kvopt.kernels.benchmark import run as run_kl
     from kvopt.kernels.memory_curve import run_memory
 
-    result = run_memory(out=out) if memory else run_kl(out=out)
+    if memory and real:
+        raise InputError("measure different things", where="--memory and --real", mend="give one of them")
+    if memory:
+        result = run_memory(out=out)
+    elif real:
+        from kvopt.real_states import real_states
+
+        states = real_states(REAL_TOKENS)
+        timed = list(states.candidates)[2]
+        inputs = Inputs(states.reference, states.candidates, states.head.weight, timed, "states of the built-in model")
+        result = run_kl([inputs], out=out)
+    else:
+        result = run_kl(out=out)
     if as_json:
         print_json(result)
 

@@ -1,11 +1,13 @@
 import importlib.util
 import json
 
+import pytest
 import torch
 
 from kvopt.kernels import KLOptions, contenders
-from kvopt.kernels.benchmark import run
+from kvopt.kernels.benchmark import Inputs, run
 from kvopt.kernels.plan import make_plan
+from kvopt.kernels.reference import linear_kl64
 from tests.kernels.cases import problem
 
 
@@ -20,11 +22,24 @@ def test_benchmark_measures_ours_skips_by_name_and_writes_its_files(tmp_path, mo
     ours = entry["results"]["kvopt"]
     assert ours["median_ms"] > 0
     for kl, errors in ours["errors"].items():
-        assert 0.3 < errors["kl"] / float(kl) < 3
+        assert 0.3 < errors["kl"] / float(kl.removeprefix("KL ")) < 3
         assert errors["gradient"] < 1e-2
         assert errors["value"] < 1e-2
     assert json.loads((tmp_path / "bench-kl.json").read_text())["shapes"][0]["results"]["kvopt"] == ours
+    table = (tmp_path / "bench-kl.md").read_text()
+    assert "| **kvopt** |" in table
+    assert "Skipped TRL chunked divergence: trl is not installed" in table
     assert (tmp_path / "bench-kl.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
+
+
+def test_given_hidden_states_are_measured_as_they_are():
+    p = problem(0.1, torch.bfloat16, n=80, v=900)
+    given = Inputs(p.reference, {"near": p.candidate, "far": p.candidate * 2}, p.head.weight, "near", "mine")
+    entry = run([given], ["kvopt", "torch"], repeats=1, show=False)["shapes"][0]
+    assert entry["shape"] == (80, 96, 900)
+    expected = linear_kl64(p.candidate[:64], p.reference[:64], p.head, p.head, KLOptions()).mean()
+    assert entry["results"]["kvopt"]["errors"]["near"]["kl"] == pytest.approx(float(expected), rel=1e-6)
+    assert entry["results"]["kvopt"]["errors"]["far"]["gradient"] < 1e-2
 
 
 def test_chunks_fit_the_budget_whatever_the_number_of_tokens():
