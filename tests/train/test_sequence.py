@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from kvopt import cli
+from kvopt.config import load_config
 from kvopt.errors import InputError
 from kvopt.train.gold import gold_nll
 from kvopt.train.sequence.config import load_sequence
@@ -260,3 +261,19 @@ def test_several_processes_are_refused(done: Any, tmp_path: Path, monkeypatch: p
     config, tasks = load(done[0], tmp_path)
     with pytest.raises(InputError, match="runs in one process"):
         conduct(config, tasks, tmp_path)
+
+
+def test_the_sequence_that_comes_with_kvopt_divides_the_intents_between_its_tasks() -> None:
+    folder = Path(__file__).parents[2] / "configs"
+    config, base_dir = load_sequence(folder / "snips-sequence.yaml")
+    assert base_dir == folder
+    intents = ["AddToPlaylist", "BookRestaurant", "GetWeather", "PlayMusic", "RateBook", "SearchCreativeWork"]
+    intents += ["SearchScreeningEvent"]
+    tasks = [load_config(folder / stage.config)[0] for stage in config.stages]
+    rows = [json.dumps({"intent": intent, "slots": {}}) for intent in intents]
+    for row, intent in zip(rows, intents, strict=True):
+        taking = [task for task in tasks if re.search(task.data.only["output"], row)]
+        assert len(taking) == 1
+        (template,) = [m.content for m in taking[0].template.messages or [] if m.role == "system"]
+        assert f"- {intent}:" in template
+    assert [arm.schedule.kind for arm in config.arms] == ["resample", "state-adaptive"]
