@@ -15,6 +15,7 @@ from kvopt.files import sha256_json
 from kvopt.reference import Reference
 from kvopt.run import Run
 from kvopt.train.config import StudentConfig
+from kvopt.train.distill.own_answers import check_own_answers, with_own_answers
 from kvopt.train.distill.teacher import Teacher, check_teacher, load_teacher
 from kvopt.train.launch import Launch
 from kvopt.train.losses import build_loss
@@ -79,6 +80,7 @@ def chosen(run: Run, only: Sequence[str] = ()) -> list[StudentConfig]:
     for config in configs:
         check_choices(run, config)
         check_teacher(run, config)
+        check_own_answers(run, config)
         if config.start is not None:
             weights_of(run.base_dir / config.start)
     return configs
@@ -87,7 +89,7 @@ def chosen(run: Run, only: Sequence[str] = ()) -> list[StudentConfig]:
 def _student(run: Run, config: StudentConfig, launch: Launch) -> dict[str, Any]:
     """One student, from its folder or trained."""
     seed = run.config.seed if config.seed is None else config.seed
-    pool = build_pool(run, config)
+    pool = with_own_answers(run, config, build_pool(run, config))
     reference = run.reference if build_loss(config.loss).anchor == "original" else None
     teacher = load_teacher(run, config)
     start = None if config.start is None else run.base_dir / config.start
@@ -99,7 +101,7 @@ def _student(run: Run, config: StudentConfig, launch: Launch) -> dict[str, Any]:
         run.say(f"student {config.name}: as it was trained")
         return record
     stage = f"students/{config.name}"
-    run.directory.begin(stage, key, stage, f".training/{config.name}")
+    run.directory.begin(stage, key, stage, f".training/{config.name}", f"logs/{config.name}")
     unread = replace(reference) if reference else None  # open files cannot be sent
     order = launch.share(_Order(config, pool, seed, key, unread, teacher.context if teacher else None, start))
     with run.directory.ledger(stage, processes=launch.processes) as entry:
@@ -162,6 +164,7 @@ def record_of(run: Run, order: _Order, trained: Trained) -> dict[str, Any]:
         "contexts": order.pool.facts(),
         "rows": order.pool.rows,
         "rows_dropped": order.pool.dropped,
+        "rows_of_own_answers": order.pool.own,
         "seed": order.seed,
         "settings": order.config.model_dump(mode="json", exclude={"name", "contexts"}),
         "steps": trained.steps,
