@@ -54,6 +54,7 @@ def compose(
     *,
     config: Path | None = None,
     sets: Sequence[str] = (),
+    run_directory: Path | None = None,
     base: str | None = None,
     name: str | None = None,
     say: Callable[[str], None] | None = None,
@@ -62,7 +63,7 @@ def compose(
     sources = [_learned_source(spec, base) for spec in (first, second)]
     name = name or "+".join(source.name for source in sources)
     folder = _place(out or Path(name), *sources)
-    with _task(config, sets, say) as run:
+    with _task(config, sets, run_directory, say) as run:
         model = run.base if run else sources[0].base
         head, tail = (_load(source, model) for source in sources)
         pair = joined(head, tail, model, name)
@@ -87,6 +88,7 @@ def truncate(
     by: str = "auto",
     config: Path | None = None,
     sets: Sequence[str] = (),
+    run_directory: Path | None = None,
     base: str | None = None,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def truncate(
     source = _learned_source(context, base)
     name = f"{source.name}-{tokens}"
     folder = _place(out or Path(name), source)
-    with _task(config, sets, say) as run:
+    with _task(config, sets, run_directory, say) as run:
         model = run.base if run else source.base
         whole = _load(source, model)
         if not isinstance(whole, KVContext):
@@ -132,7 +134,9 @@ def truncate(
 
 
 @contextmanager
-def _task(config: Path | None, sets: Sequence[str], say: Callable[[str], None] | None) -> Iterator[Run | None]:
+def _task(
+    config: Path | None, sets: Sequence[str], directory: Path | None, say: Callable[[str], None] | None
+) -> Iterator[Run | None]:
     """The run of a config, opened, or None without a config."""
     if config is None:
         yield None
@@ -141,7 +145,7 @@ def _task(config: Path | None, sets: Sequence[str], say: Callable[[str], None] |
     from kvopt.run import Run
 
     settings, base_dir = load_config(config, sets)
-    with Run(settings, base_dir, Path("runs") / settings.name, say=say).opened() as run:
+    with Run(settings, base_dir, directory or Path("runs") / settings.name, say=say).opened() as run:
         yield run
 
 

@@ -18,6 +18,9 @@ ContextArgument = Annotated[
 BaseOption = Annotated[
     str | None, typer.Option("--base", metavar="MODEL", help="The base to use instead of the one the context names.")
 ]
+RunOption = Annotated[
+    Path | None, typer.Option("--run", metavar="DIR", help="The run directory to measure in (default: runs/NAME).")
+]
 
 
 def export(
@@ -88,12 +91,16 @@ def compose(
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: a folder of that name.")] = None,
     base: BaseOption = None,
     sets: Sets = None,
+    run: RunOption = None,
     as_json: Json = False,
 ) -> None:
     """Put one learned context behind another, re-rotated; with --config, say the KL of each and of the pair."""
     from kvopt.derive import compose as make
 
-    _show(make(first, second, out, config=config, sets=sets or (), base=base, name=name, say=say), as_json)
+    _show(
+        make(first, second, out, config=config, sets=sets or (), run_directory=run, base=base, name=name, say=say),
+        as_json,
+    )
 
 
 def truncate(
@@ -110,12 +117,16 @@ def truncate(
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: NAME-TOKENS here.")] = None,
     base: BaseOption = None,
     sets: Sets = None,
+    run: RunOption = None,
     as_json: Json = False,
 ) -> None:
     """Make a KV context shorter and say what that costs in KL."""
     from kvopt.derive import truncate as make
 
-    _show(make(context, tokens, out, by=by, config=config, sets=sets or (), base=base, say=say), as_json)
+    _show(
+        make(context, tokens, out, by=by, config=config, sets=sets or (), run_directory=run, base=base, say=say),
+        as_json,
+    )
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:

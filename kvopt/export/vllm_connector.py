@@ -232,8 +232,9 @@ def _classes() -> dict[str, Any]:
     class KvoptConnector(KVConnectorBase_V1):
         """See the module."""
 
-        def __init__(self, vllm_config: Any, role: Any, *rest: Any, **more: Any) -> None:
-            super().__init__(vllm_config, role, *rest, **more)
+        def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any = None) -> None:
+            known = () if kv_cache_config is None else (kv_cache_config,)  # older versions do not pass it
+            super().__init__(vllm_config, role, *known)
             self._server = Server(vllm_config)
             self._caches: dict[str, Tensor] = {}
 

@@ -76,18 +76,22 @@ def test_it_is_scored_beside_our_own_contexts_and_gone_on_with(how: str, tmp_pat
         tmp_path / "job",
         lambda tree: tree.update(
             contexts=[
+                {"name": "theirs", "kind": kind, "init": f"context:{adapter}", "steps": 0},
                 {"name": "more", "kind": kind, "init": f"context:{adapter}", "steps": 20, "batch_size": 4,
                  "eval_every": 5, "learning_rate": 0.02},
             ]
         ),
     )  # fmt: skip
-    run_job(config, tmp_path / "run")
+    board = run_job(config, tmp_path / "run")
     settings, base_dir = load_config(config)
     with Run(settings, base_dir, tmp_path / "run", say=lambda line: None, bars=False).opened() as run:
         (theirs,) = run.named_context(str(adapter))
         (more,) = run.named_context("more")
         kl = {c.name: run.score(c, "selection").kl_forward.mean for c in (theirs, more)}
         history = run.history(more)
+        score = run.score(theirs).kl_forward.mean
+    rows = {row["name"]: row["kl_forward"]["mean"] for row in board["contexts"]}
+    assert rows["theirs"] == pytest.approx(score, rel=1e-6), "with steps: 0 it stands on the leaderboard as it is"
     assert history[0]["held_out_kl"] == pytest.approx(kl["their-adapter"], rel=1e-4), "it starts as their adapter"
     assert history[-1]["train_kl"] < history[1]["train_kl"], "and learns"
     assert kl["more"] <= kl["their-adapter"]

@@ -117,7 +117,8 @@ def test_a_moved_context_scores_as_before(document: Any, job: Path) -> None:
 
 def test_compose_measures_both_and_the_pair(document: Any, job: Path) -> None:
     run = job / "run"
-    result = document("compose", f"{run}#kv-8", f"{run}#soft-6", "--config", job / "job.yaml", "--name", "pair")
+    result = document("compose", f"{run}#kv-8", f"{run}#soft-6", "--config", job / "job.yaml", "--name", "pair",
+                      "--run", run)  # fmt: skip
     assert (result["tokens"], result["kind"]) == (14, "kv")
     assert [row["name"] for row in result["measured"]] == ["kv-8", "soft-6", "pair"]
     record = json.loads(Path("pair/kvopt.json").read_text())
