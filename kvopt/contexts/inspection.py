@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvopt.contexts.adapter import STUDENT, check_finite, kind_of, read_json, read_record, read_tensor
+from kvopt.contexts.adapter import STUDENT, check_finite, kind_of, read_json, read_tensor
 from kvopt.errors import InputError
 
 EXPORT = "kvopt-export.json"
