@@ -22,7 +22,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -138,8 +138,11 @@ def save_student(student: Student, folder: Path, of: Base, record: dict[str, Any
 
     def write(place: Path) -> None:
         if student.peft is None:
-            with quiet():
-                student.base.model.save_pretrained(str(place))
+            try:
+                with quiet():
+                    student.base.model.save_pretrained(str(place))
+            except SafetensorError as error:  # what safetensors makes of a full disk
+                raise KvoptError(f"{folder}: the weights cannot be written: {error}; is the disk full?") from error
             student.base.tokenizer.save_pretrained(str(place))
             return
         config = copy.deepcopy(student.peft.peft_config["default"])
@@ -147,7 +150,7 @@ def save_student(student: Student, folder: Path, of: Base, record: dict[str, Any
         config.target_modules = sorted(config.target_modules)  # a set, whose order differs between processes
         config.save_pretrained(str(place))
         tensors = {name: t.detach().cpu().contiguous() for name, t in get_peft_model_state_dict(student.peft).items()}
-        save_file(tensors, str(place / ADAPTER), metadata={"format": "pt"})
+        (place / ADAPTER).write_bytes(save(tensors, metadata={"format": "pt"}))
 
     write_student_folder(folder, of, name=student.base.name, method=student.method, record=record, write=write)
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from kvopt.errors import KvoptError
-from kvopt.files import write_json
+from kvopt.files import write_error, write_json
 from kvopt.model import Base, enable_checkpointing
 from kvopt.reference import Reference
 from kvopt.train.config import StudentConfig
@@ -298,10 +299,16 @@ class StudentTrainer(Trainer):
         save_file(tensors, str(Path(output_dir) / WEIGHTS))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        folder = self.job.folder / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except OSError as error:
+            raise write_error(error, folder) from error
+        except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+            reason = str(error).splitlines()[0][:200]
+            raise KvoptError(f"{folder}: the checkpoint cannot be written: {reason}; is the disk full?") from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = self.job.folder / f"checkpoint-{self.state.global_step}"
             state = {"key": self.job.key, "stages": self.stages, "counted": self.loss.counted}
             write_json(folder / COMPLETE, state)
             for older in self.job.folder.glob("checkpoint-*"):
@@ -310,7 +317,10 @@ class StudentTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        tensors = load_file(str(folder / WEIGHTS))
+        try:
+            tensors = load_file(str(folder / WEIGHTS))
+        except (SafetensorError, OSError) as error:
+            raise KvoptError(f"{folder}: the checkpoint is damaged: {error}; delete it to start over") from error
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(tensors[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -285,6 +286,30 @@ class _Poison(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
         return upstream * torch.nan
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0"), "is the disk full"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_last_one_stays(
+    task: Task, tmp_path: Path, error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = torch.save
+
+    def full(value: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        if "checkpoint-2" in str(file):
+            raise error
+        once(value, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(KvoptError, match=reason) as caught:
+        train_student(job(task, tmp_path, pool(task, "original"), steps=4, checkpoint_every=1))
+    assert "\n" not in str(caught.value)
+    assert module.last_checkpoint(tmp_path, "k") == tmp_path / "checkpoint-1"
 
 
 def test_a_learning_rate_out_of_this_world_diverges_with_a_message(task: Task, tmp_path: Path) -> None:
