@@ -52,6 +52,8 @@ def train_students(run: Run, only: Sequence[str] = ()) -> list[dict[str, Any]] |
         InputError: an unknown student or context, settings that do not fit. KvoptError: a student diverged.
     """
     configs = chosen(run, only)
+    if not configs:
+        raise InputError("the config has none", where="students", mend="kvopt config prints an example")
     launch = Launch(run.config.model.device)
     if launch.is_first:
         with run.opened():

@@ -171,6 +171,11 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path: Path, student: str, r
     assert "\n" not in str(result.exception)
 
 
+def test_a_config_without_students_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="students: the config has none"):
+        train(write(tmp_path, []), tmp_path / "out")
+
+
 def test_rows_that_are_too_long_are_dropped_under_every_context_and_counted(tmp_path: Path) -> None:
     from kvopt.train.pool import build_pool
 
