@@ -12,7 +12,7 @@ import torch
 from kvopt.contexts import KVContext
 from kvopt.errors import InputError
 from kvopt.files import write_json
-from kvopt.generate import stop_ids
+from kvopt.generate import generate, stop_ids
 from kvopt.train.evaluation.conditions import mutations_in_use
 from kvopt.train.evaluation.evaluate import Evaluation, evaluate_all
 from kvopt.train.evaluation.metrics.judge import Judge
@@ -332,3 +332,18 @@ def test_answers_may_be_drawn_and_are_then_a_function_of_the_seed(copied):
     assert drawn[0] == drawn[2]
     assert drawn[0] != drawn[1]
     assert drawn[0] != [row.get("answer") for row in greedy]
+
+
+def test_an_answer_stops_at_the_token_that_gold_outputs_end_with(copied):
+    config, out = copied
+    run = open_evaluated(config, out)
+    with run.opened():
+        row, prefix = run.rows("validation").rows[0], run.original.prefix(run.base)
+        whole = generate(run.base, prefix, [row.body], max_new_tokens=6, stop=frozenset())[0]
+        run.__dict__["answer_ends"] = frozenset({whole[3]})
+        evaluation = Evaluation(run, run.config.students)
+        evaluation = Evaluation(run, run.config.students, evaluation.conditions[:1])
+        evaluation.evaluate(subject(run, "base"))
+    first = answers_of(out, "base", "original")[0]
+    assert first["answer_tokens"] == whole.index(whole[3])
+    assert first["cut"] is False

@@ -10,11 +10,12 @@ import yaml
 
 from kvopt import cli
 from kvopt.config import load_config
-from kvopt.errors import InputError
+from kvopt.errors import InputError, KvoptError
 from kvopt.train.config import StudentConfig
 from kvopt.train.evaluation.conditions import held_out_mutations
 from kvopt.train.study.arms import study_arms, trained_students
-from kvopt.train.study.study import conduct
+from kvopt.train.study.document import Result
+from kvopt.train.study.study import Study, conduct
 from tests.jobs import artefacts, stages_in
 from tests.train.evaluated import open_evaluated, student, write_evaluated
 
@@ -25,7 +26,7 @@ def write_study(folder, change=None):
     def study(config):
         config["students"] = [student("plain", "original"), student("kv", "kv-8")]
         config["study"] = {"seeds": [0, 5], "curve": {"counts": [0, 1]}, "equal_seconds": ["kv"]}
-        config["evaluate"] |= {"templates": None, "frozen": None, "held_out_mutations": 1, "metrics": ["rouge-l"]}
+        config["evaluate"] |= {"templates": None, "frozen": None, "held_out_mutations": 6, "metrics": ["rouge-l"]}
         if change:
             change(config)
 
@@ -160,6 +161,37 @@ def test_arms_at_equal_steps_have_them_and_the_reference_is_not_compared_with_it
     compared = arm(document, "kv")["against_reference"]["original/gold_nll"]
     values = [arm(document, name)["values"]["original/gold_nll"]["seeds"] for name in ("kv", "plain")]
     assert compared["difference"]["seeds"] == [a - b for a, b in zip(*values, strict=True)]
+
+
+def test_no_arm_was_trained_on_what_is_held_out(finished):
+    _, out, document = finished
+    students = [run["student"] for row in document["arms"] for run in row["runs"]]
+    trained = set()
+    for name in students:
+        record = json.loads((out / "students" / name / "kvopt-student.json").read_text("utf-8"))
+        trained |= {context["name"] for context in record["contexts"]}
+    evaluation = json.loads((out / "students" / students[0] / "evaluation.json").read_text("utf-8"))
+    held_out = next(g["contexts"] for g in evaluation["groups"] if g["group"] == "held-out")
+    assert len(held_out) == 5  # of six mutations, the curve is trained on one
+    assert not trained & set(held_out)
+
+
+def test_an_arm_twice_as_fast_gets_twice_the_steps_and_keeps_them(finished, tmp_path):
+    config, out, _ = finished
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out" / "study-steps.json").unlink()
+    run = open_evaluated(config, tmp_path / "out")
+    with run.opened():
+        study = Study(run)
+        plain, kv, _, timed = study.arms
+
+        def result(of, seconds):
+            return Result(of, 0, {"name": of.name, "key": of.name, "steps": 10}, seconds, {}, 0.0, 0.0)
+
+        assert study._steps_in_time(timed, 0, {"plain": result(plain, 30.0), "kv": result(kv, 15.0)}) == 20
+        assert study._steps_in_time(timed, 0, {"plain": result(plain, 30.0), "kv": result(kv, 99.0)}) == 20
+        with pytest.raises(KvoptError, match="the ledger does not say how long kv took"):
+            study._steps_in_time(timed, 5, {"plain": result(plain, 30.0), "kv": result(kv, None)})
 
 
 def test_steps_at_equal_seconds_follow_from_the_pace_of_both_arms(finished):
