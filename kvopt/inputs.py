@@ -14,6 +14,7 @@ import yaml
 
 from kvopt.config import Config
 from kvopt.contexts import Context, NoContext, TextContext, load_context
+from kvopt.contexts.adapter import adapter_config, read_record
 from kvopt.dataset import Dataset, Example, load_dataset
 from kvopt.encoding import Encoded, Encoder
 from kvopt.errors import InputError
@@ -213,7 +214,11 @@ class Inputs:
                 if mutation.accepted and mutation.name == spec:
                     return [self.of_mutation(mutation)]
         if Path(spec).exists():
-            return [load_context(Path(spec), self.base)]
+            context = load_context(Path(spec), self.base)
+            if read_record(Path(spec)) is None:
+                named = adapter_config(Path(spec)).get("base_model_name_or_path")
+                self.say(f"warning: {spec} carries no hashes; whether its base, {named}, is this one cannot be checked")
+            return [context]
         if spec in known:
             raise InputError("is not learned yet", where=spec, mend="kvopt run or kvopt optimize learns it")
         raise InputError(

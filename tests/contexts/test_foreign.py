@@ -84,7 +84,8 @@ def test_it_is_scored_beside_our_own_contexts_and_gone_on_with(how: str, tmp_pat
     )  # fmt: skip
     board = run_job(config, tmp_path / "run")
     settings, base_dir = load_config(config)
-    with Run(settings, base_dir, tmp_path / "run", say=lambda line: None, bars=False).opened() as run:
+    said: list[str] = []
+    with Run(settings, base_dir, tmp_path / "run", say=said.append, bars=False).opened() as run:
         (theirs,) = run.named_context(str(adapter))
         (more,) = run.named_context("more")
         kl = {c.name: run.score(c, "selection").kl_forward.mean for c in (theirs, more)}
@@ -92,6 +93,7 @@ def test_it_is_scored_beside_our_own_contexts_and_gone_on_with(how: str, tmp_pat
         score = run.score(theirs).kl_forward.mean
     rows = {row["name"]: row["kl_forward"]["mean"] for row in board["contexts"]}
     assert rows["theirs"] == pytest.approx(score, rel=1e-6), "with steps: 0 it stands on the leaderboard as it is"
+    assert [line for line in said if "cannot be checked" in line and str(tiny_folder("llama")) in line]
     assert history[0]["held_out_kl"] == pytest.approx(kl["their-adapter"], rel=1e-4), "it starts as their adapter"
     assert history[-1]["train_kl"] < history[1]["train_kl"], "and learns"
     assert kl["more"] <= kl["their-adapter"]
