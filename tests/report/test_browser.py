@@ -80,6 +80,12 @@ def test_numbers_are_sorted_as_numbers_and_empty_cells_stay_last(opened: Any):
     assert names(opened)[-1] not in ("kv-16", "m001", "m002")
 
 
+def test_more_digits_are_a_larger_number(opened: Any):
+    opened.locator("table.ledger thead th", has_text="time").first.get_by_role("button").click()
+    stages = opened.locator("table.ledger tbody th").all_inner_texts()
+    assert stages[-3:] == ["mutations", "reference", "contexts/kv-16"]
+
+
 def test_sorting_by_one_column_takes_the_mark_from_the_other(opened: Any):
     opened.locator("#board thead th", has_text="tokens").get_by_role("button").click()
     opened.locator("#board thead th", has_text="top-1").get_by_role("button").click()

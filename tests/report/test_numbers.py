@@ -135,6 +135,12 @@ def test_a_slot_is_one_word_and_a_long_unchanged_stretch_is_cut():
     assert next(p.text for p in pieces if p.kind == "cut") == "992 unchanged words"
 
 
+def test_words_that_come_often_are_compared_too():
+    old = "- Read the text and say the label.\n" * 60
+    pieces = diff(old, old.replace("say", "write", 1))
+    assert [(p.kind, p.text) for p in pieces if p.kind in ("gone", "new")] == [("gone", "say"), ("new", "write")]
+
+
 def test_lineage_and_rejections_are_reported(run: Path):
     found = report_of([run])[0]["runs"][0]["mutations"]
     assert found["counts"] == {"accepted": 3, "slot-lost": 1, "unchanged": 1}
