@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_v
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from kvopt.train.evaluation.config import CheckConfig
+
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -136,6 +138,13 @@ LossConfig = Annotated[
 ]
 
 
+class OwnAnswersConfig(_Section):
+    """Gold outputs replaced by the base's own answers where these are right (S3FT)."""
+
+    accept: list[CheckConfig] = Field(min_length=1, description="checks that an answer must pass, all of them")
+    max_new_tokens: int = Field(128, ge=1, description="longer answers are not taken")
+
+
 class StudentConfig(_Section):
     """One student to train on contexts of the run."""
 
@@ -155,6 +164,9 @@ class StudentConfig(_Section):
         min_length=1,
         description="what it is trained under: original, none, best-mutations:K, random-mutations:K, text:FILE, a "
         "mutation, a learned context, a context folder; or {context: …, weight: …}",
+    )
+    own_answers: OwnAnswersConfig | None = Field(
+        None, description="train on the base's own answer where it is right; default: on gold outputs alone"
     )
     schedule: ScheduleConfig = Field(ExpandConfig(), description="which row meets which context when; default: expand")
     loss: LossConfig = Field(CrossEntropyConfig(), description="on gold tokens; default: ce")
@@ -201,6 +213,13 @@ class StudentConfig(_Section):
             raise ValueError("state-adaptive cannot tell how many steps so many tokens are; give steps or epochs")
         if self.tokens is not None and self.loss.kind == "on-policy":
             raise ValueError("on-policy cannot tell how many steps so many tokens are; give steps or epochs")
+        if self.own_answers is not None and getattr(self.loss, "anchor", None) == "original":
+            raise ValueError(
+                "own_answers and a loss that is anchored in the original cannot be combined: the stored "
+                "reference is that of the gold outputs; set loss.anchor: same"
+            )
+        if self.own_answers is not None and self.loss.kind == "on-policy":
+            raise ValueError("on-policy distillation uses no gold outputs; leave out own_answers")
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}")
         if self.half and self.method != "full":

@@ -67,10 +67,13 @@ class PoolContext:
 
 @dataclass(frozen=True)
 class Pool:
-    """The contexts of a student; ``dropped`` counts training rows that were left out because one made them too long."""
+    """The contexts of a student; ``dropped`` counts training rows that were left out because one made them too long,
+    ``own`` rows whose gold is the base's own answer.
+    """
 
     contexts: tuple[PoolContext, ...]
     dropped: int = 0
+    own: int = 0
 
     @property
     def rows(self) -> int:
