@@ -11,6 +11,8 @@ from kvopt.report.choice import on_selection, rivals
 from kvopt.report.reading import Board, Scores
 
 FEWEST = 3
+CHANCE = 0.05  # p-value above which a correlation is not told apart from chance
+ALIKE, SOME = 0.7, 0.3  # rank correlations from which on two orders are called alike, or partly so
 
 
 def rank_agreements(board: Board) -> list[dict[str, Any]]:
@@ -39,7 +41,23 @@ def _agreement(over: str, split: str, scored: Sequence[tuple[str, Scores]]) -> d
             found = {"spearman": spearmanr(kl, nll), "kendall": kendalltau(kl, nll)}
         for name, result in found.items():
             values |= {name: _finite(result.statistic), f"{name}_p": _finite(result.pvalue)}
-    return {"over": over, "split": split, "n": len(points), "points": points, **values}
+    words = in_words(values["spearman"], values["spearman_p"])
+    return {"over": over, "split": split, "n": len(points), "points": points, **values, "in_words": words}
+
+
+def in_words(rho: float | None, p: float | None) -> str:
+    """What a rank correlation means for choosing."""
+    if rho is None or p is None:
+        return "too few, or all equal, for a rank correlation"
+    if p > CHANCE:
+        return "not told apart from chance"
+    if rho >= ALIKE:
+        return "both rank them alike"
+    if rho >= SOME:
+        return "both rank them alike in part"
+    if rho > -SOME:
+        return "one order says little about the other"
+    return "they rank them in opposite order: the one with the lower loss tends to be further from the template"
 
 
 def _finite(value: float) -> float | None:

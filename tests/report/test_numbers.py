@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvopt.report import report_of
-from kvopt.report.agreement import rank_agreements
+from kvopt.report.agreement import in_words, rank_agreements
 from kvopt.report.changes import compare_runs, flatten
 from kvopt.report.choice import advice, number, pareto_front, rivals
 from kvopt.report.costs import build_costs
@@ -100,6 +100,21 @@ def test_rank_agreement_is_that_of_scipy_on_hand_made_ranks():
     assert chosen["spearman"] == pytest.approx(0.8)
     assert chosen["kendall"] == pytest.approx(4 / 6)
     assert reported["spearman"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("rho", "p", "words"),
+    [
+        (0.9, 0.001, "both rank them alike"),
+        (0.5, 0.001, "both rank them alike in part"),
+        (0.1, 0.04, "one order says little about the other"),
+        (-0.65, 0.001, "they rank them in opposite order"),
+        (0.9, 0.2, "not told apart from chance"),
+        (None, None, "too few, or all equal, for a rank correlation"),
+    ],
+)
+def test_rank_agreement_is_put_in_words(rho: float | None, p: float | None, words: str):
+    assert in_words(rho, p).split(":")[0] == words
 
 
 def test_rank_agreement_of_two_or_of_equals_is_not_defined():
