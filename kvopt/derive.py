@@ -20,6 +20,7 @@ from kvopt.model import Base
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kvopt.encoding import Row
     from kvopt.export.source import Source
     from kvopt.run import Run
 
@@ -111,7 +112,7 @@ def truncate(
         whole = _load(source, model)
         if not isinstance(whole, KVContext):
             raise _not_kv(source, "shortened: its slots were learned together")
-        rows = run.behind("train").rows[:64] if run else ()
+        rows = _matching_rows(run) if run else ()
         ways: list[Way] = list(WAYS) if by == "auto" else [by]  # type: ignore[list-item]
         tried = [(way, shortened(whole, tokens, way, model, rows, f"{name}-{way}")) for way in ways]
         measured = [_measured(run, candidate, "selection") for _, candidate in tried] if run and by == "auto" else []
@@ -147,6 +148,13 @@ def _task(
     settings, base_dir = load_config(config, sets)
     with Run(settings, base_dir, directory or Path("runs") / settings.name, say=say).opened() as run:
         yield run
+
+
+def _matching_rows(run: Run) -> tuple[Row, ...]:
+    """The rows that attention matching takes its queries from, as ``init: matched`` does."""
+    from kvopt.run import MATCHING_ROWS
+
+    return run.behind("train").rows[:MATCHING_ROWS]
 
 
 def _measured(run: Run | None, context: Learned, split: str = "validation") -> dict[str, Any]:
