@@ -5,9 +5,10 @@
       "kv_connector_extra_config": {"contexts": ["FOLDER"]}}'
 
 **Untested on a server.** Its packing and its rules are plain torch and tested on a CPU; the calls follow
-``KVConnectorBase_V1`` as read in vLLM's sources from 0.9 to 0.33. Paged layouts of one layer, B blocks of N slots, H
-heads of d: [2, B, N, H, d] (FlashAttention before the standard view), [B, 2, N, H, d] (FlashInfer, Triton), and
-[B, H, N, 2·d] with keys before values (the standard view of recent versions).
+``KVConnectorBase_V1`` as documented for vLLM 0.9, 0.10 and 0.11 and as read in later sources of its main branch
+(``kv_connector/v1/base.py`` at 003df296, ``example_connector.py`` at 00231834). Paged layouts of one layer, B blocks of
+N slots, H heads of d: [2, B, N, H, d] (FlashAttention of the documented versions), [B, 2, N, H, d] (FlashInfer,
+Triton), and [B, H, N, 2·d] with keys before values (the standard view of those later sources).
 
 A context of T slots is asked for by a prompt of token ids that begins with its T placeholder ids (``vllm.json``). They
 are drawn from the hash of the context's content, so vLLM's own prefix cache, which keys blocks by token ids, never
