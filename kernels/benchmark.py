@@ -19,12 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvopt.kernels.contenders import DEFAULT, Loss, NotHere, build
+from kvopt.kernels.contenders import DEFAULT, TABLE, Loss, NotHere, build
 from kvopt.kernels.memory import peak, reset_peak
 from kvopt.kernels.options import Head, KLOptions
 from kvopt.kernels.reference import linear_kl64
+from kvopt.kernels.table import PATH, write_table
 
 SHAPES_CPU = [(1024, 576, 49152)]
+TABLE_SHAPES_CPU = [(256, 576, 49152), (64, 2048, 128256)]
+TABLE_SHAPES_GPU = [(8192, d, v) for d in (576, 1024, 2048, 4096) for v in (49152, 262144)]
 SHAPES_GPU = [(8192, 4096, 128256), (8192, 640, 262144), (8192, 576, 49152)]
 NOISE = {"1e-6": 1.4e-3, "1e-3": 4.5e-2, "1e-1": 0.45}
 """Noise on hidden states of unit variance, with logits of standard deviation 1, that gives about this KL (½ noise²)."""
@@ -87,6 +90,17 @@ def run(
         draw(report, folder / "bench-kl.png")
     if show:
         print(markdown(report), file=sys.stderr)
+    return report
+
+
+def run_table(out: Path | str | None = None, repeats: int = 5, path: Path = PATH) -> dict[str, Any]:
+    """Measures this device's backends and writes its entry of the table in ``path``; returns the benchmark's report."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.type == "cuda"
+    report = run(TABLE_SHAPES_GPU if on_gpu else TABLE_SHAPES_CPU, TABLE, out, repeats)
+    kind = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+    choices = write_table(report, kind, path)
+    print(f"{path}: {kind}: {json.dumps(choices)}", file=sys.stderr)
     return report
 
 

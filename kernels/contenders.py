@@ -16,6 +16,7 @@ from torch.nn.functional import kl_div, linear, log_softmax
 from kvopt.kernels.linear_kl import linear_kl
 from kvopt.kernels.options import Head, KLOptions
 from kvopt.kernels.stored import moments_of
+from kvopt.kernels.table import USES
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -33,7 +34,7 @@ def build(name: str, device: torch.device) -> Loss:
 
 def _ours(options: KLOptions) -> Callable[[torch.device], Loss]:
     def builder(device: torch.device) -> Loss:
-        if options.backend == "triton" and (device.type != "cuda" or find_spec("triton") is None):
+        if options.backend.startswith("triton") and (device.type != "cuda" or find_spec("triton") is None):
             raise NotHere("needs a GPU and the triton package")
 
         def loss(h: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
@@ -110,10 +111,9 @@ def _fla(device: torch.device) -> Loss:
 BUILDERS: dict[str, Callable[[torch.device], Loss]] = {
     "kvopt": _ours(KLOptions()),
     "kvopt float32 products": _ours(KLOptions(products="float32")),
-    "kvopt compiled rows": _ours(KLOptions(rows="compiled")),
     "kvopt direct": _ours(KLOptions(form="direct")),
     "kvopt moments, stored": _our_moments,
-    "kvopt triton": _ours(KLOptions(backend="triton")),
+    **{f"kvopt: {use}": _ours(options) for use, options in USES.items()},
     "torch float32": _plain_float32,
     "torch": lambda device: _plain,
     "torch compiled": _compiled_plain,
@@ -121,4 +121,7 @@ BUILDERS: dict[str, Callable[[torch.device], Loss]] = {
     "TRL chunked divergence": _trl,
     "fla fused KL": _fla,
 }
-DEFAULT = [name for name in BUILDERS if name != "kvopt compiled rows"]
+TABLE = [f"kvopt: {use}" for use in USES]
+"""Contenders that the table chooses from."""
+
+DEFAULT = [name for name in BUILDERS if name not in ("kvopt: torch", "kvopt: torch compiled rows")]

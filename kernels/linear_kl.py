@@ -169,7 +169,7 @@ class _Divergence(torch.autograd.Function):
             return _scaled(gradient, upstream, ctx.dtype), None, None, None, None
         candidate, reference = ctx.saved_tensors
         head = ctx.plan.head
-        by_hidden, by_weight, by_bias = torch_backend.all_gradients(ctx.plan, candidate, reference, upstream)
+        by_hidden, by_weight, by_bias = _backend(ctx.plan).all_gradients(ctx.plan, candidate, reference, upstream)
         return (
             by_hidden.to(ctx.dtype) if ctx.needs_input_grad[0] else None,
             by_weight.to(head.weight.dtype) if ctx.needs_input_grad[1] else None,

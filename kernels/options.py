@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 FORMS = ("auto", "direct", "difference", "moments")
-BACKENDS = ("auto", "reference", "torch", "triton")
+BACKENDS = ("auto", "reference", "torch", "triton", "triton-rows", "triton-store-free")
 ROWS = ("auto", "eager", "compiled")
 PRODUCTS = ("auto", "float32")
 REDUCTIONS = ("mean", "sum")
@@ -120,12 +120,13 @@ class KLOptions:
             β = 0 or 1 mean the two KLs): use divergence="forward" or "reverse" for those.
         form: "direct" (both logits in float32), "difference" (shared head; exact near KL 0), "moments" (forward KL,
             frozen head, stored or computed mean of W under p), or "auto"; the result says which was used.
-        backend: "reference" (float64, slow), "torch" (any device), "triton" (CUDA, ROCm), or "auto".
+        backend: "reference" (float64, slow), "torch" (any device), "triton" (CUDA, ROCm; one of its two kernels alone:
+            "triton-rows", "triton-store-free"), or "auto": what the table of measured times says (table.py).
         temperature: T > 0. No T² factor is folded in.
         chunk_bytes: budget for the logit-sized buffers of one chunk, ≥ 1 MiB; None picks 96 MiB on a CPU, and on a GPU
             512 MiB with never fewer than 1,024 rows.
         rows: row-wise work of the torch backend: "eager" (on a CPU blocked and in place), "compiled" (torch.compile;
-            falls back to eager for good, with a warning, where compiling fails), "auto" (eager; it was the faster one).
+            falls back to eager for good, with a warning, where compiling fails), "auto" (as the table says).
         products: "float32" computes every product in float32. "auto" uses 16-bit products where they keep the
             precision contract and are faster: the difference form, 16-bit inputs, on hardware that has them.
         reduction: how ``result.loss`` reduces: "mean" (Σ w·kl / Σ w over unmasked tokens) or "sum".

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvopt.kernels.options import Head, KernelInputError, KLOptions, UnsupportedError
+from kvopt.kernels.table import best_use, device_kind
 
 CPU_CHUNK_BYTES = 96 * 2**20
 GPU_CHUNK_BYTES = 512 * 2**20
@@ -29,6 +30,7 @@ class Plan:
             products cannot return float32; the likeliest tokens are then refined (refine.py).
         product: dtype of the operands of the difference and gradient products; 16-bit only in the difference form.
         rows_per_chunk: tokens whose logits exist at the same time.
+        store_free: whether Triton's store-free kernels serve it (triton backend only).
     """
 
     form: str
@@ -40,6 +42,7 @@ class Plan:
     options: KLOptions
     head: Head
     reference_head: Head
+    store_free: bool = False
 
     @property
     def rounded(self) -> bool:
@@ -51,7 +54,7 @@ class Plan:
         """The same with every product in ``accumulate``, in chunks that fit the same budget."""
         device = self.head.weight.device
         rows = rows_per_chunk(device, self.head.size, self.accumulate, self.accumulate, self.options)
-        return replace(self, logits=self.accumulate, product=self.accumulate, rows_per_chunk=rows)
+        return replace(self, logits=self.accumulate, product=self.accumulate, rows_per_chunk=rows, store_free=False)
 
 
 def make_plan(
@@ -83,10 +86,14 @@ def make_plan(
     tensors = [candidate_hidden, head.weight, reference_head.weight, reference]
     accumulate = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     product = _product_dtype(candidate_hidden, head, form, accumulate, options)
-    backend = choose_backend(candidate_hidden, head, accumulate, options)
+    use = _table_use(candidate_hidden, head, options)
+    backend = _choose_backend(candidate_hidden, accumulate, options, use)
+    store_free = backend == "triton" and _choose_store_free(head, form, product, options, use)
+    if options.rows == "auto":
+        options = replace(options, rows="compiled" if use == "torch compiled rows" else "eager")
     logits = product if candidate_hidden.device.type == "cpu" else accumulate
     rows = rows_per_chunk(candidate_hidden.device, head.size, logits, product, options)
-    return Plan(form, backend, accumulate, logits, product, rows, options, head, reference_head)
+    return Plan(form, backend, accumulate, logits, product, rows, options, head, reference_head, store_free)
 
 
 def _check_hidden(hidden: Tensor, head: Head, name: str, head_name: str) -> None:
@@ -117,27 +124,50 @@ def choose_form(head: Head, reference_head: Head, options: KLOptions) -> str:
     return options.form
 
 
-def choose_backend(hidden: Tensor, head: Head, accumulate: torch.dtype, options: KLOptions) -> str:
-    """Triton on a GPU where it is installed and serves the case; torch everywhere else; reference only on request."""
-    problem = _triton_problem(hidden, head, accumulate)
-    if options.backend == "triton" and problem:
-        raise UnsupportedError(f'backend="triton" {problem}; use backend="torch"')
+def _table_use(hidden: Tensor, head: Head, options: KLOptions) -> str:
+    """What the table says; where Triton is interpreted, on the CPU, it stands for a GPU."""
+    kind = device_kind(hidden.device)
+    if kind == "cpu" and options.backend.startswith("triton"):
+        kind = "cuda"
+    return best_use(kind, hidden.shape[1], head.size)
+
+
+def _choose_backend(hidden: Tensor, accumulate: torch.dtype, options: KLOptions, use: str) -> str:
+    """What is asked for, else what the table says, if it is installed and serves the case; else torch."""
+    problem = _triton_problem(hidden, accumulate)
+    if options.backend.startswith("triton"):
+        if problem:
+            raise UnsupportedError(f'backend="{options.backend}" {problem}; use backend="torch"')
+        return "triton"
     if options.backend != "auto":
         return options.backend
-    return "torch" if problem else "triton"
+    return "triton" if use.startswith("triton") and not problem else "torch"
 
 
-def _triton_problem(hidden: Tensor, head: Head, accumulate: torch.dtype) -> str | None:
+def _choose_store_free(head: Head, form: str, product: torch.dtype, options: KLOptions, use: str) -> bool:
+    possible = (
+        form == "difference"
+        and head.softcap is None
+        and options.divergence == "forward"
+        and (product in (torch.bfloat16, torch.float16) or os.environ.get("TRITON_INTERPRET") == "1")
+    )
+    if options.backend == "triton-store-free" and not possible:
+        raise UnsupportedError(
+            'backend="triton-store-free" computes forward KL by difference, without a softcap, from 16-bit inputs;'
+            ' use backend="triton-rows"'
+        )
+    return possible and (
+        options.backend == "triton-store-free" or (options.backend != "triton-rows" and use == "triton store-free")
+    )
+
+
+def _triton_problem(hidden: Tensor, accumulate: torch.dtype) -> str | None:
     if hidden.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"needs a CUDA or ROCm device, and the hidden states are on {hidden.device}"
     if hidden.device.type != "cuda" and hidden.dtype == torch.bfloat16:
         return "is interpreted, and Triton's interpreter computes bfloat16 products wrongly"
     if find_spec("triton") is None:
         return "needs the triton package, which is not installed"
-    if head.softcap is not None:
-        return "does not compute a softcap"
-    if head.trained:
-        return "does not compute gradients of the head"
     if accumulate == torch.float64:
         return "does not compute in float64"
     return None

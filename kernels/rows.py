@@ -110,7 +110,7 @@ _compiled: dict[str, Any] = {}
 def row_function(rows: str) -> RowFunction:
     """The row-wise function for ``KLOptions.rows``; "compiled" falls back to eager for good when compiling fails.
 
-    "auto" is eager: on a CPU the blocked eager passes were measured faster than the compiled ones (see RESULTS.md).
+    "auto" is eager; a plan has replaced it by what the table says.
     """
     return _compiled_rows if rows == "compiled" and "failed" not in _compiled else divergence_rows
 

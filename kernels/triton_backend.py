@@ -7,21 +7,19 @@ statistics kernel over shares of the vocabulary, then a kernel that writes the g
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
+from kvopt.kernels.options import Head
 from kvopt.kernels.plan import Plan
 from kvopt.kernels.products import gradient_product, logits_product
 from kvopt.kernels.triton_kernels import gradient_kernel, rows_kernel, statistics_kernel
 
 KIND = {"forward": 0, "reverse": 1, "jsd": 2}
-
-STORE_FREE_MAX_FEATURES = 1024
-"""Up to this D the store-free kernels are chosen; computed from traffic and products on an H200, not yet measured."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +52,6 @@ ROW_BLOCK = 1024
 ROW_WARPS = 8
 
 
-def interpreted() -> bool:
-    """Whether Triton interprets its kernels, on CPU tensors (``TRITON_INTERPRET=1``)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def is_store_free(plan: Plan, features: int) -> bool:
-    """Whether the store-free kernels serve this plan: forward KL, difference form, 16-bit inputs, small D."""
-    return (
-        plan.form == "difference"
-        and plan.options.divergence == "forward"
-        and features <= STORE_FREE_MAX_FEATURES
-        and (plan.product in (torch.bfloat16, torch.float16) or interpreted())
-    )
-
-
 def value_and_hidden_gradient(
     plan: Plan, candidate: Tensor, reference: Tensor, want_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -78,12 +61,42 @@ def value_and_hidden_gradient(
     gradient = torch.empty(candidate.shape, dtype=torch.float32, device=candidate.device) if want_gradient else None
     if count == 0:
         return value, gradient
-    work = _store_free if is_store_free(plan, candidate.shape[1]) else _row_chunks
-    work(plan, candidate, reference, value, gradient)
+    if plan.store_free:
+        _store_free(plan, candidate, reference, value, gradient)
+        return value, gradient
+    for part, by_product, rescale in _row_chunks(plan, candidate, reference, value, want_gradient):
+        if gradient is not None:
+            product = gradient_product(by_product, plan.head.rows)
+            gradient[part] = product * (rescale * (plan.head.scale / plan.options.temperature))
     return value, gradient
 
 
-def _row_chunks(plan: Plan, candidate: Tensor, reference: Tensor, value: Tensor, gradient: Tensor | None) -> None:
+def all_gradients(
+    plan: Plan, candidate: Tensor, reference: Tensor, upstream: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As ``torch_backend.all_gradients``: by hidden states, weight and bias, all float32, with the fused row kernel."""
+    plan = plan.precise
+    head, device = plan.head, candidate.device
+    value = torch.empty(len(candidate), dtype=torch.float32, device=device)
+    by_hidden = torch.zeros(candidate.shape, dtype=torch.float32, device=device)
+    by_weight = torch.zeros(head.weight.shape, dtype=torch.float32, device=device)
+    by_bias = None if head.bias is None else torch.zeros_like(head.bias, dtype=torch.float32)
+    weights = upstream.float()[:, None] * (head.scale / plan.options.temperature)
+    for part, by_product, _ in _row_chunks(plan, candidate, reference, value, True):
+        by_product.mul_(weights[part])
+        by_hidden[part] = gradient_product(by_product, head.rows)
+        by_weight[: head.size].addmm_(by_product.T, candidate[part].float())
+        if by_bias is not None:
+            by_bias[: head.size] += by_product.sum(0)
+    return by_hidden, by_weight, by_bias
+
+
+def _row_chunks(
+    plan: Plan, candidate: Tensor, reference: Tensor, value: Tensor, want_gradient: bool
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Fills ``value`` chunk by chunk; yields (tokens, gradient by raw products [R, V] / rescale, rescale [R, 1])."""
+    if len(candidate) == 0:
+        return
     head, teacher, options = plan.head, plan.reference_head, plan.options
     rows, vocabulary, device = min(plan.rows_per_chunk, len(candidate)), head.size, candidate.device
     x_t = torch.empty(rows, vocabulary, dtype=torch.float32, device=device)
@@ -91,6 +104,8 @@ def _row_chunks(plan: Plan, candidate: Tensor, reference: Tensor, value: Tensor,
     room = x_s if plan.product == torch.float32 else torch.empty_like(x_s, dtype=plan.product)
     rescale = torch.ones(rows, dtype=torch.float32, device=device)
     unused = rescale
+    scale_t, cap_t = _scale_and_cap(teacher, options.temperature)
+    scale_s, cap_s = _scale_and_cap(head, options.temperature)
     for start in range(0, len(candidate), rows):
         part = slice(start, start + rows)
         h_s, h_t = candidate[part], reference[part]
@@ -102,15 +117,20 @@ def _row_chunks(plan: Plan, candidate: Tensor, reference: Tensor, value: Tensor,
         rows_kernel[(n,)](
             x_t, x_s, room, value[part], rescale,
             unused if teacher.offsets is None else teacher.offsets, unused if head.offsets is None else head.offsets,
-            teacher.scale / options.temperature, head.scale / options.temperature, options.beta,
-            vocabulary, vocabulary, vocabulary,
+            scale_t, scale_s, cap_t, cap_s, options.beta, vocabulary, vocabulary, vocabulary,
             DIFFERENCE=plan.form == "difference", BIAS_T=teacher.offsets is not None, BIAS_S=head.offsets is not None,
-            KIND=KIND[options.divergence], GRADIENT=gradient is not None, RESCALE=plan.product == torch.float16,
+            CAP_T=teacher.softcap is not None, CAP_S=head.softcap is not None,
+            KIND=KIND[options.divergence], GRADIENT=want_gradient, RESCALE=plan.product == torch.float16,
             BLOCK=ROW_BLOCK, num_warps=ROW_WARPS,
         )  # fmt: skip
-        if gradient is not None:
-            product = gradient_product(room[:n], head.rows)
-            gradient[part] = product * (rescale[:n, None] * (head.scale / options.temperature))
+        yield part, room[:n], rescale[:n, None]
+
+
+def _scale_and_cap(head: Head, temperature: float) -> tuple[float, float]:
+    """The factors before and after a softcap's tanh; without one, the factor on raw products, and 1."""
+    if head.softcap is None:
+        return head.scale / temperature, 1.0
+    return head.scale / head.softcap, head.softcap / temperature
 
 
 def _store_free(plan: Plan, candidate: Tensor, reference: Tensor, value: Tensor, gradient: Tensor | None) -> None:

@@ -39,23 +39,64 @@ def moved_mass(log_p, p, d):
 
 
 @triton.jit
+def tanh_and_slope(x):
+    """tanh x and its derivative 1 − tanh² x, both to a relative 1e-6 for every x."""
+    y = -2.0 * tl.abs(x)
+    e = tl.exp(y)
+    t = tl.where(y > -0.5, -(y + phi(y)), 1.0 - e) / (1.0 + e)
+    return tl.where(x < 0.0, -t, t), 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
 def load_logits(
-    x_t_row, x_s_row, bias_t, bias_s, scale_t, scale_s, cols, valid,
-    DIFFERENCE: tl.constexpr, BIAS_T: tl.constexpr, BIAS_S: tl.constexpr,
+    x_t_row, x_s_row, bias_t, bias_s, scale_t, scale_s, cap_t, cap_s, cols, valid,
+    DIFFERENCE: tl.constexpr, BIAS_T: tl.constexpr, BIAS_S: tl.constexpr, CAP_T: tl.constexpr, CAP_S: tl.constexpr,
 ):  # fmt: skip
-    """Final z_t (−inf where not valid) and u (0 there) from raw head products; scales include 1 / temperature."""
+    """Final z_t (−inf where not valid), u (0 there) and the softcap's slope at z_s, from raw head products.
+
+    Scales include 1 / temperature; with a cap they are scale / softcap, and the cap is softcap / temperature. The
+    difference survives a cap by tanh a − tanh b = tanh(a − b) (1 − tanh a tanh b).
+    """
     z_t = tl.load(x_t_row + cols, mask=valid, other=0.0).to(tl.float32)
     u = tl.load(x_s_row + cols, mask=valid, other=0.0).to(tl.float32)
+    slope = tl.full(u.shape, 1.0, tl.float32)
     if BIAS_T:
         z_t += tl.load(bias_t + cols, mask=valid, other=0.0).to(tl.float32)
     z_t *= scale_t
-    if not DIFFERENCE:
+    if DIFFERENCE:
+        u *= scale_s
+        if CAP_S:
+            tanh_s, slope = tanh_and_slope(z_t + u)
+            tanh_t, _ = tanh_and_slope(z_t)
+            tanh_u, _ = tanh_and_slope(u)
+            z_t, u = cap_s * tanh_t, cap_s * tanh_u * (1.0 - tanh_t * tanh_s)
+    else:
         if BIAS_S:
             u += tl.load(bias_s + cols, mask=valid, other=0.0).to(tl.float32)
-        u = u * scale_s - z_t
-    else:
         u *= scale_s
-    return tl.where(valid, z_t, float("-inf")), tl.where(valid, u, 0.0)
+        if CAP_S:
+            tanh_s, slope = tanh_and_slope(u)
+            u = cap_s * tanh_s
+        if CAP_T:
+            tanh_t, _ = tanh_and_slope(z_t)
+            z_t = cap_t * tanh_t
+        u -= z_t
+    return tl.where(valid, z_t, float("-inf")), tl.where(valid, u, 0.0), slope
+
+
+@triton.jit
+def load_ratios(
+    x_t_row, x_s_row, bias_t, bias_s, scale_t, scale_s, cap_t, cap_s, lse, shift, cols, valid,
+    DIFFERENCE: tl.constexpr, BIAS_T: tl.constexpr, BIAS_S: tl.constexpr, CAP_T: tl.constexpr, CAP_S: tl.constexpr,
+):  # fmt: skip
+    """p, q − p, d = log q − log p and the softcap's slope, once log Σ e^z_t and shift = ū + c are known."""
+    z, u, slope = load_logits(
+        x_t_row, x_s_row, bias_t, bias_s, scale_t, scale_s, cap_t, cap_s, cols, valid, DIFFERENCE, BIAS_T, BIAS_S,
+        CAP_T, CAP_S,
+    )  # fmt: skip
+    log_p, d = z - lse, u - shift
+    p = tl.exp(log_p)
+    return p, moved_mass(log_p, p, d), d, slope
 
 
 @triton.jit
@@ -68,13 +109,14 @@ def jsd_terms(d, beta):
 
 @triton.jit
 def rows_kernel(
-    x_t, x_s, out, value, rescale, bias_t, bias_s, scale_t, scale_s, beta, vocabulary, stride, out_stride,
-    DIFFERENCE: tl.constexpr, BIAS_T: tl.constexpr, BIAS_S: tl.constexpr, KIND: tl.constexpr,
-    GRADIENT: tl.constexpr, RESCALE: tl.constexpr, BLOCK: tl.constexpr,
+    x_t, x_s, out, value, rescale, bias_t, bias_s, scale_t, scale_s, cap_t, cap_s, beta, vocabulary, stride, out_stride,
+    DIFFERENCE: tl.constexpr, BIAS_T: tl.constexpr, BIAS_S: tl.constexpr, CAP_T: tl.constexpr, CAP_S: tl.constexpr,
+    KIND: tl.constexpr, GRADIENT: tl.constexpr, RESCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row of raw products x_t, x_s [R, V]: value [R] and, over x_s or elsewhere, dL/dz_s [R, V].
+    """One program per row of raw products x_t, x_s [R, V]: value [R] and, over x_s or elsewhere, its gradient [R, V].
 
-    KIND 0 forward, 1 reverse, 2 JSD. With RESCALE the gradient row is multiplied by 1 / rescale[row] (float16 range).
+    The gradient is dL/dz_s times the softcap's slope; the factor scale / temperature is left to the caller. KIND 0
+    forward, 1 reverse, 2 JSD. With RESCALE the gradient row is multiplied by 1 / rescale[row] (float16 range).
     """
     row = tl.program_id(0).to(tl.int64)
     x_t_row, x_s_row, out_row = x_t + row * stride, x_s + row * stride, out + row * out_stride
@@ -84,9 +126,10 @@ def rows_kernel(
     first = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocabulary, BLOCK):
         cols = start + lanes
-        z, u = load_logits(
-            x_t_row, x_s_row, bias_t, bias_s, scale_t, scale_s, cols, cols < vocabulary, DIFFERENCE, BIAS_T, BIAS_S
-        )
+        z, u, _ = load_logits(
+            x_t_row, x_s_row, bias_t, bias_s, scale_t, scale_s, cap_t, cap_s, cols, cols < vocabulary,
+            DIFFERENCE, BIAS_T, BIAS_S, CAP_T, CAP_S,
+        )  # fmt: skip
         new_top = tl.maximum(top, z)
         decay, e = tl.exp(top - new_top), tl.exp(z - new_top)
         mass, first, top = mass * decay + e, first * decay + e * u, new_top
@@ -99,7 +142,10 @@ def rows_kernel(
     for start in range(0, vocabulary, BLOCK):
         cols = start + lanes
         valid = cols < vocabulary
-        z, u = load_logits(x_t_row, x_s_row, bias_t, bias_s, scale_t, scale_s, cols, valid, DIFFERENCE, BIAS_T, BIAS_S)
+        z, u, _ = load_logits(
+            x_t_row, x_s_row, bias_t, bias_s, scale_t, scale_s, cap_t, cap_s, cols, valid,
+            DIFFERENCE, BIAS_T, BIAS_S, CAP_T, CAP_S,
+        )  # fmt: skip
         log_p, v = z - lse, u - mean
         p = tl.exp(log_p)
         far = tl.exp(tl.minimum(log_p + v, MAX_EXPONENT)) - p * (1.0 + v)
@@ -114,12 +160,11 @@ def rows_kernel(
         for start in range(0, vocabulary, BLOCK):
             cols = start + lanes
             valid = cols < vocabulary
-            z, u = load_logits(
-                x_t_row, x_s_row, bias_t, bias_s, scale_t, scale_s, cols, valid, DIFFERENCE, BIAS_T, BIAS_S
-            )
-            log_p, d = z - lse, u - shift
-            p = tl.exp(log_p)
-            q = p + moved_mass(log_p, p, d)
+            p, moved, d, _ = load_ratios(
+                x_t_row, x_s_row, bias_t, bias_s, scale_t, scale_s, cap_t, cap_s, lse, shift, cols, valid,
+                DIFFERENCE, BIAS_T, BIAS_S, CAP_T, CAP_S,
+            )  # fmt: skip
+            q = p + moved
             if KIND == 1:
                 sum_q += tl.where(valid, q * d, 0.0)
             else:
@@ -141,18 +186,17 @@ def rows_kernel(
         for start in range(0, vocabulary, BLOCK):
             cols = start + lanes
             valid = cols < vocabulary
-            z, u = load_logits(
-                x_t_row, x_s_row, bias_t, bias_s, scale_t, scale_s, cols, valid, DIFFERENCE, BIAS_T, BIAS_S
-            )
-            log_p, d = z - lse, u - shift
-            p = tl.exp(log_p)
-            g = moved_mass(log_p, p, d)
+            p, moved, d, slope = load_ratios(
+                x_t_row, x_s_row, bias_t, bias_s, scale_t, scale_s, cap_t, cap_s, lse, shift, cols, valid,
+                DIFFERENCE, BIAS_T, BIAS_S, CAP_T, CAP_S,
+            )  # fmt: skip
+            g = moved
             if KIND == 1:
-                g = (p + g) * (d - center)
+                g = (p + moved) * (d - center)
             if KIND == 2:
                 s, a = jsd_terms(d, beta)
-                g = (1.0 - beta) * (p + g) * (a - center)
-            tl.store(out_row + cols, (g * factor).to(out.dtype.element_ty), mask=valid)
+                g = (1.0 - beta) * (p + moved) * (a - center)
+            tl.store(out_row + cols, (g * slope * factor).to(out.dtype.element_ty), mask=valid)
 
 
 @triton.jit

@@ -118,7 +118,7 @@ def test_wheel_holds_one_package_and_works_from_its_own_folder(tmp_path: Path) -
         path.relative_to(ROOT)
         for room in ("kernels", "train", "configs")
         for path in (ROOT / room).rglob("*")
-        if path.suffix in (".py", ".yaml") and f"kvopt/{path.relative_to(ROOT).as_posix()}" not in names
+        if path.suffix in (".py", ".yaml", ".json") and f"kvopt/{path.relative_to(ROOT).as_posix()}" not in names
     ]
     assert not missing
     install = [*run, "pip", "install", "--no-deps", "--quiet", "--target", str(site), str(wheel)]

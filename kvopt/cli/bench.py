@@ -21,17 +21,24 @@ def bench_kl(
     real: Annotated[
         bool, typer.Option("--real", help="On hidden states of the built-in model instead of random ones.")
     ] = False,
+    write_table: Annotated[
+        bool,
+        typer.Option("--write-table", help="Measure the backends alone and write the table that picks among them."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """The divergence op against plain torch and other libraries: time, memory, and error by size of the KL."""
-    from kvopt.kernels.benchmark import Inputs
+    from kvopt.kernels.benchmark import Inputs, run_table
     from kvopt.kernels.benchmark import run as run_kl
     from kvopt.kernels.memory_curve import run_memory
 
-    if memory and real:
-        raise InputError("measure different things", where="--memory and --real", mend="give one of them")
+    if memory + real + write_table > 1:
+        given = [name for name, on in (("--memory", memory), ("--real", real), ("--write-table", write_table)) if on]
+        raise InputError("measure different things", where=" and ".join(given), mend="give one of them")
     if memory:
         result = run_memory(out=out)
+    elif write_table:
+        result = run_table(out=out)
     elif real:
         from kvopt.real_states import real_states
 

@@ -1,5 +1,7 @@
 import importlib.util
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -40,6 +42,29 @@ def test_given_hidden_states_are_measured_as_they_are():
     expected = linear_kl64(p.candidate[:64], p.reference[:64], p.head, p.head, KLOptions()).mean()
     assert entry["results"]["kvopt"]["errors"]["near"]["kl"] == pytest.approx(float(expected), rel=1e-6)
     assert entry["results"]["kvopt"]["errors"]["far"]["gradient"] < 1e-2
+
+
+def test_flash_linear_attention_is_a_contender_where_it_is_installed(monkeypatch):
+    """Its place is taken by a stand-in with the same signature: it needs a GPU, and is no dependency."""
+    asked = []
+
+    class FusedKLDivLoss:
+        def __call__(self, x, target_x, weight, target_weight):
+            asked.append((x.shape, weight is target_weight))
+            return (x - target_x).square().sum()
+
+    stand_in = types.ModuleType("fla.modules.fused_kl_div")
+    stand_in.FusedKLDivLoss = FusedKLDivLoss
+    for name in ("fla", "fla.modules"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "fla.modules.fused_kl_div", stand_in)
+    monkeypatch.setattr(contenders, "find_spec", lambda name: name == "fla")
+    with pytest.raises(contenders.NotHere, match="GPU and flash-linear-attention"):
+        contenders.build("fla fused KL", torch.device("cpu"))
+    p = problem(0.1, torch.float32, n=3, v=50)
+    loss = contenders.build("fla fused KL", torch.device("cuda"))(p.candidate, p.reference, p.head.weight)
+    assert loss > 0
+    assert asked == [((3, 96), True)]
 
 
 def test_chunks_fit_the_budget_whatever_the_number_of_tokens():

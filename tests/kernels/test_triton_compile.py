@@ -31,7 +31,7 @@ POINTERS = {
     "factor": "fp32", "out": "A", "x_t": "fp32", "x_s": "fp32", "value": "fp32", "rescale": "fp32", "bias_t": "A",
     "bias_s": "A",
 }  # fmt: skip
-FLOATS = {"scale_t", "scale_s", "beta"}
+FLOATS = {"scale_t", "scale_s", "cap_t", "cap_s", "beta"}
 STRIDES = {"h_stride", "w_stride", "out_stride", "stride", "features", "per_split"}
 
 
@@ -95,12 +95,13 @@ def test_store_free_kernels_use_matrix_units_and_do_not_spill(name, kernel, dtyp
 
 
 @pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("capped", [False, True])
 @pytest.mark.parametrize(("dtype", "kind", "difference"), [("bf16", 0, True), ("fp16", 2, True), ("fp32", 1, False)])
 @pytest.mark.parametrize("aligned", [True, False])
-def test_row_kernel_does_not_spill(name, dtype, kind, difference, aligned):
+def test_row_kernel_does_not_spill(name, dtype, kind, difference, aligned, capped):
     constants = {
-        "DIFFERENCE": difference, "BIAS_T": not difference, "BIAS_S": not difference, "KIND": kind, "GRADIENT": True,
-        "RESCALE": dtype == "fp16", "BLOCK": triton_backend.ROW_BLOCK,
+        "DIFFERENCE": difference, "BIAS_T": not difference, "BIAS_S": not difference, "CAP_T": capped,
+        "CAP_S": capped, "KIND": kind, "GRADIENT": True, "RESCALE": dtype == "fp16", "BLOCK": triton_backend.ROW_BLOCK,
     }  # fmt: skip
     binary = compiled(
         triton_kernels.rows_kernel, dtype, aligned, TARGETS[name][0], constants, triton_backend.ROW_WARPS, 3

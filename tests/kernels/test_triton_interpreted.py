@@ -33,12 +33,9 @@ def problem(distance, dtype, **sizes):
     return cases.problem(distance, dtype, **{**SIZES, **sizes})
 
 
-@pytest.fixture(params=["store-free", "rows"])
-def kernel(request, monkeypatch):
-    from kvopt.kernels import triton_backend
-
-    if request.param == "rows":
-        monkeypatch.setattr(triton_backend, "STORE_FREE_MAX_FEATURES", 0)
+@pytest.fixture(params=["triton-store-free", "triton-rows"])
+def kernel(request):
+    """The name of a backend."""
     return request.param
 
 
@@ -49,7 +46,7 @@ def test_forward_kl_from_tiny_to_large(kernel, dtype, distance):
     from kvopt.kernels import triton_backend
 
     p = problem(distance, dtype)
-    plan = replace(make_plan(p.candidate, p.reference, p.head, p.head, KLOptions()), product=dtype)
+    plan = replace(make_plan(p.candidate, p.reference, p.head, p.head, KLOptions(backend=kernel)), product=dtype)
     value, gradient = triton_backend.value_and_hidden_gradient(plan, p.candidate, p.reference, True)
     expected = p.candidate.double().requires_grad_()
     kl64 = linear_kl64(expected, p.reference, p.head, p.head, KLOptions())
@@ -71,7 +68,7 @@ def test_other_divergences_from_tiny_to_large(divergence, distance):
 def test_bias_scale_temperature_and_chunks(kernel):
     p = problem(0.05, torch.float32, n=131, v=1103, d=40)
     head = Head(p.head.weight, bias=torch.randn(1103), scale=0.7, vocab=1101)
-    e = errors(p._replace(head=head), KLOptions(backend="triton", temperature=1.3, chunk_bytes=2**20))
+    e = errors(p._replace(head=head), KLOptions(backend=kernel, temperature=1.3, chunk_bytes=2**20))
     assert e.kl <= 1e-4
     assert e.gradient <= 1e-4
 
@@ -90,7 +87,7 @@ def test_equal_hidden_states_one_token_and_no_token(kernel):
     for n in (0, 1, 5):
         p = problem(0.0, torch.float32, n=n)
         candidate = p.candidate.clone().requires_grad_()
-        out = linear_kl(candidate, p.reference, p.head, options=KLOptions(backend="triton"))
+        out = linear_kl(candidate, p.reference, p.head, options=KLOptions(backend=kernel))
         out.loss.backward()
         assert out.backend == "triton"
         assert out.kl.abs().sum() == 0
@@ -111,7 +108,7 @@ def test_shifted_logits_of_up_to_200_change_nothing():
 def test_large_divergences_saturate_instead_of_overflowing(kernel):
     p = problem(0.0, torch.float32, n=8)
     candidate = (-60 * p.candidate).requires_grad_()
-    out = linear_kl(candidate, 60 * p.reference, p.head, options=KLOptions(backend="triton"))
+    out = linear_kl(candidate, 60 * p.reference, p.head, options=KLOptions(backend=kernel))
     out.loss.backward()
     assert torch.isfinite(out.kl).all()
     assert (out.kl > 20).all()
@@ -119,10 +116,72 @@ def test_large_divergences_saturate_instead_of_overflowing(kernel):
 
 
 @inside
+@pytest.mark.parametrize("form", ["difference", "direct"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_softcap_with_all_that_goes_with_it(form, divergence):
+    p = problem(0.05, torch.float32, n=4, v=1100)
+    head = Head(p.head.weight * 3, bias=torch.randn(1100), scale=0.7, softcap=5.0, vocab=1090)
+    options = KLOptions(divergence=divergence, form=form, backend="triton", temperature=1.3, beta=0.3)
+    e = errors(p._replace(head=head), options)
+    assert e.kl <= 1e-3
+    assert e.gradient <= 1e-4
+    for one in (head, Head(head.weight, scale=2.0, vocab=1090)):  # two caps, or the reference's alone
+        teacher = Head(head.weight.clone(), bias=torch.randn(1100), softcap=4.0, vocab=1090)
+        e = errors(p._replace(head=one), options.with_(form="auto"), teacher)
+        assert e.kl <= 1e-4
+        assert e.gradient <= 1e-3
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("distance", DISTANCE_FOR_KL.values())
+def test_softcap_from_tiny_to_large_divergence(dtype, distance):
+    from kvopt.kernels import triton_backend
+
+    p = problem(distance, dtype, softcap=8.0)
+    plan = replace(make_plan(p.candidate, p.reference, p.head, p.head, KLOptions()), product=dtype)
+    value, gradient = triton_backend.value_and_hidden_gradient(plan, p.candidate, p.reference, True)
+    expected = p.candidate.double().requires_grad_()
+    kl64 = linear_kl64(expected, p.reference, p.head, p.head, KLOptions())
+    kl64.sum().backward()
+    assert ((value - kl64) / kl64).abs().max() <= 5e-3
+    assert relative(gradient, expected.grad) <= 5e-3
+
+
+@inside
+@pytest.mark.parametrize("softcap", [None, 6.0])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_trained_head_gets_its_gradients(dtype, shared, softcap, monkeypatch):
+    from kvopt.kernels import torch_backend
+
+    monkeypatch.setattr(torch_backend, "all_gradients", lambda *args: pytest.fail("went to torch"))
+    p = problem(0.1, dtype, n=33, v=1200)
+    bias = torch.randn(1200).to(dtype)
+    leaves = [t.clone().requires_grad_() for t in (p.candidate, p.head.weight, bias)]
+    exact = [t.double().requires_grad_() for t in (p.candidate, p.head.weight, bias)]
+    upstream = torch.rand(33)
+    options = KLOptions(backend="triton", temperature=1.2, chunk_bytes=2**20)
+    for h, w, b in (leaves, exact):
+        head = Head(w, b, scale=0.8, softcap=softcap, vocab=1190)
+        teacher = head if shared else Head(p.head.weight.flip(0).to(w.dtype), vocab=1190)
+        if w is leaves[1]:
+            out = linear_kl(h, p.reference, head, teacher, options)
+            assert out.backend == "triton"
+            kl = out.kl
+        else:
+            kl = linear_kl64(h, p.reference, head, teacher, options)
+        (kl * upstream).sum().backward()
+    for ours, theirs in zip(leaves, exact, strict=True):
+        assert relative(ours.grad, theirs.grad) <= (1e-4 if dtype == torch.float32 else 1e-3)
+    assert leaves[1].grad[1190:].abs().max() == 0
+
+
+@inside
 def test_what_the_kernels_do_not_compute_is_refused():
-    p = problem(0.1, torch.float32)
-    with pytest.raises(UnsupportedError, match=r'softcap; use backend="torch"'):
-        linear_kl(p.candidate, p.reference, Head(p.head.weight, softcap=30.0), options=KLOptions(backend="triton"))
+    p64 = problem(0.1, torch.float64)
+    with pytest.raises(UnsupportedError, match=r'float64; use backend="torch"'):
+        linear_kl(p64.candidate, p64.reference, p64.head, options=KLOptions(backend="triton"))
     p16 = problem(0.1, torch.bfloat16)
     with pytest.raises(UnsupportedError, match="bfloat16"):
         linear_kl(p16.candidate, p16.reference, p16.head, options=KLOptions(backend="triton"))
