@@ -10,16 +10,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from peft import (
-    CartridgeConfig,
-    LoraConfig,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-    get_peft_model,
-)
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from kvopt.config import load_config
 from kvopt.contexts import load_context
@@ -28,30 +21,10 @@ from kvopt.contexts.inspection import describe, describe_text
 from kvopt.errors import InputError
 from kvopt.model import Base
 from kvopt.run import Run
+from tests.adapters import CONFIGS, SLOTS, trained
 from tests.export.readers import BODIES, assert_same_logits, our_logits, right_padded
 from tests.jobs import run_job, write_job
 from tests.tiny import MODELS, tiny_base, tiny_folder
-
-SLOTS = 5
-CONFIGS: dict[str, Any] = {
-    "cartridge": lambda: CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=SLOTS, num_frozen_tokens=1),
-    "prefix": lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=SLOTS),
-    "prompt": lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=SLOTS),
-}
-
-
-def trained(kind: str, config: Any, folder: Path) -> Any:
-    """One step of PEFT's own training on a tiny model, saved by PEFT; returns the model in eval mode."""
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder(kind), dtype=torch.float32), config)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    ids, mask = right_padded(BODIES)
-    labels = ids.masked_fill(mask == 0, -100)
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
-    optimizer.step()
-    assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
-    model.save_pretrained(str(folder))
-    return model.eval()
 
 
 @pytest.mark.parametrize("how", CONFIGS)

@@ -9,12 +9,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from kvopt.contexts import save_context
+from kvopt.contexts import load_context, save_context
 from kvopt.contexts.folder import Learned
 from kvopt.contexts.moving import joined, moved
 from kvopt.export import Options, export
 from kvopt.generate import stop_ids
 from kvopt.model import Base
+from tests.adapters import CONFIGS, trained
 from tests.export.readers import (
     BODIES,
     NEW_TOKENS,
@@ -170,6 +171,18 @@ def test_a_composed_context_is_read_as_we_do(task: Task, tmp_path: Path) -> None
     save_context(pair, tmp_path / "ab", task.base)
     export(tmp_path / "ab", "peft", tmp_path / "out")
     check_peft(task.base, pair, tmp_path / "out")
+
+
+@pytest.mark.parametrize("how", CONFIGS)
+def test_adapters_of_others_are_exported_as_ours_are(how: str, tmp_path: Path) -> None:
+    base = tiny_base("llama")
+    trained("llama", CONFIGS[how](), tmp_path / "theirs")
+    context = load_context(tmp_path / "theirs", base)
+    export(tmp_path / "theirs", "peft", tmp_path / "peft")
+    check_peft(base, context, tmp_path / "peft")
+    export(tmp_path / "theirs", "hf-cache", tmp_path / "cache")
+    check_hf_cache(base, context, tmp_path / "cache")
+    assert "kvopt did not make this context" in (tmp_path / "cache" / "README.md").read_text()
 
 
 @pytest.mark.slow
