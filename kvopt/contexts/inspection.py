@@ -12,9 +12,13 @@ EXPORT = "kvopt-export.json"
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """What the folder is, for which base, how good, and how to use it; ``what`` is context, export or student. Raises
-    InputError for anything else.
+    """What the folder is, for which base, how good, and how to use it; ``what`` is context, export or student.
+
+    ``RUN#NAME`` is the context NAME of a run. Raises InputError for anything else.
     """
+    if "#" in str(folder) and not folder.exists():
+        run, _, name = str(folder).rpartition("#")
+        folder = Path(run) / "contexts" / name
     if (folder / STUDENT).is_file():
         return _student(folder)
     if (folder / EXPORT).is_file():

@@ -75,6 +75,7 @@ def test_export_says_where_and_inspect_how(kvopt: Command, job: Path, tmp_path: 
     assert code == 0
     assert "exports/kv-8-peft: README.md says how to use it" in out
     assert "PeftModel.from_pretrained" in kvopt("inspect", "exports/kv-8-peft")[1]
+    assert kvopt("inspect", f"{job / 'run'}#kv-8")[1] == kvopt("inspect", job / "run/contexts/kv-8")[1]
 
 
 def test_export_pushes_when_told_and_checks_the_name_first(
