@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -335,3 +339,26 @@ def test_a_full_student_goes_on_in_float32_where_the_other_stopped(tmp_path: Pat
     for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert read_student_record(folder) != read_student_record(second.directory / "students" / "s")
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_loss_curve_of_one(tmp_path: Path) -> None:
+    loss = {"kind": "on-policy", "max_new_tokens": 4, "temperature": 0.0, "teacher": {"context": "kv-8"}}
+    common = {"contexts": ["original", "random-mutations:2"], "steps": 4, "batch_size": 4, "report_to": []}
+    half = {"name": "half", "method": "full", "half": True, "contexts": ["original"], "epochs": 2}
+    chosen = [common | {"name": "s", "loss": loss}, common | half | {"steps": None, "batch_size": 8}]
+    config = write_job(tmp_path, lambda c: c.update(students=chosen))
+    one = train_students(Run(*load_config(config), tmp_path / "one", say=lambda line: None, bars=False))
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, *launch, "-m", "kvopt.cli", "train", str(config), "--out", str(tmp_path / "two")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
+    done = subprocess.run(
+        [*command, "--json"], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for ours, theirs in zip(one, json.loads(done.stdout)["students"], strict=True):
+        curve, other = ([point["loss"] for point in record["history"]] for record in (ours, theirs))
+        assert other == pytest.approx(curve, abs=1e-5)
+        for name in ("tokens", "gold_tokens", "key"):
+            assert ours[name] == theirs[name]
