@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvopt.cli.common import WIDTH_OF_FILES, ConfigPath, Json, Out, Sets, open_run, print_json
+from kvopt.cli.report import renew_page
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -41,6 +42,7 @@ def evaluate(
 
     with run.opened():
         documents = evaluate_all(run, student or (), context or ())
+    renew_page(run.directory.path)
     if as_json:
         print_json({"students": documents})
         return
@@ -60,6 +62,7 @@ def study(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json 
     study_arms(run.config)  # a fault in the grid is told before a model is loaded
     with run.opened():
         document = conduct(run)
+    renew_page(run.directory.path)
     if as_json:
         print_json(document)
         return

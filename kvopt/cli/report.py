@@ -82,3 +82,9 @@ def leave_page(folder: Path) -> None:
 
     _, (path,) = write_report([folder], folder, ("html",))
     say(f"report: {path}")
+
+
+def renew_page(folder: Path) -> None:
+    """As :func:`leave_page` where the run has come to its end, after students or a study were added to it."""
+    if (folder / "leaderboard.json").is_file():
+        leave_page(folder)

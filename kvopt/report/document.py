@@ -73,7 +73,7 @@ def _contexts(run: RunFiles) -> list[dict[str, Any]]:
 def _of_students(run: RunFiles, context: str) -> dict[str, dict[str, Any]]:
     """By student (and the base): its first headline under this context, where it was evaluated there."""
     found = {}
-    for evaluation in run.evaluations:
+    for evaluation in run.students:
         headline = evaluation.headline()
         for condition in evaluation.contexts:
             value = condition.quantities.get(headline or "")

@@ -227,6 +227,12 @@ class RunFiles:
     evaluations: list[Evaluation] = field(default_factory=list)
     study: Study | None = None
 
+    @property
+    def students(self) -> list[Evaluation]:
+        """Evaluations of the base and of students of the config; those that a study trained stand in the study."""
+        studied = {run.student for arm in (self.study.arms if self.study else ()) for run in arm.runs}
+        return [one for one in self.evaluations if one.name not in studied]
+
     def of_manifest(self, key: str) -> dict[str, Any]:
         """A mapping in the manifest; empty where there is none."""
         value = self.manifest.get(key)

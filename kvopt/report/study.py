@@ -29,11 +29,18 @@ class Against(_Part):
     separable: bool | None = None
 
 
+class StudyRun(_Part):
+    """One seed of an arm."""
+
+    student: str = ""
+
+
 class Arm(_Part):
     """One way to train students."""
 
     name: str
     budget: str
+    runs: list[StudyRun] = Field(default_factory=list)
     contexts: list[str] = Field(default_factory=list)
     mutations: int | None = None
     steps: float | None = None

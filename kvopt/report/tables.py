@@ -19,6 +19,8 @@ COLUMNS = (
     "build_tokens_in", "build_tokens_out", "build_model_calls", "build_shared_by", "operators", "students",
 )  # fmt: skip
 
+STUDENTS = 3  # columns for students on a terminal; more of them stand on the page
+
 
 def rows_of(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(run label, context) of every run, best first within each."""
@@ -132,6 +134,7 @@ def terminal_table(report: dict[str, Any]) -> Table:
     """The leaderboard for a terminal; with a column for the run where there are several."""
     several = len(report["runs"]) > 1
     students = list(dict.fromkeys(name for _, row in rows_of(report) for name in row["students"]))
+    students = students if len(students) <= STUDENTS else []
     view = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True, title_justify="left")
     view.caption, view.caption_justify = _caption(report), "left"
     if several:

@@ -102,7 +102,7 @@ def run_view(run: RunFiles, report: Mapping[str, Any]) -> Page:
         hashes=_hashes(run),
         config=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True, width=100) if run.config else "",
         totals=_totals(report["stages"]),
-        evaluated=students_view(run.evaluations) if run.evaluations else None,
+        evaluated=students_view(run.students) if run.students else None,
         study=study_view(run.study) if run.study else None,
     )
 

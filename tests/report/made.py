@@ -199,7 +199,8 @@ def study() -> dict[str, Any]:
         if name != "fixed":
             against = {path: {"difference": over(0.1), "separable": f1 > 0.8} for path in values}
         return {
-            "name": name, "budget": "steps", "contexts": ["original"], "mutations": n, "runs": [], "steps": 10.0,
+            "name": name, "budget": "steps", "contexts": ["original"], "mutations": n,
+            "runs": [{"seed": 0, "student": f"{name}--seed-0"}], "steps": 10.0,
             "tokens": 100.0, "seconds": None, "values": values, "against_reference": against,
         }  # fmt: skip
 
@@ -248,6 +249,7 @@ def write_run(folder: Path, *, students: bool = False) -> Path:
     if students:
         put(folder / "students" / "base" / "evaluation.json", evaluation("base", 0.4))
         put(folder / "students" / "lora-mixed" / "evaluation.json", evaluation("lora-mixed", 0.7))
+        put(folder / "students" / "mixed--seed-0" / "evaluation.json", evaluation("mixed--seed-0", 0.85))
         put(folder / "study.json", study())
     return folder
 

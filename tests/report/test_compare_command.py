@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvopt.cli import app
+from kvopt.cli.report import renew_page
 from kvopt.errors import InputError
 from tests.jobs import write_job
 from tests.report.made import change, write_run
@@ -104,3 +105,10 @@ def test_a_run_leaves_its_page_and_says_where(tmp_path: Path):
     html = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert "kv-best" in html
     assert "would rather say" in html
+
+
+def test_the_page_is_renewed_for_finished_runs_alone(run: Path, tmp_path: Path):
+    renew_page(run)
+    assert reports(run) == {"report.html"}
+    renew_page(tmp_path)
+    assert reports(tmp_path) == set()

@@ -173,6 +173,8 @@ def test_students_robustness_forgetting_and_the_nth_mutation_are_shown(tmp_path:
     html = page_of([write_run(tmp_path / "run", students=True)], tmp_path)
     text = re.sub(r"\s+", " ", "".join(parsed(html).itertext()))
     assert "student lora-mixed" in text
+    shown = re.sub(r"<script.*?</script>", "", html, flags=re.S)
+    assert "mixed--seed-0" not in shown, "students of a study stand in the study alone"
     assert "slots.f1 over wordings" in text
     assert "Forgetting: KL from the base" in text
     assert "a·(n+1)" in text
