@@ -22,7 +22,7 @@ SYSTEM = (
     "## Rules\n- Read the request twice.\n- Answer in one short line.\n- Do not explain the answer.\n\n"
     "Labels: weather, music, book."
 )
-NOT_COMPARED = ("ledger.jsonl", ".lock")
+NOT_COMPARED = ("ledger.jsonl", ".lock", "report.html")
 
 
 def rows(count: int = 20) -> list[dict[str, str]]:
