@@ -36,8 +36,8 @@ class _Section(BaseModel):
 class MessageConfig(_Section):
     """One chat message of the template."""
 
-    role: Literal["system", "user", "assistant", "tool", "developer"]
-    content: str
+    role: Literal["system", "user", "assistant", "tool", "developer"] = Field(description="who says it")
+    content: str = Field(description="text with {{slots}}; {{keep:words}} must not change in mutations")
 
 
 class TemplateConfig(_Section):
@@ -116,9 +116,9 @@ class Config(_Section):
     model: ModelConfig = Field(ModelConfig(), description="the frozen base")
     template: TemplateConfig = Field(description="the template C")
     data: DataConfig = Field(description="inputs V and gold outputs Y")
-    reference: ReferenceConfig = ReferenceConfig()
-    mutations: MutationsConfig = MutationsConfig()
-    score: ScoreConfig = ScoreConfig()
+    reference: ReferenceConfig = Field(ReferenceConfig(), description="the base's answers under the template")
+    mutations: MutationsConfig = Field(MutationsConfig(), description="other wordings of the template")
+    score: ScoreConfig = Field(ScoreConfig(), description="KL, NLL and agreement of contexts")
     contexts: list[ContextConfig] = Field(default_factory=list, description="contexts to learn, in order")
     report: ReportConfig = Field(ReportConfig(), description="what the report shows of single validation examples")
     students: list[StudentConfig] = Field(

@@ -129,7 +129,7 @@ class OnPolicyConfig(_Section):
     beta: float = Field(0.5, gt=0, lt=1, description="of the JSD: β KL(teacher ‖ m) + (1 − β) KL(student ‖ m)")
     temperature: float = Field(1.0, ge=0, description="of the student's drawing; 0 takes the most likely tokens")
     max_new_tokens: int = Field(64, ge=1, description="an answer is cut here")
-    teacher: TeacherConfig = TeacherConfig()
+    teacher: TeacherConfig = Field(TeacherConfig(), description="who scores the tokens of an answer")
 
 
 ScheduleConfig = Annotated[ExpandConfig | ResampleConfig | StateAdaptiveConfig, Field(discriminator="kind")]

@@ -28,18 +28,18 @@ class LocalGenerator(_Strict):
 
     kind: Literal["local"] = "local"
     samples: int = Field(default=4, ge=1, le=64, description="paraphrases asked for each sentence or list item")
-    temperature: float = Field(default=0.7, gt=0, le=2)
+    temperature: float = Field(default=0.7, gt=0, le=2, description="of the sampling")
 
 
 class EndpointSettings(_Strict):
     """How any OpenAI-compatible chat endpoint is asked."""
 
     base_url: str = Field(description="up to and with /v1, e.g. http://localhost:8000/v1")
-    model: str
+    model: str = Field(description="the model's name at the endpoint")
     api_key_env: str | None = Field(
         None, description="environment variable that holds the key; the key itself is never stored"
     )
-    temperature: float = Field(1.0, ge=0, le=2)
+    temperature: float = Field(1.0, ge=0, le=2, description="of the sampling")
     timeout: float = Field(120.0, gt=0, description="seconds for one request")
     retries: int = Field(4, ge=0, le=20, description="repeats after a timeout, a lost connection, 429 or 5xx")
     concurrency: int = Field(4, ge=1, le=32, description="requests at the same time")
@@ -62,7 +62,7 @@ class FileGenerator(_Strict):
     """Hand-written variants: a JSONL file, a text file with ``---`` between variants, or a folder of .txt files."""
 
     kind: Literal["file"]
-    path: Path
+    path: Path = Field(description="the file or folder")
 
 
 GeneratorConfig = Annotated[

@@ -108,7 +108,7 @@ class JudgeConfig(EndpointSettings):
     )
     lowest: int = Field(1, description="the number that is scored 0")
     highest: int = Field(5, description="the number that is scored 1")
-    temperature: float = Field(0.0, ge=0, le=2)
+    temperature: float = Field(0.0, ge=0, le=2, description="of the judge's sampling")
 
     @property
     def label(self) -> str:

@@ -49,7 +49,7 @@ class StudyConfig(_Section):
         default_factory=list,
         description="arms that are also trained for as many steps as they can make in the reference's seconds",
     )
-    curve: CurveConfig | None = None
+    curve: CurveConfig | None = Field(None, description="adds arms with n mutations each and fits what the n-th buys")
     evaluate: EvaluateConfig | None = Field(None, description="instead of the config's evaluate section")
 
     @field_validator("seeds")
