@@ -277,7 +277,7 @@ def test_a_teacher_whose_weights_changed_makes_another_student(tmp_path: Path) -
         ({"context": "nothing"}, r"teacher\.context: no context 'nothing'"),
         ({"context": "best-mutations:2"}, r"teacher\.context: a teacher sees one context"),
         ({"base": str(tiny_folder("llama")), "context": "kv-8"}, r"'kv-8' is learned for '.*' and not for"),
-        ({"base": "./none"}, r"none: no such folder"),
+        ({"base": "./none"}, r"students\.s\.loss\.teacher\.base \./none: no such folder"),
     ],
 )
 def test_a_teacher_that_cannot_teach_is_refused_before_any_work(

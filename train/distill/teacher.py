@@ -83,7 +83,10 @@ def check_teacher(run: Run, config: StudentConfig) -> None:
             )
             mend = "give the teacher a text, or the folder of a context that was learned for it"
             raise InputError(what, where=f"{where}.context", mend=mend)
-        tokenizer, _ = load_tokenizer(_model(run, settings.teacher.base))
+        try:
+            tokenizer, _ = load_tokenizer(_model(run, settings.teacher.base))
+        except InputError as error:
+            raise InputError(error.what, where=f"{where}.base {settings.teacher.base}", mend=error.mend) from None
         if tokenizer_sha256(tokenizer) != run.base.identity["tokenizer"]:
             what = (
                 f"the teacher {settings.teacher.base!r} and the student's base {run.base.name!r} have different"
