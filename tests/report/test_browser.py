@@ -5,6 +5,7 @@ Marked ``browser`` and deselected unless asked for: they need Playwright and an 
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,7 +107,7 @@ def test_words_and_kinds_filter_and_the_count_is_announced(opened: Any):
     assert names(opened) == ["m002"]
     assert status.inner_text() == "1 of 7 contexts"
     opened.get_by_role("button", name="All", exact=True).click()
-    opened.wait_for_function("document.querySelector('form.filter output').textContent === '7 contexts'")
+    status.filter(has_text=re.compile("^7 contexts$")).wait_for()
     opened.get_by_role("checkbox", name="text").uncheck()
     assert names(opened) == ["kv-full", "kv-16", "soft-16"]
     opened.get_by_role("checkbox", name="kv").uncheck()
