@@ -66,7 +66,7 @@ for name, command in BENCHMARKS.items():
 def main() -> None:
     """Entry point of the ``kvopt`` command."""
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="kvopt", standalone_mode=False)
         if code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
             _interrupted()
     except KvoptError as error:
