@@ -332,6 +332,12 @@ def test_validate_wants_mutations_for_a_context_that_starts_from_one(fails, job)
     assert "kv-best: init 'best-mutation' needs mutations" in fails("validate", job, "--set", "mutations.count=0")
 
 
+def test_validate_checks_the_contexts_of_students(fails, job, tmp_path):
+    edit(job, lambda document: document.update(students=[{"name": "s", "contexts": ["original", "kv-9"]}]))
+    assert "students.s.contexts: no context 'kv-9'" in fails("validate", job)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_inspect_describes_a_context_without_its_base(kvopt, fails, finished, tmp_path):
     code, out, _ = kvopt("inspect", finished[1] / "contexts" / "soft-6", "--json")
     facts = json.loads(out)
