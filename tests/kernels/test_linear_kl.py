@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from kvopt.kernels import Head, KernelInputError, KLOptions, UnsupportedError, linear_kl
+from kvopt.kernels import Head, KernelInputError, KLOptions, UnsupportedError, linear_kl, products, torch_backend
+from kvopt.kernels.plan import make_plan
 from kvopt.kernels.reference import linear_kl64
 from kvopt.kernels.rows import rows_in_use
 from tests.kernels.cases import DISTANCE_FOR_KL, Problem, errors, problem, relative
@@ -246,3 +249,50 @@ def test_what_does_not_fit_is_refused_by_name():
         KLOptions(divergence="jsd", beta=0.0)
     with pytest.raises(KernelInputError, match="choose one of"):
         KLOptions(form="differences")
+
+
+@pytest.mark.parametrize("softcap", [None, 9.0])
+def test_a_trained_head_sums_its_gradients_over_chunks(softcap):
+    p = problem(0.3, torch.float32, n=90)
+    bias, upstream = torch.randn(5003), torch.rand(90)
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        h, w, b = (t.to(dtype).clone().requires_grad_() for t in (p.candidate, p.head.weight, bias))
+        head = Head(w, b, scale=0.8, softcap=softcap)
+        options = KLOptions(temperature=1.3, chunk_bytes=SMALL_CHUNKS)  # 26 tokens at a time
+        if dtype == torch.float32:
+            kl = linear_kl(h, p.reference, head, options=options).kl
+        else:
+            kl = linear_kl64(h, p.reference, head, head, options)
+        (kl * upstream).sum().backward()
+        grads.append((h.grad, w.grad, b.grad))
+    for ours, theirs in zip(*grads, strict=True):
+        assert relative(ours, theirs) <= 1e-4
+
+
+@pytest.mark.parametrize("distance", DISTANCE_FOR_KL.values())
+def test_float16_gradients_do_not_underflow_where_products_take_them(distance):
+    """As on a GPU: operands of products in float16, their sums in float32."""
+    p = problem(distance, torch.float16)
+    plan = replace(make_plan(p.candidate, p.reference, p.head, p.head, KLOptions()), product=torch.float16)
+    value, gradient = torch_backend.value_and_hidden_gradient(plan, p.candidate, p.reference, True)
+    exact = p.candidate.double().requires_grad_()
+    kl64 = linear_kl64(exact, p.reference, p.head, p.head, KLOptions())
+    kl64.sum().backward()
+    assert ((value - kl64) / kl64).abs().max() <= 5e-3
+    assert relative(gradient, exact.grad) <= 5e-3
+
+
+def test_rows_are_computed_again_at_the_same_distance_whatever_the_divergence():
+    p = problem(0.01, torch.float64)
+    jsd = KLOptions(divergence="jsd", beta=0.3)
+    sizes = [linear_kl64(p.candidate, p.reference, p.head, p.head, o).mean() for o in (jsd, KLOptions())]
+    limits = [torch_backend.rounded_limit(o) for o in (jsd, KLOptions())]
+    assert limits[0] / limits[1] == pytest.approx(float(sizes[0] / sizes[1]), rel=0.1)
+
+
+def test_a_16_bit_head_larger_than_one_block_is_converted_block_by_block(monkeypatch):
+    monkeypatch.setattr(products, "VOCABULARY_BLOCK", 700)
+    e = errors(problem(0.1, torch.bfloat16), KLOptions(form="direct"))
+    assert e.kl <= 1e-3
+    assert e.gradient <= 3e-3

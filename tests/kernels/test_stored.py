@@ -34,9 +34,10 @@ def test_scaled_dot_product_attention_agrees_with_the_mean_weight():
     assert relative(moments_of(p.reference, p.head).mean_weight, oracle) <= 1e-5
 
 
+@pytest.mark.parametrize("softcap", [None, 6.0])
 @pytest.mark.parametrize("k", [1, 64])
-def test_top_k_is_the_kl_of_k_tokens_and_a_tail_and_never_above_the_truth(k):
-    p = problem(0.3, torch.float32)
+def test_top_k_is_the_kl_of_k_tokens_and_a_tail_and_never_above_the_truth(k, softcap):
+    p = problem(0.3 if softcap is None else 3.0, torch.float32, softcap=softcap)
     log_p = logits64(p.reference, p.head, 1.0).log_softmax(-1)
     top = log_p.topk(k, -1)
     candidate, expected = p.candidate.clone().requires_grad_(), p.candidate.double().requires_grad_()
