@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from kvopt.builtin_base import NAME as BUILTIN_BASE
 from kvopt.dataset import DataConfig
 from kvopt.errors import InputError
+from kvopt.files import read_text
 from kvopt.keep import take_marks
 from kvopt.model import ModelConfig
 from kvopt.mutate.config import MutationsConfig
@@ -165,14 +166,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Path
 
 def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The parsed document of a YAML file after ``overrides``. Raises InputError."""
-    try:
-        text = path.read_text("utf-8-sig")
-    except FileNotFoundError:
-        raise InputError("no such file", where=str(path), mend="kvopt init writes a starter config") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"is not UTF-8 text (at byte {error.start})", where=str(path)) from None
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
+    text = read_text(path, "kvopt init writes a starter config")
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise InputError("is not a mapping of sections", where=str(path), mend="kvopt init writes a starter config")

@@ -1,5 +1,5 @@
-"""Writing and hashing files: everything is written beside its place, fsynced and renamed, so no reader sees half a
-file.
+"""Reading, writing and hashing files. What a user gave is read with one line for each fault; everything is written
+beside its place, fsynced and renamed, so no reader sees half a file.
 """
 
 from __future__ import annotations
@@ -23,6 +23,33 @@ _FULL = {
     errno.EFBIG: "the file is larger than this system allows",
 }
 _PLACE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT, errno.ELOOP)
+
+RELATIVE = "paths are relative to the config file"
+
+
+def read_text(path: Path, mend: str | None = None) -> str:
+    """A UTF-8 file, with or without a byte order mark, line endings kept. Raises InputError; ``mend`` is for a file
+    that is not there.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError("no such file", where=str(path), mend=mend) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"is not UTF-8 text (at byte {error.start})", where=str(path)) from None
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises InputError for anything else."""
+    try:
+        value = json.loads(read_text(path))
+    except ValueError as error:
+        raise InputError(f"cannot be read as JSON: {error}", where=str(path)) from None
+    if not isinstance(value, dict):
+        raise InputError("is not a JSON object", where=str(path))
+    return value
 
 
 def write_error(error: OSError, path: Path | str) -> KvoptError:

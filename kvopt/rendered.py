@@ -9,6 +9,7 @@ from typing import Any
 
 from kvopt.columns import NoValue, as_text
 from kvopt.errors import InputError
+from kvopt.files import read_text
 from kvopt.infer import Inferred, Prompt, infer_template
 from kvopt.records import Record, read_records
 
@@ -58,14 +59,7 @@ def read_rendered(path: Path) -> Rendered:
 
 
 def _text_prompts(path: Path) -> tuple[list[str], list[str]]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise InputError("no such file", where=str(path)) from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"is not UTF-8 text (at byte {error.start})", where=str(path)) from None
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
+    text = read_text(path)
     prompts, names, start = [], [], 0
     ends = [(match.start(), match.end()) for match in SEPARATOR.finditer(text)] + [(len(text), len(text))]
     for end, following in ends:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvopt.errors import InputError
-from kvopt.files import sha256_json
+from kvopt.files import RELATIVE, read_text, sha256_json
 
 SLOT = re.compile(r"(\\*)(\{\{\s*([A-Za-z_][A-Za-z0-9_.\-]*)\s*\}\})")
 
@@ -121,12 +121,7 @@ class Template:
     @classmethod
     def from_file(cls, path: Path) -> Template:
         """A text template from a UTF-8 file, line endings kept. Raises InputError when it cannot be read."""
-        try:
-            text = path.read_bytes().decode("utf-8-sig")
-        except FileNotFoundError:
-            raise InputError("no such file", where=str(path), mend="paths are relative to the config file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot be read as UTF-8 text: {error}", where=str(path)) from None
+        text = read_text(path, RELATIVE)
         return cls.from_text(text, where=str(path))
 
     def _checked(self, where: str) -> Template:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from kvopt.errors import InputError
+from kvopt.files import read_text
 from kvopt.keep import take_marks
 from kvopt.template import Slot, Template, parse, unparse
 
@@ -23,14 +24,7 @@ def template_from_file(path: Path, original: Template) -> Template:
     Raises:
         InputError: the file cannot be read, or its slots are not the original's.
     """
-    try:
-        source = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise InputError("no such file", where=str(path)) from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"is not UTF-8 text (at byte {error.start})", where=str(path)) from None
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
+    source = read_text(path)
     structured = path.suffix.lower() in (".json", ".yaml", ".yml")
     return template_of(_structured(source, path) if structured else source, original, where=str(path))
 

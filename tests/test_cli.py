@@ -6,37 +6,10 @@ import os
 import shutil
 
 import pytest
-import torch
 import yaml
 
-from kvopt import cli
 from tests.jobs import artefacts, rows, run_job, write_job, write_rows
 from tests.tiny import save_tiny, tiny_folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models as small as these are faster on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def kvopt(capsys, monkeypatch, tmp_path):
-    """Run a command in ``tmp_path``; returns exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["kvopt", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return end.value.code, out, err
-
-    return run
 
 
 @pytest.fixture

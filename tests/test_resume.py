@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests import killing
 from tests.jobs import artefacts, run_job, write_job
@@ -17,15 +16,6 @@ from tests.jobs import artefacts, run_job, write_job
 ROOT = Path(__file__).parents[1]
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 PATIENCE = 240
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Bytes are compared with those of other processes, which sum in the same order only with as many threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def start(config, out):

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -15,15 +14,6 @@ from kvopt.run import Run
 from tests.jobs import artefacts, run_job, stages_in, write_job, write_rows
 
 SCORED = ("kv-8", "kv-best", "soft-6", "original", "none")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models as small as these are faster on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ the first casts adapters to fp32 under a 16-bit base and writes folders that ``P
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from transformers import PreTrainedModel
 
 import kvopt
 from kvopt.errors import InputError, KvoptError
-from kvopt.files import replacing_directory, write_json
+from kvopt.files import read_json, replacing_directory, write_json
 from kvopt.hub import weight_files
 from kvopt.identity import weights_sha256
 from kvopt.model import Base, quiet
@@ -196,7 +195,7 @@ def start_from(student: Student, folder: Path, base: Base) -> None:
     start = dict(before.model.named_parameters())
     trained = student.trainable()
     shapes = {name: p.shape for name, p in start.items() if name in trained or ".lora_" in name}
-    same_scale = student.peft is None or _scale(_json(folder / "adapter_config.json")) == _scale(
+    same_scale = student.peft is None or _scale(read_json(folder / "adapter_config.json")) == _scale(
         student.peft.peft_config["default"].to_dict()
     )
     if shapes != {name: p.shape for name, p in trained.items()} or not same_scale:
@@ -215,21 +214,11 @@ def read_student_record(folder: Path) -> dict[str, Any] | None:
     path = folder / RECORD
     if not path.is_file():
         return None
-    record = _json(path)
+    record = read_json(path)
     if record.get("format_version") != FORMAT_VERSION:
         what = f"format version {record.get('format_version')!r}, this kvopt reads {FORMAT_VERSION}"
         raise InputError(what, where=str(path), mend="update kvopt")
     return record
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read as JSON: {error}", where=str(path)) from None
-    if not isinstance(value, dict):
-        raise InputError("is not a JSON object", where=str(path))
-    return value
 
 
 def load_student(folder: Path, base: Base) -> Base:
@@ -275,7 +264,7 @@ def _check_base(record: dict[str, Any], base: Base, folder: Path) -> None:
 
 
 def _load_lora(folder: Path, base: Base, name: str) -> Base:
-    kind = _json(folder / "adapter_config.json").get("peft_type")
+    kind = read_json(folder / "adapter_config.json").get("peft_type")
     if kind != "LORA":
         what = f"a PEFT adapter of type {kind} is not a student"
         raise InputError(what, where=str(folder), mend="a LoRA adapter is; contexts go to --context")

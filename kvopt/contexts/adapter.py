@@ -4,7 +4,6 @@ kvopt's own record beside them.
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvopt.errors import InputError
+from kvopt.files import read_json
 
 FORMAT_VERSION = 1
 RECORD = "kvopt.json"
@@ -28,17 +28,6 @@ _TEXT_TASKS = (None, "CAUSAL_LM")
 def kind_of(config: dict[str, Any]) -> str:
     """kv or soft, by the adapter's PEFT type."""
     return "kv" if config["peft_type"] in KV_TYPES else "soft"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises InputError for anything else."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read as JSON: {error}", where=str(path)) from None
-    if not isinstance(value, dict):
-        raise InputError("is not a JSON object", where=str(path))
-    return value
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvopt.contexts.adapter import STUDENT, check_finite, kind_of, read_json, read_tensor
+from kvopt.contexts.adapter import STUDENT, check_finite, kind_of, read_tensor
 from kvopt.errors import InputError
+from kvopt.files import read_json
 
 EXPORT = "kvopt-export.json"
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from kvopt import cli
 from kvopt.contexts import load_context
 from kvopt.export import hub
 from tests.jobs import run_job, write_job
@@ -25,22 +24,6 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("job")
     run_job(write_job(folder), folder / "run")
     return folder
-
-
-@pytest.fixture
-def kvopt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    """Run a command in ``tmp_path``; returns exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["kvopt", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return end.value.code, out, err  # type: ignore[return-value]
-
-    return run
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import re
 import pytest
 import torch
 
-from kvopt import cli
 from kvopt.config import load_config
 from kvopt.inputs import Inputs
 from kvopt.model import ModelConfig, load_base
@@ -41,21 +40,6 @@ def students(base, tmp_path_factory):
         save_student(student, place / name, base, {})
         made[name] = place / name
     return made
-
-
-@pytest.fixture
-def kvopt(capsys, monkeypatch, tmp_path):
-    """Run a command in ``tmp_path``; returns exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["kvopt", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return end.value.code, *capsys.readouterr()
-
-    return run
 
 
 def weights(folder, base):

@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 
-from kvopt import cli
 from kvopt.config import load_config
 from kvopt.errors import InputError
 from kvopt.train.gold import gold_nll
@@ -201,20 +200,6 @@ def test_a_changed_first_stage_trains_the_stages_behind_it_again(done: Any, tmp_
 
 
 # the command
-
-
-@pytest.fixture
-def kvopt(capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["kvopt", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return end.value.code, *capsys.readouterr()  # type: ignore[return-value]
-
-    return run
 
 
 def test_the_command_prints_one_table_a_quantity_and_what_was_chosen(done: Any, kvopt: Any) -> None:

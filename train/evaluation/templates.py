@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from kvopt.errors import InputError
+from kvopt.files import RELATIVE, read_text
 from kvopt.template import Template
 from kvopt.textfile import template_of
 from kvopt.train.evaluation.config import NAME
@@ -23,12 +24,7 @@ BETWEEN = re.compile(r"^---[ \t]*\r?(?:\n|\Z)", re.MULTILINE)
 
 def read_templates(path: Path, original: Template) -> dict[str, Template]:
     """The templates of a file by name, in its order. Raises InputError for the first that cannot be used."""
-    try:
-        source = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise InputError("no such file", where=str(path), mend="paths are relative to the config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read as UTF-8 text: {error}", where=str(path)) from None
+    source = read_text(path, RELATIVE)
     entries = _listed(source, path) if path.suffix.lower() in (".json", ".yaml", ".yml") else _divided(source, path)
     if not entries:
         raise InputError("holds no templates", where=str(path))

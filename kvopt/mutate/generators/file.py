@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvopt.errors import InputError
+from kvopt.files import RELATIVE, read_text
 from kvopt.mutate.generators.base import Proposal, Request
 from kvopt.mutate.validity import Rejection
 from kvopt.template import SLOT, Template
@@ -85,8 +86,8 @@ class FileVariants:
 def _entries(path: Path) -> list[tuple[str, Any]]:
     """``(where, value)`` of each variant."""
     if path.is_dir():
-        return [(str(file), _without_last_newline(_read(file))) for file in sorted(path.glob("*.txt"))]
-    text = _read(path)
+        return [(str(file), _without_last_newline(read_text(file, RELATIVE))) for file in sorted(path.glob("*.txt"))]
+    text = read_text(path, RELATIVE)
     if path.suffix != ".jsonl":
         parts = [_without_last_newline(part) for part in BETWEEN.split(text)]
         return [(f"{path}, variant {i + 1}", part) for i, part in enumerate(parts) if part.strip()]
@@ -98,15 +99,6 @@ def _entries(path: Path) -> list[tuple[str, Any]]:
             except ValueError as error:
                 raise InputError(f"not JSON: {error}", where=f"{path}:{number}") from None
     return entries
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise InputError("no such file", where=str(path), mend="paths are relative to the config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read as UTF-8 text: {error}", where=str(path)) from None
 
 
 def _without_last_newline(text: str) -> str:
