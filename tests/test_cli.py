@@ -4,10 +4,13 @@ import errno
 import json
 import os
 import shutil
+import signal
+import time
 
 import pytest
 import yaml
 
+from kvopt import cli
 from tests.jobs import artefacts, rows, run_job, write_job, write_rows
 from tests.tiny import save_tiny, tiny_folder
 
@@ -203,6 +206,35 @@ def test_ctrl_c_says_how_to_go_on(kvopt, job, monkeypatch):
     code, out, err = kvopt("run", job)
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == "interrupted; finished work is kept: run the same command again to go on"
+
+
+def test_ctrl_c_that_native_code_turns_into_an_error_is_still_ctrl_c(kvopt, job, monkeypatch):
+    def swallow(self):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of an object") from None
+
+    monkeypatch.setattr("kvopt.run.Run.run", swallow)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code, _, err = kvopt("run", job)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert code == 130
+    assert err.splitlines()[-1].startswith("interrupted; ")
+
+
+def test_an_error_without_ctrl_c_is_not_hidden(kvopt, job, monkeypatch):
+    def fail(self):
+        raise ValueError("a fault of ours")
+
+    monkeypatch.setattr("kvopt.run.Run.run", fail)
+    monkeypatch.setattr("sys.argv", ["kvopt", "run", str(job)])
+    with pytest.raises(ValueError, match="a fault of ours"):
+        cli.main()
 
 
 # what comes out

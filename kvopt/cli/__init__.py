@@ -5,8 +5,11 @@ Exit codes: 0 done, 1 failed, 2 the input is wrong, 130 interrupted (the same co
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -65,26 +68,52 @@ for name, command in BENCHMARKS.items():
 
 def main() -> None:
     """Entry point of the ``kvopt`` command."""
-    try:
-        code = app(prog_name="kvopt", standalone_mode=False)
-        if code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
+    with _ctrl_c() as pressed:
+        try:
+            code = app(prog_name="kvopt", standalone_mode=False)
+            if code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
+                _interrupted()
+        except (KeyboardInterrupt, typer.Abort):
             _interrupted()
-    except KvoptError as error:
+        except Exception as error:
+            if pressed:  # native code turns the interrupt into an error of its own now and then
+                _interrupted()
+            _explain(error)
+            raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[list[int]]:
+    """Remember that Ctrl-C was pressed, and raise KeyboardInterrupt as ever (where it is not ignored)."""
+    pressed: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def press(number: int, frame: Any) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
+
+
+def _explain(error: Exception) -> None:
+    """Leave with one line for every error that has one; return from any other."""
+    if isinstance(error, KvoptError):
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _interrupted()
-    except BrokenPipeError:
+    if isinstance(error, BrokenPipeError):
         sys.stderr.close()
         sys.exit(1)
-    except typer.Abort:
-        _interrupted()
-    except OSError as error:
+    if isinstance(error, OSError):
         _fail(str(write_error(error, error.filename or "a file")), 1)
-    except Exception as error:
-        if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong usage, as typer reports it
-            _usage(error)
-        raise
-    sys.exit(code if isinstance(code, int) else 0)
+    if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong usage, as typer reports it
+        _usage(error)
 
 
 def _usage(error: Any) -> None:
