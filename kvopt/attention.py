@@ -11,6 +11,7 @@ hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kvopt.encoding import Batch
+from kvopt.encoding import Batch, Row, length_buckets, make_batch
 from kvopt.model import Base
 
 
@@ -135,3 +136,39 @@ def gold_hidden(base: Base, prefix: Prefix, batch: Batch) -> Tensor:
     """
     hidden = run_bodies(base, prefix, batch)
     return hidden[batch.predicts[:, 0], batch.predicts[:, 1]]
+
+
+@dataclass(frozen=True)
+class GoldStates:
+    """The hidden states of one batch of rows: ``rows`` are their places among all rows, ``hidden`` [G, D] the positions
+    that predict their gold tokens, ``gold`` [G] int64 these tokens, ``counts`` how many of them each row has.
+    """
+
+    rows: list[int]
+    hidden: Tensor
+    gold: Tensor
+    counts: list[int]
+
+    def split(self, values: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Each row's place and its part of ``values`` [G, …]."""
+        return zip(self.rows, values.split(self.counts), strict=True)
+
+
+@torch.no_grad()
+def gold_states(
+    base: Base,
+    prefix: Prefix,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[GoldStates]:
+    """:func:`gold_hidden` of all rows, without gradients, in batches of similar length (shortest first).
+
+    ``progress`` is called with the number of rows of each batch once the caller is done with it.
+    """
+    for index in length_buckets(rows, batch_size):
+        batch = make_batch(rows, index).to(base.device)
+        yield GoldStates(index, gold_hidden(base, prefix, batch), batch.gold, [len(rows[i].gold) for i in index])
+        if progress:
+            progress(len(index))

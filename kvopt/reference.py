@@ -19,8 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from kvopt.attention import Prefix, gold_hidden
-from kvopt.encoding import Encoded, Row, length_buckets, make_batch
+from kvopt.attention import Prefix, gold_states
+from kvopt.encoding import Encoded, Row
 from kvopt.errors import InputError, KvoptError
 from kvopt.files import sha256_json, write_json
 from kvopt.kernels import Head, KLOptions, ReferenceFacts, reference_facts
@@ -166,21 +166,11 @@ def open_reference(folder: Path, key: str) -> Reference:
 
 
 def _hidden_of(base: Base, prefix: Prefix, rows: Sequence[Row], batch_size: int, progress: Progress | None) -> Tensor:
-    counts = [len(row.gold) for row in rows]
-    offsets = [sum(counts[:i]) for i in range(len(counts))]
-    hidden = torch.empty(sum(counts), base.geometry.hidden_size, dtype=base.dtype)
-    for index in length_buckets(rows, batch_size):
-        batch = make_batch(rows, index).to(base.device)
-        with torch.no_grad():
-            states = gold_hidden(base, prefix, batch).cpu()
-        if not torch.isfinite(states).all():
-            raise KvoptError(
-                f"the base gives values that are not finite on {rows[index[0]].example_id} or its batch; try float32"
-            )
-        start = 0
-        for i in index:
-            hidden[offsets[i] : offsets[i] + counts[i]] = states[start : start + counts[i]]
-            start += counts[i]
-        if progress:
-            progress(len(index))
-    return hidden
+    hidden: list[Tensor] = [torch.empty(0)] * len(rows)
+    for states in gold_states(base, prefix, rows, batch_size=batch_size, progress=progress):
+        if not torch.isfinite(states.hidden).all():
+            first = rows[states.rows[0]].example_id
+            raise KvoptError(f"the base gives values that are not finite on {first} or its batch; try float32")
+        for i, part in states.split(states.hidden.cpu()):
+            hidden[i] = part
+    return torch.cat(hidden)

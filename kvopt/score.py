@@ -18,10 +18,10 @@ from einops import reduce
 from scipy.stats import bootstrap
 from torch import Tensor
 
-from kvopt.attention import Prefix, gold_hidden
+from kvopt.attention import Prefix, gold_states
 from kvopt.contexts.context import Context
-from kvopt.encoding import Encoded, Row, length_buckets, make_batch
-from kvopt.kernels import KLOptions, linear_scores
+from kvopt.encoding import Encoded, Row
+from kvopt.kernels import Head, KLOptions, linear_scores
 from kvopt.model import Base
 from kvopt.reference import Reference
 from kvopt.tensorfile import read_tensors, write_tensors
@@ -133,25 +133,24 @@ def score_prefix(
     *,
     batch_size: int = 16,
     options: KLOptions | None = None,
+    reference_head: Head | None = None,
     progress: Progress | None = None,
 ) -> TokenScores:
-    """As :func:`score_tokens`, for a prefix and its rows."""
-    counts = [len(row.gold) for row in rows]
+    """As :func:`score_tokens`, for a prefix and its rows; ``reference_head`` where the reference is another model's (a
+    student scored against its base).
+    """
     kl: list[Tensor] = [torch.empty(0)] * len(rows)
     nll, agree = list(kl), list(kl)
-    for index in length_buckets(rows, batch_size):
-        batch = make_batch(rows, index).to(base.device)
-        hidden = gold_hidden(base, prefix, batch)
-        ids = [rows[i].example_id for i in index]
-        stored, facts = reference.hidden(ids).to(base.device), reference.facts(ids, base.head, options)
-        scores = linear_scores(hidden, stored, base.head, batch.gold, options, facts=facts)
-        sizes = [counts[i] for i in index]
+    head = reference_head or base.head
+    for states in gold_states(base, prefix, rows, batch_size=batch_size, progress=progress):
+        ids = [rows[i].example_id for i in states.rows]
+        stored, facts = reference.hidden(ids).to(base.device), reference.facts(ids, head, options)
+        scores = linear_scores(states.hidden, stored, base.head, states.gold, options, head, facts)
         for values, out in ((scores.kl, kl), (scores.nll, nll), (scores.agree, agree)):
-            for i, part in zip(index, values.cpu().split(sizes), strict=True):
+            for i, part in states.split(values.cpu()):
                 out[i] = part
-        if progress:
-            progress(len(index))
-    return TokenScores(torch.cat(kl), torch.cat(nll), torch.cat(agree), torch.tensor(counts))
+    counts = torch.tensor([len(row.gold) for row in rows])
+    return TokenScores(torch.cat(kl), torch.cat(nll), torch.cat(agree), counts)
 
 
 def summarize(scores: TokenScores, *, seed: int = 0, resamples: int = 2000) -> Score:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvopt.attention import gold_hidden
+from kvopt.attention import gold_states
 from kvopt.contexts import Context
-from kvopt.encoding import Encoded, length_buckets, make_batch
+from kvopt.encoding import Encoded
 from kvopt.kernels import linear_scores
 from kvopt.model import Base
 
@@ -48,12 +48,8 @@ def gold_nll(
     """
     prefix, rows = context.prefix(base), context.bodies(original).rows
     sums = torch.zeros(len(rows), dtype=torch.float64)
-    for index in length_buckets(rows, batch_size):
-        batch = make_batch(rows, index).to(base.device)
-        hidden = gold_hidden(base, prefix, batch)
-        nll = linear_scores(hidden, hidden, base.head, batch.gold).nll.double().cpu()
-        parts = nll.split([len(rows[i].gold) for i in index])
-        sums[index] = torch.stack([part.sum() for part in parts])
-        if progress:
-            progress(len(index))
+    for states in gold_states(base, prefix, rows, batch_size=batch_size, progress=progress):
+        nll = linear_scores(states.hidden, states.hidden, base.head, states.gold).nll.double().cpu()
+        for i, part in states.split(nll):
+            sums[i] = part.sum()
     return GoldNLL(sums, torch.tensor([len(row.gold) for row in rows]))

@@ -9,15 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from kvopt.attention import Prefix, gold_hidden
-from kvopt.encoding import Row, length_buckets, make_batch
-from kvopt.kernels import linear_scores
+from kvopt.attention import Prefix
+from kvopt.encoding import Row
 from kvopt.model import Base
 from kvopt.reference import Reference
-
-Progress = Callable[[int], None]
+from kvopt.score import score_prefix
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,6 @@ class RowLikelihood:
     agree: int
 
 
-@torch.no_grad()
 def likelihoods(
     student: Base,
     base: Base,
@@ -39,7 +34,7 @@ def likelihoods(
     reference: Reference,
     *,
     batch_size: int,
-    progress: Progress | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[RowLikelihood]:
     """One entry for each row, in order.
 
@@ -50,16 +45,11 @@ def likelihoods(
         reference: must hold the rows.
         progress: called with the number of rows finished.
     """
-    found: list[RowLikelihood | None] = [None] * len(rows)
-    for index in length_buckets(rows, batch_size):
-        batch = make_batch(rows, index).to(student.device)
-        hidden = gold_hidden(student, prefix, batch)
-        stored = reference.hidden([rows[i].example_id for i in index]).to(student.device)
-        scores = linear_scores(hidden, stored, student.head, batch.gold, reference_head=base.head)
-        sizes = [len(rows[i].gold) for i in index]
-        parts = [values.cpu().split(sizes) for values in (scores.nll, scores.kl, scores.agree)]
-        for i, nll, kl, agree in zip(index, *parts, strict=True):
-            found[i] = RowLikelihood(len(nll), float(nll.double().sum()), float(kl.double().sum()), int(agree.sum()))
-        if progress:
-            progress(len(index))
-    return [one for one in found if one is not None]
+    scores = score_prefix(
+        student, prefix, rows, reference, batch_size=batch_size, reference_head=base.head, progress=progress
+    )
+    sums = [scores.by_example(values).tolist() for values in (scores.nll, scores.kl, scores.agree)]
+    return [
+        RowLikelihood(count, nll, kl, int(agree))
+        for count, nll, kl, agree in zip(scores.counts.tolist(), *sums, strict=True)
+    ]
