@@ -52,6 +52,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_record_file(path: Path, version: int) -> dict[str, Any] | None:
+    """A JSON object that kvopt wrote about a folder, None where there is none. Raises InputError for a damaged one or
+    one of another ``format_version``.
+    """
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    if (found := record.get("format_version")) != version:
+        what = f"format version {found!r}, this kvopt reads {version}"
+        raise InputError(what, where=str(path), mend="update kvopt")
+    return record
+
+
 def write_error(error: OSError, path: Path | str) -> KvoptError:
     """What to raise for an error of the operating system while ``path`` was written: one line, never a traceback."""
     if error.errno in _FULL:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from einops import repeat
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvopt.attention import Prefix
@@ -118,7 +119,7 @@ def _decode(
         mask[row, length + width - len(body) :] = 1
     ids, mask = ids.to(base.device), mask.to(base.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, length:]
-    cache = _growing_cache(prefix, rows)
+    cache = _growing_cache(prefix, rows, width + limit)
     ends = torch.tensor(sorted(stop), device=base.device)
     finished = torch.zeros(rows, dtype=torch.bool, device=base.device)
     chosen: list[Tensor] = []
@@ -146,11 +147,29 @@ def _choose(base: Base, hidden: Tensor, temperature: float, rng: torch.Generator
     return torch.multinomial(torch.softmax(logits.float() / temperature, -1), 1, generator=rng)[:, 0]
 
 
-def _growing_cache(prefix: Prefix, rows: int) -> Cache:
-    """A cache that starts as the prefix, once for each row; sliding-window layers keep everything, the mask decides."""
-    layers = []
-    for keys, values in zip(prefix.keys, prefix.values, strict=True):
-        layer = DynamicLayer()
-        layer.update(repeat(keys, "h t d -> b h t d", b=rows), repeat(values, "h t d -> b h t d", b=rows))
-        layers.append(layer)
-    return Cache(layers=layers)
+class GrowingLayer(DynamicLayer):
+    """One layer's keys and values [B, H, T + room, d], allocated once: the prefix, then what every step adds."""
+
+    def __init__(self, keys: Tensor, values: Tensor, rows: int, room: int):
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.length = keys.shape[-2]
+        self.room = [repeat(pad(t, (0, 0, 0, room)), "h t d -> b h t d", b=rows).contiguous() for t in (keys, values)]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        for place, states in zip(self.room, (key_states, value_states), strict=True):
+            place[:, :, start : self.length] = states
+        self.keys, self.values = (place[:, :, : self.length] for place in self.room)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+def _growing_cache(prefix: Prefix, rows: int, room: int) -> Cache:
+    """A cache that starts as the prefix, once for each row, with room for body and answer; sliding-window layers keep
+    everything, the mask decides.
+    """
+    pairs = zip(prefix.keys, prefix.values, strict=True)
+    return Cache(layers=[GrowingLayer(keys, values, rows, room) for keys, values in pairs])

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvopt.errors import KvoptError
+from kvopt.errors import InputError, KvoptError
 from kvopt.files import sha256_bytes, sha256_file, sha256_json, write_json
 from kvopt.hub import cache_folder
 
@@ -69,3 +69,19 @@ def chat_template_sha256(tokenizer: Any) -> str | None:
     if template is None:
         return None
     return sha256_bytes(template.encode()) if isinstance(template, str) else sha256_json(template)
+
+
+def check_base(
+    record: dict[str, Any], name: str, identity: Mapping[str, str | None], folder: Path, how: str = "made for"
+) -> None:
+    """Compare the base that a folder was ``how``, by its record, with the one of this name and identity. Raises
+    InputError.
+    """
+    stored = record.get("base") or {}
+    for what, digest in identity.items():
+        if what in stored and stored[what] != digest:
+            raise InputError(
+                f"{how} base {stored.get('name')!r}, whose {what} differs from that of {name!r}",
+                where=str(folder),
+                mend=f"use the base that it was {how}",
+            )

@@ -18,7 +18,7 @@ from kvopt.contexts.adapter import adapter_config, read_record
 from kvopt.dataset import Dataset, Example, load_dataset
 from kvopt.encoding import Encoded, Encoder
 from kvopt.errors import InputError
-from kvopt.files import write_text
+from kvopt.files import RELATIVE, read_text, write_text
 from kvopt.generate import stop_ids
 from kvopt.model import Base, load_base
 from kvopt.mutate.record import Mutation, read_mutations
@@ -79,7 +79,7 @@ class Inputs:
         """The config as it is written down: whole, with the text of a template file in place of its path."""
         tree = self.config.model_dump(mode="json")
         if (file := self.config.template.file) is not None:
-            tree["template"] |= {"file": None, "text": (self.base_dir / file).read_bytes().decode("utf-8-sig")}
+            tree["template"] |= {"file": None, "text": read_text(self.base_dir / file, RELATIVE)}
         return tree
 
     def check_windows(self) -> None:
@@ -139,6 +139,12 @@ class Inputs:
         the slots' own.
         """
         return self._bare.select([example.id for example in getattr(self.dataset, split)])
+
+    def rows_for(self, context: Context, split: str) -> Encoded:
+        """The rows of a split as a context's ``bodies`` takes them: those of :meth:`rows` for text, else
+        :meth:`behind`.
+        """
+        return self.rows(split) if isinstance(context, TextContext) else self.behind(split)
 
     @cached_property
     def _bare(self) -> Encoded:

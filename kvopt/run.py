@@ -264,7 +264,7 @@ class Run(Inputs):
 
     def token_scores(self, context: Context, split: str, batch_size: int) -> TokenScores:
         """Per-token arrays of :meth:`score`."""
-        rows = self.rows(split) if isinstance(context, TextContext) else self.behind(split)
+        rows = self.rows_for(context, split)
         key = f"{self.reference.key}:{sha256_json([context.sha256(), rows.sha256(), batch_size])}"
         name = "".join(c if c.isalnum() or c in "-._" else "_" for c in context.name)
         path = self.directory / "scores" / f"{name}.{split}.b{batch_size}.safetensors"

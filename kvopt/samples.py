@@ -18,7 +18,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from kvopt.attention import Prefix, gold_hidden
-from kvopt.contexts import Context, NoContext, TextContext
+from kvopt.contexts import Context, NoContext
 from kvopt.dataset import Example
 from kvopt.encoding import Encoded, make_batch
 from kvopt.files import sha256_json, write_json
@@ -98,9 +98,8 @@ def samples(run: Run) -> dict[str, Any] | None:
 
 
 def _shown(run: Run, context: Context) -> Shown:
-    rows = run.rows("validation") if isinstance(context, TextContext) else run.behind("validation")
     scores = run.token_scores(context, "validation", run.config.score.batch_size)
-    return Shown(context, context.bodies(rows), scores)
+    return Shown(context, context.bodies(run.rows_for(context, "validation")), scores)
 
 
 def ordering(shown: Sequence[Shown]) -> np.ndarray:

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from kvopt.config import Config
 from kvopt.contexts.initial import split_spec
-from kvopt.dataset import Dataset, load_dataset
 from kvopt.encoding import Encoded, Encoder
 from kvopt.errors import InputError
+from kvopt.inputs import Inputs
 from kvopt.model import load_tokenizer
 from kvopt.optimize import ContextConfig
-from kvopt.template import Template
 from kvopt.textfile import template_from_file
 
 
-def check(config: Config, base_dir: Path) -> dict[str, Any]:
-    """Read template and data, place the seam on every row, and say what there is. Raises InputError for the first
-    fault.
+def check(inputs: Inputs) -> dict[str, Any]:
+    """Place the seam on every row of the template and data that were read, and say what there is. Raises InputError for
+    the first fault.
     """
-    template = config.template.build(base_dir)
-    dataset = load_dataset(config.data, template, base_dir, config.seed)
+    config, template, dataset = inputs.config, inputs.template, inputs.dataset
     tokenizer, window = load_tokenizer(config.model)
     encoder = Encoder(tokenizer, config.template.chat_kwargs, config.template.end_token)
     encoded = encoder.encode(template, (*dataset.train, *dataset.selection, *dataset.validation), window=window)
     longest = max(len(encoded.prefix) + len(row) for row in encoded.rows)
-    starts = _Starts(config, base_dir, template, dataset, encoder, encoded, window)
+    starts = _Starts(inputs, encoder, encoded, window)
     for context in config.contexts:
         starts.check(context)
     return {
@@ -49,10 +45,7 @@ def check(config: Config, base_dir: Path) -> dict[str, Any]:
 class _Starts:
     """Checks where each learned context starts and whether its slots fit."""
 
-    config: Config
-    base_dir: Path
-    template: Template
-    dataset: Dataset
+    inputs: Inputs
     encoder: Encoder
     encoded: Encoded
     window: int
@@ -79,14 +72,14 @@ class _Starts:
     def _tokens_of(self, init: str, where: str) -> int | None:
         """Tokens of the text that a context starts from; None where only a run can say, or any number goes."""
         kind, argument = split_spec(init, where)
-        if kind == "context" and argument not in {c.name for c in self.config.contexts}:
-            if not (self.base_dir / argument).is_dir():
+        if kind == "context" and argument not in {c.name for c in self.inputs.config.contexts}:
+            if not (self.inputs.base_dir / argument).is_dir():
                 raise InputError(f"init {init!r}: no such context or folder", where=where)
             return None
-        if kind in ("best-mutation", "mutation") and self.config.mutations.count == 0:
+        if kind in ("best-mutation", "mutation") and self.inputs.config.mutations.count == 0:
             raise InputError(f"init {init!r} needs mutations", where=where, mend="raise mutations.count")
         if kind == "text":
-            template = template_from_file(self.base_dir / argument, self.template)
-            probes = self.dataset.selection[:4] or self.dataset.train[:4]
+            template = template_from_file(self.inputs.base_dir / argument, self.inputs.template)
+            probes = self.inputs.dataset.selection[:4] or self.inputs.dataset.train[:4]
             return len(self.encoder.encode(template, probes).prefix)
         return len(self.encoded.prefix) if kind in ("template", "strided", "matched") else None

@@ -361,6 +361,26 @@ def test_the_schema_is_printed(kvopt):
     assert {"template", "data", "contexts"} <= set(json.loads(out)["properties"])
 
 
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"templates": "nope.yaml"}, "nope.yaml: no such file (paths are relative to the config file)"),
+        ({"probes": {"file": "nope.jsonl"}}, "nope.jsonl"),
+        ({"metrics": [{"kind": "json-schema", "definition": "nope.json"}]}, "nope.json: no such file"),
+    ],
+)
+def test_validate_reads_what_evaluation_will_need(fails, job, tmp_path, change, line):
+    edit(job, lambda document: document.update(evaluate=change))
+    assert line in fails("validate", job)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_validate_checks_the_arms_of_a_study(fails, job):
+    students = [{"name": "s", "contexts": ["original"], "steps": 1}]
+    edit(job, lambda document: document.update(students=students, study={"seeds": [0], "reference": "t"}))
+    assert "study.reference: no arm 't'" in fails("validate", job)
+
+
 def test_init_writes_a_starter_that_validates_and_runs(kvopt, fails, tmp_path):
     assert kvopt("init", "new place")[0] == 0
     config = tmp_path / "new place" / "kvopt.yaml"

@@ -27,9 +27,9 @@ from transformers import PreTrainedModel
 
 import kvopt
 from kvopt.errors import InputError, KvoptError
-from kvopt.files import read_json, replacing_directory, write_json
+from kvopt.files import read_json, read_record_file, replacing_directory, write_json
 from kvopt.hub import weight_files
-from kvopt.identity import weights_sha256
+from kvopt.identity import check_base, weights_sha256
 from kvopt.model import Base, quiet
 
 FORMAT_VERSION = 1
@@ -211,14 +211,7 @@ def _scale(config: dict[str, Any]) -> tuple[float, bool]:
 
 def read_student_record(folder: Path) -> dict[str, Any] | None:
     """``kvopt-student.json`` of a folder, None where there is none. Raises InputError for a damaged or newer one."""
-    path = folder / RECORD
-    if not path.is_file():
-        return None
-    record = read_json(path)
-    if record.get("format_version") != FORMAT_VERSION:
-        what = f"format version {record.get('format_version')!r}, this kvopt reads {FORMAT_VERSION}"
-        raise InputError(what, where=str(path), mend="update kvopt")
-    return record
+    return read_record_file(folder / RECORD, FORMAT_VERSION)
 
 
 def load_student(folder: Path, base: Base) -> Base:
@@ -238,7 +231,7 @@ def load_student(folder: Path, base: Base) -> Base:
         mend = "give a folder from students/"
         raise InputError(f"is not a student folder, it has no {RECORD}", where=str(folder), mend=mend)
     if record is not None:
-        _check_base(record, base, folder)
+        check_base(record, base.name, base.identity, folder, "trained from")
     files = [folder / ADAPTER] if adapter else weight_files(folder)
     if not files or not files[0].is_file():
         raise InputError("has no weights", where=str(folder), mend="restore or train it again")
@@ -250,17 +243,6 @@ def load_student(folder: Path, base: Base) -> Base:
     student = _load_lora(folder, base, name) if adapter else _load_full(folder, base, name)
     student.model.requires_grad_(False).eval()
     return replace(student, identity={**base.identity, "student": digest})
-
-
-def _check_base(record: dict[str, Any], base: Base, folder: Path) -> None:
-    stored = record.get("base") or {}
-    for what, digest in base.identity.items():
-        if what in stored and stored[what] != digest:
-            raise InputError(
-                f"trained from base {stored.get('name')!r}, whose {what} differs from {base.name!r}",
-                where=str(folder),
-                mend="use the base that it was trained from",
-            )
 
 
 def _load_lora(folder: Path, base: Base, name: str) -> Base:

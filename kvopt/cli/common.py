@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from kvopt.run import Run
 
 WIDTH_OF_FILES = 120  # columns of a table that goes to a file or a pipe
@@ -41,13 +43,18 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=not unicode, allow_nan=False))
 
 
-def show_board(board: dict[str, Any], folder: Path, as_json: bool) -> None:
+def console() -> Console:
+    """Standard output for tables: as wide as the terminal, or :data:`WIDTH_OF_FILES` where there is none."""
     from rich.console import Console
 
+    return Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES, highlight=False)
+
+
+def show_board(board: dict[str, Any], folder: Path, as_json: bool) -> None:
     from kvopt.report.leaderboard import table
 
     if as_json:
         print_json(board)
     else:
-        Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES).print(table(board))
+        console().print(table(board))
         print(f"run directory: {folder}")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvopt.cli.common import WIDTH_OF_FILES, ConfigPath, Json, Out, Sets, open_run, print_json
+from kvopt.cli.common import ConfigPath, Json, Out, Sets, console, open_run, print_json
 from kvopt.cli.report import renew_page
 
 if TYPE_CHECKING:
@@ -71,9 +70,7 @@ def study(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json 
 
 
 def show(views: list[Any]) -> None:
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
+    out = console()
     for view in views:
         renderable: RenderableType = view
-        console.print(renderable)
+        out.print(renderable)

@@ -89,7 +89,6 @@ def _base_of(students: list[Path], base: str | None) -> Base:
 def _gold_nll_of(config: Path, sets: list[str] | None, context: str, base: Base) -> Any:
     """Gold NLL of a student folder on the selection rows of a config, whose base must be the students' own."""
     from kvopt.cli.common import open_run
-    from kvopt.contexts import TextContext
     from kvopt.train.gold import gold_nll
     from kvopt.train.student import load_student
 
@@ -102,7 +101,7 @@ def _gold_nll_of(config: Path, sets: list[str] | None, context: str, base: Base)
     if len(named) != 1:
         raise InputError("names more than one context", where=f"--context {context}", mend="name one")
     found = named[0]
-    rows = run.rows("selection") if isinstance(found, TextContext) else run.behind("selection")
+    rows = run.rows_for(found, "selection")
 
     def measure(folder: Path) -> float:
         value = gold_nll(load_student(folder, run.base), found, rows, batch_size=run.config.score.batch_size).mean

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvopt.cli.common import WIDTH_OF_FILES, Json, print_json, say
+from kvopt.cli.common import Json, console, print_json, say
 
 SEVERAL = Path("comparison")
 
@@ -60,20 +60,16 @@ def chosen_formats(formats: str | None) -> tuple[str, ...]:
 
 def show_report(report: dict[str, Any], folders: list[Path]) -> None:
     """The table of one run or several, what to take, and whether their numbers can be compared."""
-    import sys
-
-    from rich.console import Console
-
     from kvopt.report.tables import terminal_table
 
-    console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES, highlight=False)
-    console.print(terminal_table(report))
+    out = console()
+    out.print(terminal_table(report))
     several = len(report["runs"]) > 1
     for run in report["runs"]:
         start = f"{run['label']}: " if several else ""
-        console.print(start + " ".join(run["advice"]["sentences"]), markup=False)
+        out.print(start + " ".join(run["advice"]["sentences"]), markup=False)
     for sentence in report.get("changes", {}).get("why", ()):
-        console.print(sentence, markup=False)
+        out.print(sentence, markup=False)
 
 
 def leave_page(folder: Path) -> None:

@@ -48,14 +48,14 @@ def validate(config: ConfigPath, sets: Sets = None, as_json: Json = False) -> No
     """Check config, template, data and the token seam, without loading the model's weights."""
     from kvopt.config import load_config
     from kvopt.run import Run
+    from kvopt.train.validation import check_evaluation, check_students
     from kvopt.validation import check
 
     settings, base_dir = load_config(config, sets or ())
-    report = check(settings, base_dir)
-    if settings.students:
-        from kvopt.train.stages import chosen
-
-        chosen(Run(settings, base_dir, Path("runs") / settings.name, say=lambda line: None))
+    run = Run(settings, base_dir, Path("runs") / settings.name, say=lambda line: None)  # the report holds the warnings
+    report = check(run)
+    check_students(run)
+    check_evaluation(run)
     if as_json:
         print_json(report)
         return

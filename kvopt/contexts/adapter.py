@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvopt.errors import InputError
-from kvopt.files import read_json
+from kvopt.files import read_json, read_record_file
 
 FORMAT_VERSION = 1
 RECORD = "kvopt.json"
@@ -32,17 +32,7 @@ def kind_of(config: dict[str, Any]) -> str:
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """``kvopt.json`` of a context folder, None where there is none. Raises InputError for a damaged or newer one."""
-    path = folder / RECORD
-    if not path.is_file():
-        return None
-    record = read_json(path)
-    if record.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"format version {record.get('format_version')!r}, this kvopt reads {FORMAT_VERSION}",
-            where=str(path),
-            mend="update kvopt",
-        )
-    return record
+    return read_record_file(folder / RECORD, FORMAT_VERSION)
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:

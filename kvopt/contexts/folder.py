@@ -32,6 +32,7 @@ from kvopt.contexts.adapter import (
 from kvopt.contexts.context import KVContext, SoftContext
 from kvopt.errors import InputError
 from kvopt.files import replacing_directory, write_json
+from kvopt.identity import check_base
 from kvopt.model import Base
 from kvopt.rope import rotate_keys
 
@@ -120,7 +121,7 @@ def load_context(folder: Path, base: Base, *, name: str | None = None) -> Learne
     config = adapter_config(folder)
     record = read_record(folder)
     if record is not None:
-        _check_base(record, base, folder)
+        check_base(record, base.name, base.identity, folder)
     tensor = read_tensor(folder)
     kind = kind_of(config)
     g = base.geometry
@@ -161,17 +162,6 @@ def rotated(states: Tensor, shift: int, base: Base) -> Tensor:
         for layer in range(states.shape[1])
     ]
     return torch.stack(layers, dim=1)
-
-
-def _check_base(record: dict[str, Any], base: Base, folder: Path) -> None:
-    stored = record.get("base", {})
-    for what, digest in base.identity.items():
-        if what in stored and stored[what] != digest:
-            raise InputError(
-                f"made for base {stored.get('name')!r}, whose {what} differs from {base.name!r}",
-                where=str(folder),
-                mend="use the base that it was made for",
-            )
 
 
 def _check_tensor(tensor: Tensor, width: int, config: dict[str, Any], folder: Path) -> None:

@@ -14,6 +14,7 @@ from kvopt.contexts import Context, TextContext
 from kvopt.contexts.initial import split_spec
 from kvopt.errors import InputError
 from kvopt.run import Run
+from kvopt.template import Template
 from kvopt.train.config import StudentConfig
 from kvopt.train.evaluation.config import EvaluateConfig
 from kvopt.train.evaluation.templates import read_templates
@@ -71,11 +72,13 @@ def named_conditions(run: Run, specs: Sequence[str], every: Sequence[Condition])
 
 
 def template_contexts(run: Run, settings: EvaluateConfig) -> list[TextContext]:
-    """The templates written by hand."""
-    if settings.templates is None:
-        return []
-    templates = read_templates(run.base_dir / settings.templates, run.template)
-    return [run.text_context(name, template) for name, template in templates.items()]
+    """The templates written by hand, encoded."""
+    return [run.text_context(name, template) for name, template in hand_written(run, settings).items()]
+
+
+def hand_written(run: Run, settings: EvaluateConfig) -> dict[str, Template]:
+    """The templates written by hand, by name. Raises InputError."""
+    return {} if settings.templates is None else read_templates(run.base_dir / settings.templates, run.template)
 
 
 def held_out_mutations(run: Run, settings: EvaluateConfig, students: Sequence[StudentConfig]) -> list[TextContext]:

@@ -24,8 +24,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kvopt.contexts import TextContext
-from kvopt.encoding import Row
 from kvopt.files import sha256_json, write_json
 from kvopt.generate import answer_text, generate
 from kvopt.progress import advance
@@ -114,7 +112,7 @@ class Evaluation:
 
     def answers(self, model: Subject, condition: Condition, bar: tqdm) -> list[dict[str, Any]]:
         """Answer (of the first ``rows`` rows) and gold likelihood of every validation row under one context."""
-        rows = self._rows_under(condition)
+        rows = condition.context.bodies(self.run.rows_for(condition.context, "validation")).rows
         stream = [(row.example_id, row.body, row.gold) for row in rows]
         limits = [len(self.answered), self.settings.max_new_tokens, self.drawing]
         key = self._key(model, [condition.context.sha256(), stream, limits])
@@ -145,12 +143,6 @@ class Evaluation:
                 row |= {"answer": texts[i], "answer_tokens": len(ids[i]), "cut": len(ids[i]) >= limit}
             found.append(row | asdict(score))
         return write_rows(path, key, found)
-
-    def _rows_under(self, condition: Condition) -> tuple[Row, ...]:
-        """The validation rows as they stand behind a context."""
-        if isinstance(condition.context, TextContext):
-            return condition.context.bodies(self.run.rows("validation")).rows
-        return self.run.behind("validation").rows
 
     # ---- metrics
 

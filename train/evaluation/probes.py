@@ -61,9 +61,7 @@ class Probes:
 def load_probes(run: Run, settings: ProbesConfig, batch_size: int) -> Probes:
     """Read and encode the probe rows; those over ``max_tokens`` are left out. Raises InputError."""
     where = f"evaluate.probes.file {settings.file}"
-    examples = _examples(run, settings)
-    if not examples:
-        raise InputError("has no rows", where=where)
+    examples = probe_examples(run, settings)
     chat = run.base.tokenizer.chat_template is not None
     template = (
         Template.from_messages([{"role": "user", "content": "{{prompt}}"}])
@@ -79,7 +77,8 @@ def load_probes(run: Run, settings: ProbesConfig, batch_size: int) -> Probes:
     return Probes(run, replace(encoded, rows=kept), len(examples) - len(kept), batch_size)
 
 
-def _examples(run: Run, settings: ProbesConfig) -> list[Example]:
+def probe_examples(run: Run, settings: ProbesConfig) -> list[Example]:
+    """The rows of the file, as many as are asked for. Raises InputError."""
     columns = Columns(("prompt",), {"prompt": settings.prompt}, settings.output)
     found: list[Example] = []
     for number, record in enumerate(read_records(settings.file, run.base_dir, "train")):
@@ -91,4 +90,6 @@ def _examples(run: Run, settings: ProbesConfig) -> list[Example]:
             mend = "name the columns in evaluate.probes.prompt and evaluate.probes.output"
             raise InputError(str(error), where=record.where, mend=mend) from None
         found.append(Example(f"probe:{number}", values, output, record.where))
+    if not found:
+        raise InputError("has no rows", where=f"evaluate.probes.file {settings.file}")
     return found

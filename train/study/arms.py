@@ -47,9 +47,10 @@ def study_arms(config: Config) -> list[Arm]:
     """Arms at equal steps (or tokens, or epochs), then those at equal seconds. Raises InputError."""
     study = settings_of(config)
     arms = [Arm(student.name, study.budget, _with_budget(student, study)) for student in _chosen(config, study)]
+    reference = reference_of(config)
     _check_equal(arms, study)
     if study.curve is not None:
-        arms = _with_curve(arms, study.curve, reference_of(config))
+        arms = _with_curve(arms, study.curve, reference)
     known = {arm.name: arm for arm in arms}
     for name in study.equal_seconds:
         if name not in known:

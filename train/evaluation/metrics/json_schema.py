@@ -12,6 +12,7 @@ from jsonschema import SchemaError
 from jsonschema.validators import validator_for
 
 from kvopt.errors import InputError
+from kvopt.files import RELATIVE, read_text
 from kvopt.train.evaluation.metrics.base import Item, Metric, Verdict, share
 from kvopt.train.evaluation.metrics.json_answers import NotJSON, parse_json
 
@@ -39,10 +40,8 @@ def read_schema(schema: dict[str, Any] | str, base_dir: Path, where: str) -> Any
     if isinstance(schema, str):
         path = base_dir / schema
         try:
-            value = json.loads(path.read_text("utf-8-sig"))
-        except FileNotFoundError:
-            raise InputError("no such file", where=str(path), mend="paths are relative to the config file") from None
-        except (OSError, ValueError) as error:
+            value = json.loads(read_text(path, RELATIVE))
+        except ValueError as error:
             raise InputError(f"is not a JSON file: {error}", where=str(path)) from None
         where = str(path)
     try:

@@ -1,0 +1,31 @@
+"""The part of ``kvopt validate`` that is about students: what their sections name is there and can be read, without a
+model.
+"""
+
+from __future__ import annotations
+
+from kvopt.run import Run
+from kvopt.train.evaluation.conditions import hand_written
+from kvopt.train.evaluation.metrics import build_metrics
+from kvopt.train.evaluation.probes import probe_examples
+from kvopt.train.pool import check_choices
+from kvopt.train.stages import chosen
+from kvopt.train.study.arms import study_arms
+
+
+def check_students(run: Run) -> None:
+    """Check the sections ``students`` and ``study``. Raises InputError for the first fault."""
+    if run.config.students:
+        chosen(run)
+    if run.config.study is not None:
+        for arm in study_arms(run.config):
+            check_choices(run, arm.config)
+
+
+def check_evaluation(run: Run) -> None:
+    """Read what the section ``evaluate`` names: metrics, hand-written templates, probes. Raises InputError."""
+    settings = run.config.evaluate
+    build_metrics(settings.metrics, run.base_dir)
+    hand_written(run, settings)
+    if settings.probes is not None:
+        probe_examples(run, settings.probes)
