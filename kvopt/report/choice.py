@@ -66,6 +66,8 @@ def advice(board: Board) -> dict[str, Any]:
         share = f", {kept:.0%} of the template's effect" if kept is not None and kept > 0 else ""
         what = f"{worse.name} with {_tokens(worse)} at {_distance(worse)}{share}"
         sentences.append(f"Nothing much shorter comes close: the best is {what}.")
+    if len(rows) > 1 and closest.kl_forward.ci95 is None:
+        sentences.append("A single validation row gives no intervals: these contexts cannot be told apart by it.")
     floor = board.noise_floor.kl_forward
     if closest.kl_forward.mean <= floor:
         sentences.append(f"{closest.name} is within the noise floor of {number(floor)}: as close as can be measured.")

@@ -59,7 +59,7 @@ def _contexts(run: RunFiles) -> list[dict[str, Any]]:
     front = {row.name for row in pareto_front(rivals(run.board))}
     rows = []
     for row in run.board.contexts:
-        facts = row.model_dump(mode="json", exclude_none=True)
+        facts = {key: value for key, value in row.model_dump(mode="json").items() if value is not None}
         facts |= {
             "pareto": row.name in front,
             "share_kept": share_kept(row, run.board),

@@ -69,7 +69,7 @@ def build_leaderboard(
     """The document of ``leaderboard.json``: contexts by forward KL, lowest first.
 
     ``separable_from_best`` says whether a context's interval lies wholly above that of the best one (the original is
-    not compared with).
+    not compared with); None where there are no intervals, because a single row gives none.
     """
     reported = sorted((e for e in entries if e.score is not None), key=lambda e: (e.score.kl_forward.mean, e.name))  # type: ignore[union-attr]
     rivals = [e for e in reported if e.name != "original"]
@@ -79,7 +79,7 @@ def build_leaderboard(
         row = entry.to_json()
         mine = entry.score.kl_forward.ci95 if entry.score else None
         if entry.name != "original" and entry is not rivals[0]:
-            row["separable_from_best"] = bool(best and mine and mine[0] > best[1])
+            row["separable_from_best"] = mine[0] > best[1] if best and mine else None
         rows.append(row)
     return {
         **facts,

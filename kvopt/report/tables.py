@@ -86,9 +86,7 @@ def to_markdown(report: dict[str, Any]) -> str:
     for run in report["runs"]:
         floor = run["noise_floor"]
         start = f"{run['label']}: " if several else ""
-        lines.append(
-            _cell(f"{start}{run['rows']['validation']} validation rows, noise floor {number(floor['kl_forward'])}.")
-        )
+        lines.append(_cell(f"{start}{_rows(run)}, noise floor {number(floor['kl_forward'])}."))
     return "\n".join(lines) + "\n"
 
 
@@ -124,6 +122,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _rows(run: dict[str, Any]) -> str:
+    count = run["rows"]["validation"]
+    return f"{count} validation row" + ("" if count == 1 else "s")
 
 
 def _short(value: float | None) -> str:
@@ -164,7 +167,7 @@ def _caption(report: dict[str, Any]) -> str:
     several = len(report["runs"]) > 1
     floors = []
     for run in report["runs"]:
-        words = f"{run['rows']['validation']} validation rows, noise floor {number(run['noise_floor']['kl_forward'])}"
+        words = f"{_rows(run)}, noise floor {number(run['noise_floor']['kl_forward'])}"
         floors.append(f"{run['label']}: {words}" if several else words)
     ties = any(row.get("separable_from_best") is False for _, row in rows_of(report))
     return escape(f"nats per gold token; {'; '.join(floors)}" + ("; ~ not separable from the best" if ties else ""))

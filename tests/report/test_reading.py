@@ -11,7 +11,9 @@ import pytest
 
 from kvopt.errors import InputError
 from kvopt.report import report_of, write_report
+from kvopt.report.leaderboard import Entry, build_leaderboard
 from kvopt.report.reading import read_run, read_runs
+from kvopt.score import Interval, Score
 from tests.report.made import change, leaderboard, write_run
 
 
@@ -84,6 +86,36 @@ def test_a_run_without_learned_contexts_or_mutations_has_a_page(run: Path, tmp_p
     shutil.rmtree(run / "contexts")
     _, written = write_report([run], tmp_path / "out")
     assert "This run has no contexts to choose from" in written[0].read_text("utf-8")
+
+
+def test_a_run_with_one_validation_row_has_a_report_without_intervals(run: Path, tmp_path: Path):
+    document = leaderboard()
+    document["rows"]["validation"] = 1
+    for one in [*document["contexts"], *document["other_mutations"]]:
+        for scores in (one, one.get("selection")):
+            if scores and "kl_forward" in scores:
+                scores["kl_forward"]["ci95"] = scores["gold_nll_ci95"] = None
+        one.pop("separable_from_best", None)
+    change(run / "leaderboard.json", **document)
+    report, written = write_report([run], tmp_path / "out")
+    texts = {path.suffix: path.read_text("utf-8") for path in written}
+    assert report["runs"][0]["contexts"][1]["kl_forward"]["ci95"] is None
+    assert "A single validation row gives no intervals" in report["runs"][0]["advice"]["sentences"][-1]
+    assert "not separable</strong>" not in texts[".html"]
+    assert "| kv-full | kv | 40 | 0.0040 | – |" in texts[".md"]
+    assert "1 validation row, noise floor" in texts[".md"]
+    assert write_report([run, write_run(tmp_path / "other")], tmp_path / "two")[1]
+
+
+def test_without_intervals_nothing_is_called_inseparable():
+    one, two = (Entry(name, "kv", 4, score, None) for name, score in (("a", alone(0.1)), ("b", alone(0.2))))
+    rows = build_leaderboard([two, one], [], {"kl_forward": 0.0, "dtype": "float32"}, {})["contexts"]
+    assert [(row["name"], row.get("separable_from_best")) for row in rows] == [("a", None), ("b", None)]
+
+
+def alone(kl: float) -> Score:
+    """The numbers of a single row."""
+    return Score(Interval(kl, None), kl, Interval(1.0, None), 1.0, 1, 4)
 
 
 def test_a_template_from_a_file_is_known_from_the_leaderboard_and_missing_in_old_runs(run: Path):
