@@ -70,7 +70,7 @@ def test_gold_likelihoods_equal_plain_transformers_on_full_prompts(evaluated, na
         model = subject(run, name).model
         evaluation = Evaluation(run, run.config.students)
         condition = next(c for c in evaluation.conditions if c.name == context)
-        rows = evaluation._rows_under(condition)
+        rows = condition.context.bodies(run.rows_for(condition.context, "validation")).rows
         prefix = condition.context.bos if context == "none" else condition.context.encoded.prefix
         originals = run.rows("validation").rows
         for row, original, stored in zip(rows, originals, answers_of(out, name, context), strict=True):
