@@ -1,12 +1,14 @@
 """One forward pass of rows under their contexts, and the loss of their gold tokens.
 
-Rows of a micro-batch are grouped: all plain prompts in one padded pass, those of each soft or KV context in one behind
-its prefix. Losses are summed over gold tokens, so that dividing by the gold tokens of a whole step makes accumulation
-and several processes exact.
+Rows of a micro-batch are grouped: those of each soft or KV context stand behind its prefix, and so do those of a text
+context that several rows share, whose prompt is then run once for all of them, with gradients; what remains is one
+padded pass of whole prompts. Losses are summed over gold tokens, so that dividing by the gold tokens of a whole step
+makes accumulation and several processes exact.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,6 +22,9 @@ from kvopt.model import Base
 from kvopt.reference import Reference
 from kvopt.train.losses import Gold, Loss
 from kvopt.train.pool import Pool, PoolContext
+
+LEAST_SHARED = 16
+"""Tokens of a text's prefix from which on it is run once for all rows of a micro-batch."""
 
 Item = tuple[int, int]
 """(row, context), positions in the pool."""
@@ -63,12 +68,23 @@ class ContextLoss(nn.Module):
         return torch.stack(sums).sum()
 
     def _groups(self, items: Sequence[Item]) -> Iterator[tuple[int | None, list[Row]]]:
-        """(context, rows) of each learned context, and (None, rows) of all prompts."""
+        """(context, rows) of each context that rows stand behind, and (None, rows) of all whole prompts."""
+        met = Counter(context for _, context in items)
         groups: dict[int | None, list[Item]] = {}
         for row, context in items:
-            groups.setdefault(None if self.pool.contexts[context].is_text else context, []).append((row, context))
+            groups.setdefault(context if self._shared(context, met[context]) else None, []).append((row, context))
         for key, members in groups.items():
-            yield key, [self.pool.contexts[context].rows[row] for row, context in members]
+            if key is None:
+                yield key, [self.pool.contexts[context].rows[row] for row, context in members]
+            else:
+                yield key, [self.pool.contexts[key].encoded.rows[row] for row, _ in members]
+
+    def _shared(self, context: int, rows: int) -> bool:
+        """Whether so many rows of a micro-batch stand behind the context's prefix: a prompt pays off where it is run
+        once instead of several times.
+        """
+        item = self.pool.contexts[context]
+        return not item.is_text or (rows > 1 and len(item.encoded.prefix) >= LEAST_SHARED)
 
     def _gold(self, context: int | None, rows: Sequence[Row]) -> Gold:
         item = None if context is None else self.pool.contexts[context]
@@ -84,9 +100,13 @@ class ContextLoss(nn.Module):
         return Gold(hidden, batch.gold, self.student.head, anchor, self.base.head)
 
     def _student_prefix(self, item: PoolContext | None, context: int | None) -> Prefix:
-        """Nothing for prompts; embeddings through the student as it is now; keys and values as they are."""
+        """Nothing for whole prompts; text and embeddings through the student as it is now; keys and values as they
+        are.
+        """
         if item is None:
             return empty_prefix(self.student)
+        if item.is_text:
+            return prefill(self.student, ids=torch.tensor(item.encoded.prefix, device=self.student.device))
         if isinstance(item.context, SoftContext):
             return prefill(self.student, embeddings=item.context.embeddings.to(self.student.device, self.student.dtype))
         return self._fixed("student", self.student, item, context)

@@ -90,7 +90,7 @@ class Pool:
 
     def tokens(self, row: int, context: int) -> int:
         """Tokens that the row puts through the student under that context: prompt or body, and gold but for its last
-        token. Slots of a soft or KV prefix are not counted.
+        token. Slots of a soft or KV prefix are not counted, a text that rows share is counted for each of them.
         """
         return len(self.contexts[context].rows[row]) - 1
 

@@ -73,19 +73,24 @@ def students(run: Run, configs: Sequence[StudentConfig], launch: Launch | None =
 
 
 def chosen(run: Run, only: Sequence[str] = ()) -> list[StudentConfig]:
-    """The students to train, their contexts checked. Raises InputError."""
+    """The students to train, checked. Raises InputError."""
     known = {student.name: student for student in run.config.students}
     for name in only:
         if name not in known:
             raise InputError(f"no student {name!r} in the config", mend="known: " + (", ".join(known) or "none"))
     configs = [student for student in run.config.students if not only or student.name in only]
     for config in configs:
-        check_choices(run, config)
-        check_teacher(run, config)
-        check_own_answers(run, config)
-        if config.start is not None:
-            weights_of(run.base_dir / config.start)
+        check_student(run, config)
     return configs
+
+
+def check_student(run: Run, config: StudentConfig) -> None:
+    """Refuse, before any work, contexts, a teacher, checks or a start that cannot be. Raises InputError."""
+    check_choices(run, config)
+    check_teacher(run, config)
+    check_own_answers(run, config)
+    if config.start is not None:
+        weights_of(run.base_dir / config.start)
 
 
 def _student(run: Run, config: StudentConfig, launch: Launch) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from kvopt.run import Run
 from kvopt.train.evaluation.conditions import hand_written
 from kvopt.train.evaluation.metrics import build_metrics
 from kvopt.train.evaluation.probes import probe_examples
-from kvopt.train.pool import check_choices
-from kvopt.train.stages import chosen
+from kvopt.train.stages import check_student, chosen
 from kvopt.train.study.arms import study_arms
 
 
@@ -19,7 +18,7 @@ def check_students(run: Run) -> None:
         chosen(run)
     if run.config.study is not None:
         for arm in study_arms(run.config):
-            check_choices(run, arm.config)
+            check_student(run, arm.config)
 
 
 def check_evaluation(run: Run) -> None:

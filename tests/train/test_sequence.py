@@ -224,6 +224,8 @@ def test_the_command_prints_one_table_a_quantity_and_what_was_chosen(done: Any, 
         (lambda d: d.update(stages=["one/job.yaml"] * 2), r"stages\.1 one/job\.yaml: two tasks are named 'first'"),
         (lambda d: d["arms"].append(d["arms"][0]), r"two arms are named 'fixed'"),
         (lambda d: d["arms"][0].update(contexts=["kv-9"]), r"students\.fixed\.contexts: no context 'kv-9'"),
+        (lambda d: d["arms"][0].update(start="nowhere"), r"nowhere: is not a student folder"),
+        (lambda d: d["arms"][0].update(own_answers={"accept": ["python:nothing.py:f"]}), r"nothing\.py"),
         (lambda d: d["arms"][0].update(contexts=["best-mutations:99"]), r"wants more mutations than mutations\.count"),
         (
             lambda d: d["stages"][1].update(set=[f"model.base={tiny_folder('qwen3')}"]),

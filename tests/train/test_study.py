@@ -17,6 +17,7 @@ from kvopt.train.study.arms import study_arms, trained_students
 from kvopt.train.study.document import Result
 from kvopt.train.study.study import Study, conduct
 from tests.jobs import artefacts, stages_in
+from tests.tiny import tiny_folder
 from tests.train.evaluated import open_evaluated, student, write_evaluated
 
 
@@ -132,6 +133,26 @@ def test_epochs_that_no_arm_sets_are_one(tmp_path):
         config["study"] = {"budget": "epochs"}
 
     assert len(study_arms(loaded(tmp_path, by_epochs))) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"loss": {"kind": "on-policy", "teacher": {"base": str(tiny_folder("gemma3"))}}},
+            r"students\.odd\.loss\.teacher\.base: the teacher '.*gemma3.*' and the student's base '.*llama",
+        ),
+        ({"own_answers": {"accept": ["python:nothing.py:check"]}}, r"nothing\.py"),
+        ({"start": "nowhere"}, "nowhere: is not a student folder"),
+        ({"contexts": ["kv-9"]}, r"students\.odd\.contexts: no context 'kv-9'"),
+    ],
+)
+def test_an_arm_that_cannot_be_trained_is_named_before_any_work(tmp_path, settings, message):
+    config = write_study(tmp_path, lambda c: c["students"].append(student("odd", "original") | settings))
+    with pytest.raises(InputError, match=message):
+        conducted(config, tmp_path / "out")
+    assert not (tmp_path / "out" / "students").exists()
+    assert not (tmp_path / "out" / "mutations.jsonl").exists()
 
 
 def test_every_arm_is_trained_with_every_seed_and_evaluated(finished):

@@ -14,7 +14,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
+from kvopt.attention import prefill
 from kvopt.errors import KvoptError
+from kvopt.model import enable_checkpointing
+from kvopt.train import forward
 from kvopt.train import trainer as module
 from kvopt.train.forward import ContextLoss
 from kvopt.train.losses import AnchoredKL, CrossEntropy
@@ -142,6 +145,31 @@ def test_gradients_of_mixed_contexts_are_those_of_rows_run_alone(task: Task) -> 
     alone = torch.autograd.grad(
         sum(plain_nll(student.model, task, contexts.contexts[number], row) for row, number in items), trained
     )
+    for ours, theirs in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_text_that_rows_share_is_run_once_and_the_gradients_are_those_of_rows_run_alone(
+    kind: str, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(tiny_base(kind), tmp_path, count=5)
+    contexts = pool(task, "original", "other")
+    student = lora_student(task.base, "s")
+    trained = list(student.trainable().values())
+    for parameter in trained:
+        parameter.data.normal_(0, 0.1)
+    items = [(0, 0), (1, 1), (2, 0), (3, 0)]
+    alone = torch.autograd.grad(
+        sum(plain_nll(student.model, task, contexts.contexts[number], row) for row, number in items), trained
+    )
+    if checkpointing:
+        enable_checkpointing(student.base.model)
+    runs: list[int] = []
+    monkeypatch.setattr(forward, "prefill", lambda base, ids: runs.append(len(ids)) or prefill(base, ids=ids))
+    together = torch.autograd.grad(ContextLoss(student.base, task.base, contexts, CrossEntropy())(items), trained)
+    assert runs == [len(contexts.contexts[0].encoded.prefix)]
     for ours, theirs in zip(together, alone, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 

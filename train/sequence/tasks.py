@@ -11,9 +11,8 @@ from kvopt.config import load_config
 from kvopt.errors import InputError
 from kvopt.run import Run
 from kvopt.train.config import StudentConfig
-from kvopt.train.distill.teacher import check_teacher
-from kvopt.train.pool import check_choices
 from kvopt.train.sequence.config import SequenceConfig
+from kvopt.train.stages import check_student
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def load_tasks(
 
     Raises:
         InputError: a config that is wrong, two tasks of one name, tasks over different bases, contexts that a task
-            does not have.
+            does not have, a teacher, checks or a start that cannot be.
     """
     tasks: list[Task] = []
     for number, stage in enumerate(config.stages):
@@ -54,8 +53,8 @@ def load_tasks(
         changes = {"students": students, "study": None, "evaluate": config.evaluate or settings.evaluate}
         run = Run(settings.model_copy(update=changes), folder, out / "tasks" / name, say=say, bars=bars)
         for student in students:
-            check_choices(run, student)
-            check_teacher(run, student)
+            # a later stage starts from a student that is not there yet
+            check_student(run, student.model_copy(update={"start": None}) if tasks else student)
         tasks.append(Task(name, run))
     return tasks
 

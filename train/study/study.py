@@ -18,8 +18,8 @@ from kvopt.run import Run
 from kvopt.train.config import StudentConfig
 from kvopt.train.evaluation.evaluate import Evaluation
 from kvopt.train.evaluation.models import BASE, subject
-from kvopt.train.pool import check_choices, resolve
-from kvopt.train.stages import students
+from kvopt.train.pool import resolve
+from kvopt.train.stages import check_student, students
 from kvopt.train.study.arms import EQUAL_SECONDS, Arm, reference_of, settings_of, study_arms, trained_students
 from kvopt.train.study.document import Result, build_document
 
@@ -35,7 +35,7 @@ class Study:
         self.arms = study_arms(self.run.config)
         self.reference = reference_of(self.run.config)
         for arm in self.arms:
-            check_choices(self.run, arm.config)
+            check_student(self.run, arm.config)
         self._context_scores: dict[str, tuple[float, float]] = {}
 
     @cached_property
