@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kvopt.contexts.record import check_record
 from kvopt.errors import InputError
 from kvopt.files import read_json, read_record_file
 
@@ -23,6 +24,7 @@ KV_TYPES = ("CARTRIDGE", "PREFIX_TUNING")
 TYPES = (*KV_TYPES, "PROMPT_TUNING")
 
 _TEXT_TASKS = (None, "CAUSAL_LM")
+_COUNTS = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim", "num_frozen_tokens")
 
 
 def kind_of(config: dict[str, Any]) -> str:
@@ -32,7 +34,10 @@ def kind_of(config: dict[str, Any]) -> str:
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """``kvopt.json`` of a context folder, None where there is none. Raises InputError for a damaged or newer one."""
-    return read_record_file(folder / RECORD, FORMAT_VERSION)
+    record = read_record_file(folder / RECORD, FORMAT_VERSION)
+    if record is not None:
+        check_record(record, folder / RECORD)
+    return record
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
@@ -60,6 +65,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
             mend="train it without a projection",
         )
     _check_decoder(config, folder)
+    _check_types(config, path)
     return config
 
 
@@ -70,6 +76,14 @@ def _check_decoder(config: dict[str, Any], folder: Path) -> None:
         raise InputError(
             f"an adapter for {config['task_type']} is not a context", where=str(folder), mend="CAUSAL_LM adapters are"
         )
+
+
+def _check_types(config: dict[str, Any], path: Path) -> None:
+    for field in _COUNTS:
+        if not isinstance(config.get(field), int | None):
+            raise InputError(f"is damaged: {field} is {config[field]!r}, not a number", where=str(path))
+    if not isinstance(config.get("base_model_name_or_path"), str | None):
+        raise InputError("is damaged: base_model_name_or_path is not a text", where=str(path))
 
 
 def read_tensor(folder: Path) -> Tensor:
