@@ -4,16 +4,18 @@ where one is given, and write a context folder with its origin in ``kvopt.json``
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from kvopt.contexts.adapter import RECORD, read_record
+from kvopt.contexts.adapter import read_record
 from kvopt.contexts.context import KVContext
 from kvopt.contexts.folder import Learned, load_context, save_context
 from kvopt.contexts.moving import WAYS, WITH_ROWS, Way, joined, moved, shortened
+from kvopt.contexts.record import NAME
 from kvopt.errors import InputError
 from kvopt.model import Base
 
@@ -61,6 +63,10 @@ def compose(
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Write ``second`` behind ``first`` as one context; with a config, measure all three. Raises InputError."""
+    if name is not None and not re.fullmatch(NAME, name):
+        raise InputError(
+            f"{name!r} is no name", where="--name", mend="give a plain file name; --out says where it goes"
+        )
     sources = [_learned_source(spec, base) for spec in (first, second)]
     name = name or "+".join(source.name for source in sources)
     folder = _place(out or Path(name), *sources)
@@ -209,9 +215,14 @@ def _record(operation: str, sources: Sequence[Source], facts: dict[str, Any]) ->
 
 
 def _place(folder: Path, *sources: Source) -> Path:
-    """Refuse to write over the sources, or over anything but a context."""
+    """Refuse to write over the sources, or over anything but what one of these commands made."""
     if any(s.folder is not None and folder.resolve() == s.folder.resolve() for s in sources):
         raise InputError("is the context itself", where=str(folder), mend="choose another --out folder")
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and read_record(folder) is None)):
-        raise InputError(f"is there already and has no {RECORD}", where=str(folder), mend="choose another --out folder")
+    ours = folder.is_dir() and (not any(folder.iterdir()) or (read_record(folder) or {}).get("origin"))
+    if folder.exists() and not ours:
+        raise InputError(
+            "is there already and was not made by move, compose or truncate",
+            where=str(folder),
+            mend="choose another --out folder",
+        )
     return folder

@@ -137,6 +137,20 @@ def test_truncate_without_a_task_keeps_the_first_or_the_last(kvopt: Command, fai
     assert "one of auto, refitted" in fails("truncate", source, "--tokens", "4", "--by", "best")
 
 
+def test_only_what_these_commands_made_is_replaced(kvopt: Command, fails: Any, job: Path, tmp_path: Path) -> None:
+    learned = job / "run/contexts/kv-best"
+    before = {path.name: path.read_bytes() for path in learned.iterdir()}
+    for command in (("move", "--offset", 3), ("truncate", "--tokens", 4, "--by", "first"), ("compose", learned)):
+        verb, *options = command
+        line = fails(verb, job / "run/contexts/kv-8", *options, "--out", learned)
+        assert "the context itself" in line or "was not made by move, compose or truncate" in line
+    assert {path.name: path.read_bytes() for path in learned.iterdir()} == before
+    for offset in (3, 5):
+        assert kvopt("move", job / "run/contexts/kv-8", "--offset", offset, "--out", "moved")[0] == 0
+    assert json.loads(Path("moved/kvopt.json").read_text())["positions"]["first"] == 5
+    assert "is no name" in fails("compose", learned, job / "run/contexts/kv-8", "--name", "../elsewhere")
+
+
 def test_what_cannot_be_done_is_one_line(fails: Any, job: Path, tmp_path: Path) -> None:
     run = job / "run"
     assert "cannot be moved" in fails("move", f"{run}#soft-6", "--offset", "3")
