@@ -21,6 +21,9 @@ from kvopt.run import Run
 
 __all__ = ["Comparison", "LearnedContext", "compare_contexts", "export_context", "optimize_context"]
 
+OURS = "# Written by a call of kvopt from Python; the next call in this folder writes it anew.\n"
+PLACES = ("context:", "text:")  # beginnings of a context's init that go on with a path
+
 TemplateLike = str | Sequence[Mapping[str, str]]
 Examples = str | Path | Sequence[Mapping[str, str]]
 
@@ -143,18 +146,24 @@ def compare_contexts(
         return Comparison(run.directory.path, run.run())
 
 
-def export_context(context: str | Path, to: str, out: str | Path | None = None, **options: Any) -> Path:
+def export_context(
+    context: str | Path, to: str, out: str | Path | None = None, *, base: str | None = None, **options: Any
+) -> Path:
     """Write a context (a folder, or ``RUN#NAME``) for another tool; returns the folder written.
 
-    ``to`` and ``options`` (peft_type, block_size, …) are those of ``kvopt export``. Raises InputError.
+    ``to``, ``base`` and ``options`` (peft_type, block_size, partial_block, config) are those of ``kvopt export``.
+    Raises InputError.
     """
-    return Path(export(context, to, Path(out) if out else None, options=Options(**options))["folder"])
+    if options.get("config") is not None:
+        options["config"] = Path(options["config"])
+    return Path(export(context, to, Path(out) if out else None, base=base, options=Options(**options))["folder"])
 
 
 def _config(template: TemplateLike, base: str, sections: Mapping[str, Any]) -> dict[str, Any]:
     """The config's tree; ``model`` and ``data`` of the caller's sections are laid over ours."""
     tree: dict[str, Any] = {"model": {"base": base}, "data": {}}
     tree["template"] = {"text": template} if isinstance(template, str) else {"messages": [dict(m) for m in template]}
+    sections = {**sections, "contexts": [_placed(entry) for entry in sections["contexts"]]}
     for name, section in sections.items():
         if isinstance(section, Mapping) and isinstance(tree.get(name), dict):
             tree[name] |= section
@@ -163,18 +172,34 @@ def _config(template: TemplateLike, base: str, sections: Mapping[str, Any]) -> d
     return tree
 
 
+def _placed(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A context's settings with the path in its ``init`` taken from the current folder, as every path of a call is."""
+    init = entry.get("init")
+    for start in PLACES if isinstance(init, str) else ():
+        path = Path(str(init).removeprefix(start))
+        if str(init).startswith(start) and path.exists():
+            return {**entry, "init": f"{start}{path.resolve()}"}
+    return dict(entry)
+
+
 def _run(tree: dict[str, Any], examples: Examples, validation: Examples | None, out: Path) -> Run:
     """Write the config and the rows into ``out`` and open the run on them."""
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "kvopt.yaml").is_file())):
-        raise InputError("is there already and was not made by kvopt", where=str(out), mend="choose another out")
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or _is_ours(out / "kvopt.yaml"))):
+        raise InputError("is there already and is not of such a call", where=str(out), mend="choose another out")
+    write_text(out / "kvopt.yaml", OURS)  # first, so that a call that fails below can be put right and made again
     for name, rows in (("train", examples), ("validation", validation)):
         if rows is not None:
             tree["data"][name] = _stored(rows, out, "examples.jsonl" if name == "train" else "validation.jsonl")
     if "limit" not in tree["data"] and not isinstance(examples, str | Path):
         tree["data"]["limit"] = {"selection": max(1, min(32, len(examples) // 4))}
-    write_text(out / "kvopt.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    write_text(out / "kvopt.yaml", OURS + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
     config, base_dir = load_config(out / "kvopt.yaml")
     return Run(config, base_dir, out / "run")
+
+
+def _is_ours(config: Path) -> bool:
+    """Whether a config was written here; one of ``kvopt init`` or of a user's own is not written over."""
+    return config.is_file() and config.read_bytes().startswith(OURS.encode())
 
 
 def _stored(rows: Examples, out: Path, name: str) -> str:
@@ -183,5 +208,9 @@ def _stored(rows: Examples, out: Path, name: str) -> str:
         return str(rows.resolve())
     if isinstance(rows, str):
         return str(Path(rows).resolve()) if Path(rows).exists() else rows
-    write_jsonl(out / name, [dict(row) for row in rows])
+    try:
+        write_jsonl(out / name, [dict(row) for row in rows])
+    except (TypeError, ValueError) as error:
+        what = f"rows must be mappings of plain values: {error}"
+        raise InputError(what, where="validation" if name == "validation.jsonl" else "examples") from None
     return name

@@ -12,6 +12,7 @@ import pytest
 
 import kvopt
 from kvopt.errors import InputError
+from kvopt.starter import write_starter
 from tests.jobs import SYSTEM, rows, stages_in, write_rows
 from tests.tiny import tiny_folder
 
@@ -102,11 +103,41 @@ def test_what_is_wrong_is_one_line(learn: Any, tmp_path: Path) -> None:
         ({"examples": [{"text": "x"}]}, "output"),
         ({"stepz": 3}, "did you mean 'steps'"),
         ({"base": "/nowhere"}, "no such folder"),
+        ({"examples": [{"text": float("nan"), "output": "x"}] * 8}, "examples: rows must be mappings of plain values"),
+        ({"examples": [{"text": {1}, "output": "x"}] * 8}, "examples: rows must be mappings of plain values"),
     ]:
         with pytest.raises(InputError, match=message) as caught:
             learn(**changes, out=tmp_path / message.replace(" ", "-").replace(".", "-"))
         assert "\n" not in str(caught.value)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="was not made by kvopt"):
+    with pytest.raises(InputError, match="is not of such a call"):
         learn(out=tmp_path / "mine")
+
+
+def test_a_project_of_the_user_is_not_written_over(learn: Any, tmp_path: Path) -> None:
+    """The folder of ``kvopt init`` holds a kvopt.yaml too."""
+    write_starter(tmp_path / "project", force=False)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "project").iterdir()}
+    with pytest.raises(InputError, match="is not of such a call"):
+        learn(out=tmp_path / "project")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "project").iterdir()} == before
+
+
+def test_a_call_that_failed_can_be_put_right(learn: Any) -> None:
+    with pytest.raises(InputError, match="validation: rows must be"):
+        learn(validation=[{"text": {1}, "output": "x"}])
+    assert learn(validation=rows()[14:], examples=rows()[:14]).score["examples"] == 6
+
+
+def test_paths_of_a_call_are_those_of_the_current_folder(
+    learn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = learn(out="first")
+    again = learn(out="again", init=f"context:{first.folder}", steps=0, tokens=None, name="again")
+    assert again.kl == pytest.approx(first.kl, rel=1e-6)
+    folder = kvopt.export_context("first/run#original", "trl-dataset", "rows", config="first/kvopt.yaml")
+    assert (folder / "train.jsonl").is_file()
+    base = str(tiny_folder("llama"))
+    assert base in (kvopt.export_context(first.folder, "hf-cache", "cache", base=base) / "README.md").read_text()
