@@ -155,6 +155,19 @@ def test_a_micro_batch_counts_each_row_once_whatever_the_length_of_its_answer(ta
     assert together == pytest.approx(sum(alone), rel=1e-4)
 
 
+def test_tokens_are_counted_alike_however_rows_are_divided_into_micro_batches(task: Task) -> None:
+    items = [(row, 0) for row in range(4)]
+    counts = []
+    for parts in ([items], [items[:2], items[2:]], [[item] for item in items]):
+        module = module_of(task, "original", temperature=0.0)
+        for part in parts:
+            module(part)
+        counts.append(module.counted)
+    prompts = sum(len(module.pool.contexts[0].rows[row].body) for row, _ in items)
+    assert counts == [counts[0]] * 3
+    assert counts[0][0] == 2 * (prompts + counts[0][1] - len(items))
+
+
 def test_the_loss_falls_and_gold_is_not_used(task: Task, tmp_path: Path) -> None:
     settings = {"steps": 30, "learning_rate": 0.02, "batch_size": 12, "loss": {"temperature": 0.5}}
     trained = train_student(on_policy_job(task, tmp_path / "a", "none", **settings))

@@ -56,7 +56,7 @@ class OnPolicyLoss(ContextLoss):
             per_token = self.loss(self._gold(context, answered))
             counts = [len(row.gold) for row in answered]
             sums += [part.mean() for part in per_token.split(counts)]
-            self._count(answered)
+            self._count(context, answered)
         return torch.stack(sums).sum()
 
     def _answers(self, context: int | None, rows: Sequence[Row], key: str) -> list[Row]:
@@ -81,10 +81,14 @@ class OnPolicyLoss(ContextLoss):
         head = _cut(teacher.base.head, self.student.head.size)
         return replace(super()._gold(context, rows), anchor=teacher.hidden(rows), anchor_head=head)
 
-    def _count(self, answered: Sequence[Row]) -> None:
-        """Tokens through the student, in drawing and in learning, and drawn tokens, over all processes."""
+    def _count(self, context: int | None, answered: Sequence[Row]) -> None:
+        """Tokens through the student, in drawing and in learning (as ``Pool.tokens`` counts them: a text that rows
+        share once for each), and drawn tokens, over all processes.
+        """
+        item = None if context is None else self.pool.contexts[context]
+        prompt = len(item.encoded.prefix) if item is not None and item.is_text else 0
         drawn = sum(len(row.gold) for row in answered)
-        through = 2 * sum(len(row) - 1 for row in answered)
+        through = 2 * sum(prompt + len(row) - 1 for row in answered)
         counts = torch.tensor([through, drawn], device=self.student.device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
