@@ -13,6 +13,7 @@ from kvopt import cli
 from kvopt.errors import InputError
 from kvopt.template import Template
 from kvopt.train.evaluation.frozen import frozen_template, task_likeness
+from kvopt.train.evaluation.rows import stored_rows, write_rows
 from kvopt.train.evaluation.templates import read_templates
 from tests.train.evaluated import write_evaluated
 
@@ -25,6 +26,16 @@ PLAIN = Template.from_text("Sort it.\n{{text}} {{more}}\nLabel:")
 def written(folder, name, content):
     (folder / name).write_text(content, "utf-8")
     return folder / name
+
+
+def test_stored_rows_are_read_again_whatever_ends_of_lines_their_answers_hold(tmp_path):
+    answers = ["a\u2028b", "a\x85b", "a\u2029b", "a\r\nb\x0c\x1c", "Ünïcödé 😀"]
+    written = write_rows(tmp_path / "rows.jsonl", "k", [{"answer": answer} for answer in answers])
+    assert stored_rows(tmp_path / "rows.jsonl", "k", len(answers)) == written
+    assert stored_rows(tmp_path / "rows.jsonl", "other", len(answers)) is None
+    assert stored_rows(tmp_path / "rows.jsonl", "k", 2) is None
+    (tmp_path / "rows.jsonl").write_bytes((tmp_path / "rows.jsonl").read_bytes()[:-3])
+    assert stored_rows(tmp_path / "rows.jsonl", "k", len(answers)) is None
 
 
 def test_templates_of_every_shape(tmp_path):
