@@ -151,7 +151,7 @@ def check_choice(run: Run, spec: str, where: str) -> None:
             raise InputError(what, where=where, mend="raise mutations.count")
     elif kind == "text":
         template_from_file(run.base_dir / argument, run.template)
-    elif spec not in names and not _is_mutation(run, spec):
+    elif spec not in names and not is_mutation(run, spec):
         _check_folder(run, spec, names, where)
 
 
@@ -161,7 +161,8 @@ def _check_folder(run: Run, spec: str, names: Sequence[str], where: str) -> None
         raise InputError(f"no context {spec!r}", where=where, mend=mend)
 
 
-def _is_mutation(run: Run, name: str) -> bool:
+def is_mutation(run: Run, name: str) -> bool:
+    """Whether a name has the form of a mutation's, in a run that has mutations."""
     return run.config.mutations.count > 0 and re.fullmatch(r"m\d{3,}", name) is not None
 
 
@@ -180,7 +181,7 @@ def resolve(run: Run, choice: ContextChoice, seed: int, taken: set[str], where: 
         return run.learned([spec])
     if spec in ("original", "none"):
         return run.named_context(spec)
-    if _is_mutation(run, spec):
+    if is_mutation(run, spec):
         found = [mutation for mutation in run.mutation_contexts if mutation.name == spec]
         if not found:
             raise InputError(f"no accepted mutation {spec!r}", where=where, mend="see mutations.jsonl for names")

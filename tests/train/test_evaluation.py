@@ -247,6 +247,52 @@ def test_chosen_contexts_are_measured_alone_and_nothing_is_overwritten(evaluated
     assert artefacts(out) == artefacts(evaluated[1])
 
 
+def test_a_chosen_context_makes_nothing_that_it_does_not_need(tmp_path):
+    config, out = write_evaluated(tmp_path), tmp_path / "out"
+    documents, _ = again(config, out, ["base"], ["original", "none", "templates"])
+    assert [c["name"] for c in documents[0]["contexts"]] == ["original", "none", "terse", "whole"]
+    assert not (out / "mutations.jsonl").exists()
+    assert not (out / "contexts").exists()
+    documents, _ = again(config, out, ["base"], ["kv-8"])
+    assert [(c["name"], c["group"]) for c in documents[0]["contexts"]] == [("kv-8", "learned")]
+    assert not (out / "mutations.jsonl").exists()
+    documents, run = again(config, out, ["base"], ["held-out"])
+    held_out = [c["name"] for c in documents[0]["contexts"]]
+    assert len(held_out) == 2
+    trained = next(m.name for m in run.mutation_contexts if m.name not in held_out)
+    documents, _ = again(config, out, ["base"], [held_out[1], trained])
+    assert [(c["name"], c["group"]) for c in documents[0]["contexts"]] == [
+        (held_out[1], "held-out"), (trained, "other"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["probes.txt"], "--context: 'probes' is the name of a probe"),
+        (["a b.txt", "a_b.txt"], "answers under 'a b' and 'a_b' would be stored in one file"),
+    ],
+)
+def test_contexts_whose_answers_would_overwrite_others_are_refused(copied, tmp_path, files, message):
+    config, out = copied
+    for name in files:
+        (tmp_path / name).write_text("Which label fits?")
+    with pytest.raises(InputError, match=message):
+        again(config, out, ["base"], [f"text:{tmp_path / name}" for name in files])
+    templates = "- {name: frozen-prompt, text: 'Label?'}"
+    (tmp_path / "t.yaml").write_text(templates)
+    with pytest.raises(InputError, match=r"evaluate\.templates: 'frozen-prompt' is the name of a probe"):
+        again(config, out, ["base"], sets=(f"evaluate.templates={tmp_path / 't.yaml'}",))
+
+
+def test_probes_that_cannot_be_read_are_told_before_any_work(tmp_path):
+    config, out = write_evaluated(tmp_path), tmp_path / "out"
+    with pytest.raises(InputError, match="no such file"):
+        again(config, out, ["base"], sets=("evaluate.probes.file=nothing.jsonl",))
+    assert not (out / "mutations.jsonl").exists()
+    assert not (out / "students").exists()
+
+
 def test_a_context_of_the_command_line_alone(copied, tmp_path):
     config, out = copied
     (tmp_path / "mine.txt").write_text("Which label fits?")

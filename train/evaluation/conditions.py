@@ -17,12 +17,15 @@ from kvopt.run import Run
 from kvopt.template import Template
 from kvopt.train.config import StudentConfig
 from kvopt.train.evaluation.config import EvaluateConfig
+from kvopt.train.evaluation.rows import file_name
 from kvopt.train.evaluation.templates import read_templates
-from kvopt.train.pool import WITH_COUNT, resolve
+from kvopt.train.pool import WITH_COUNT, is_mutation, resolve
 
 GROUPS = ("original", "held-out", "templates", "none", "learned", "other")
 WORDINGS = ("original", "held-out", "templates")
 """The groups whose contexts state the task in words: together they are the group "wordings"."""
+PROBES = ("frozen-prompt", "probes")
+"""Files of an evaluation that belong to no context."""
 
 
 @dataclass(frozen=True)
@@ -51,29 +54,44 @@ def conditions(run: Run, settings: EvaluateConfig, students: Sequence[StudentCon
         InputError: templates that cannot be used, names that are taken twice, learned contexts that do not exist.
     """
     learned = _learned_names(run, settings)
-    templates = template_contexts(run, settings)
+    templates = [run.text_context(name, template) for name, template in hand_written(run, settings).items()]
     found = [Condition("original", run.original)]
     found += [Condition("held-out", context) for context in held_out_mutations(run, settings, students)]
     found += [Condition("templates", context) for context in templates]
     found.append(Condition("none", run.none))
     found += [Condition("learned", context) for context in (run.learned(learned) if learned else ())]
-    _check_names(found)
+    _check_names(found, "evaluate.templates")
     return found
 
 
-def named_conditions(run: Run, specs: Sequence[str], every: Sequence[Condition]) -> list[Condition]:
-    """The conditions that ``--context`` names: one of the config's, a whole group, or any other context."""
+def named_conditions(
+    run: Run, specs: Sequence[str], settings: EvaluateConfig, students: Sequence[StudentConfig]
+) -> list[Condition]:
+    """The conditions that ``--context`` names: one of the config's, a whole group, or any other context. Mutations and
+    learned contexts are made only where a spec asks for them. Raises InputError, as :func:`conditions`.
+    """
     found: list[Condition] = []
     for spec in specs:
-        known = [condition for condition in every if spec in (condition.name, condition.group)]
+        known = _known(run, spec, settings, students)
         found += known or [Condition("other", context) for context in run.named_context(spec)]
-    unique = {condition.name: condition for condition in found}
-    return list(unique.values())
+    unique = list({condition.name: condition for condition in found}.values())
+    _check_names(unique, "--context")
+    return unique
 
 
-def template_contexts(run: Run, settings: EvaluateConfig) -> list[TextContext]:
-    """The templates written by hand, encoded."""
-    return [run.text_context(name, template) for name, template in hand_written(run, settings).items()]
+def _known(run: Run, spec: str, settings: EvaluateConfig, students: Sequence[StudentConfig]) -> list[Condition]:
+    """The conditions of the ``evaluate`` section that have this name or are of this group."""
+    if spec in ("original", "none"):
+        return [Condition(spec, run.original if spec == "original" else run.none)]
+    templates = hand_written(run, settings)
+    if names := [name for name in templates if spec in (name, "templates")]:
+        return [Condition("templates", run.text_context(name, templates[name])) for name in names]
+    if learned := [name for name in _learned_names(run, settings) if spec in (name, "learned")]:
+        return [Condition("learned", context) for context in run.learned(learned)]
+    if spec == "held-out" or is_mutation(run, spec):
+        held_out = held_out_mutations(run, settings, students)
+        return [Condition("held-out", context) for context in held_out if spec in (context.name, "held-out")]
+    return []
 
 
 def hand_written(run: Run, settings: EvaluateConfig) -> dict[str, Template]:
@@ -133,9 +151,16 @@ def _learned_names(run: Run, settings: EvaluateConfig) -> list[str]:
     return names if settings.contexts is None else list(settings.contexts)
 
 
-def _check_names(found: Sequence[Condition]) -> None:
-    names = [condition.name for condition in found]
-    for name in names:
-        if names.count(name) > 1:
-            mend = "name the template otherwise"
-            raise InputError(f"two contexts are named {name!r}", where="evaluate.templates", mend=mend)
+def _check_names(found: Sequence[Condition], where: str) -> None:
+    """Refuse names whose answers would be stored in one file, or in that of a probe. Raises InputError."""
+    names: dict[str, str] = {}
+    for condition in found:
+        name, file = condition.name, file_name(condition.name)
+        if file in PROBES:
+            raise InputError(f"{name!r} is the name of a probe", where=where, mend="name the context otherwise")
+        if names.get(file) == name:
+            raise InputError(f"two contexts are named {name!r}", where=where, mend="name the template otherwise")
+        if file in names:
+            what = f"answers under {names[file]!r} and {name!r} would be stored in one file"
+            raise InputError(what, where=where, mend="name one of them otherwise")
+        names[file] = name

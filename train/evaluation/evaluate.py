@@ -90,6 +90,7 @@ class Evaluation:
 
     def evaluate(self, model: Subject) -> dict[str, Any]:
         """All stages for one model; returns the document, which is written unless conditions were chosen."""
+        probes = self.probes  # first, so that what is wrong with them is told before any work
         self.run.say(f"evaluating {model.name} under {len(self.conditions)} contexts")
         work = len(self.conditions) * (len(self.answered) + len(self.scored))
         with self.run.progress.bar(model.name, work) as bar:
@@ -102,8 +103,8 @@ class Evaluation:
             rows,
             verdicts,
             frozen=self.frozen(model) if whole and self.settings.frozen else None,
-            probes=self.probed(model) if self.probes else None,
-            base_probes=self.probed(subject(self.run, BASE)) if self.probes else None,
+            probes=self.probed(model) if probes else None,
+            base_probes=self.probed(subject(self.run, BASE)) if probes else None,
         )
         if whole:
             write_json(model.folder / "evaluation.json", document)
@@ -277,5 +278,6 @@ def evaluate_all(run: Run, names: Sequence[str] = (), specs: Sequence[str] = ())
     models = subjects(run, names)
     evaluation = Evaluation(run, trained_students(run.config))
     if specs:
-        evaluation = replace(evaluation, chosen=named_conditions(run, specs, evaluation.conditions))
+        chosen = named_conditions(run, specs, evaluation.settings, evaluation.students)
+        evaluation = replace(evaluation, chosen=chosen)
     return [evaluation.evaluate(model) for model in models]
