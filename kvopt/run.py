@@ -310,7 +310,7 @@ class Run(Inputs):
         board = write_leaderboard(self.directory.path, entries, unreported, self.noise_floor(), self.report_facts())
         write_jsonl(self.directory / "scores.jsonl", self._score_rows(entries, unreported))
         stages = {"reference", *(f"contexts/{c.name}" for c in self.config.contexts)}
-        stages |= {f"students/{s.name}" for s in self.config.students}
+        stages |= {name for name in self.directory.manifest.get("stages", {}) if name.startswith("students/")}
         stages |= {"samples"} if samples(self) else set()
         self.directory.keep_stages(stages | ({"mutations"} if self.config.mutations.count else set()))
         self._drop_stale()

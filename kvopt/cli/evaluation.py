@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvopt.cli.common import ConfigPath, Json, Out, Sets, console, open_run, print_json
-from kvopt.cli.report import renew_page
+from kvopt.cli.report import leave_page, renew_page
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -50,8 +50,8 @@ def evaluate(
 
 
 def study(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json = False) -> None:
-    """Train every student with every seed at an equal budget, evaluate and compare them; writes study.json. Run it
-    again to go on after an interruption.
+    """Train every student with every seed at an equal budget, evaluate and compare them; writes study.json, the
+    leaderboard of their contexts and the page. Run it again to go on after an interruption.
     """
     run = open_run(config, sets, out)
     from kvopt.train.study.arms import study_arms
@@ -60,8 +60,9 @@ def study(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json 
 
     study_arms(run.config)  # a fault in the grid is told before a model is loaded
     with run.opened():
+        run.run()  # the leaderboard of the contexts, which the page of a study shows too
         document = conduct(run)
-    renew_page(run.directory.path)
+    leave_page(run.directory.path)
     if as_json:
         print_json(document)
         return
