@@ -52,7 +52,8 @@ def export(
         What ``kvopt-export.json`` holds, and ``folder``.
 
     Raises:
-        InputError: no such context, a kind that the format cannot hold, or a folder with other things in it.
+        InputError: no such context, a kind that the format cannot hold, another base than the context's, or a folder
+            with other things in it.
     """
     if to not in EXPORTERS:
         raise InputError(f"no format {to!r}", where="--to", mend="one of " + ", ".join(EXPORTERS))
@@ -61,6 +62,8 @@ def export(
     if source.kind not in exporter.kinds:
         able = [name for name, other in EXPORTERS.items() if source.kind in other.kinds]
         raise refuse_kind(source, to, f"use --to {', '.join(able)}")
+    if base is not None and source.kind != "text":
+        source.check_base()
     folder = Path(out) if out is not None else Path("exports") / f"{source.name}-{to}"
     _check_place(folder, source)
     with replacing_directory(folder) as place:

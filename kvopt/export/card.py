@@ -61,7 +61,8 @@ _DATA = (("template", "template_sha256"), ("data", "data_sha256"), ("content", "
 def _metrics(source: Source) -> str:
     metrics = source.metrics
     if not metrics:
-        return "Not measured. `kvopt score CONFIG --context FOLDER` measures it on a template and its data."
+        what = "text:template.json" if source.kind == "text" else "FOLDER"
+        return f"Not measured. `kvopt score CONFIG --context {what}` measures it on a template and its data."
     kl = metrics["kl_forward"]
     interval = f" (95 % interval {kl['ci95'][0]:.4f} to {kl['ci95'][1]:.4f})" if kl.get("ci95") else ""
     lines = [f"On the {metrics['split']} rows: forward KL {kl['mean']:.4f} nats per gold token{interval}."]

@@ -4,7 +4,6 @@ loaded unless an exporter asks for them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,9 +17,12 @@ from torch import Tensor
 
 from kvopt.contexts.adapter import adapter_config, check_finite, kind_of, read_record, read_tensor
 from kvopt.errors import InputError
-from kvopt.model import Base, ModelConfig, load_base, load_tokenizer
+from kvopt.files import read_json
+from kvopt.identity import check_base, config_sha256, tokenizer_sha256
+from kvopt.model import Base, ModelConfig, load_base, load_tokenizer, locate
 from kvopt.mutate.record import read_mutations
 from kvopt.rendering import Renderer
+from kvopt.report.reading import read_board
 from kvopt.template import Template
 
 
@@ -37,7 +39,19 @@ class RunFacts:
 
     def row(self, name: str) -> dict[str, Any] | None:
         """The context's row of the leaderboard, None where it has none."""
-        return next((row for row in self.board.get("contexts", []) if row.get("name") == name), None)
+        rows = [*self.board.get("contexts", []), *self.board.get("other_mutations", [])]
+        return next((row for row in rows if row["name"] == name), None)
+
+    def metrics(self, name: str) -> dict[str, Any] | None:
+        """``{"split", "kl_forward", …}`` of the context: on the validation rows, or on the selection rows for a
+        mutation that was scored there alone; None where it has no row.
+        """
+        row = self.row(name)
+        if row is None:
+            return None
+        if "kl_forward" in row:
+            return {"split": self.board.get("split", "validation"), **_numbers(row)}
+        return {"split": self.board.get("selected_on", "selection"), **_numbers(row["selection"])}
 
 
 @dataclass(frozen=True)
@@ -120,10 +134,22 @@ class Source:
     @cached_property
     def metrics(self) -> dict[str, Any] | None:
         """How good it is: ``{"split", "kl_forward", …}`` of the leaderboard, else of its own record, else None."""
-        row = self.run.row(self.name) if self.run else None
-        if row:
-            return {"split": self.run.board.get("split", "validation"), **_numbers(row)} if self.run else None
-        return recorded_metrics(self.record)
+        return (self.run.metrics(self.name) if self.run else None) or recorded_metrics(self.record)
+
+    def check_base(self) -> None:
+        """Compare the base that was chosen with the one that the context's record names, by their configuration and
+        tokenizer, which needs no weights. Raises InputError for another one.
+        """
+        stored = (self.record or {}).get("base") or {}
+        if not stored:
+            return
+        model = ModelConfig(base=self.base_name)
+        tokenizer, _ = load_tokenizer(model)
+        found = {
+            "config": config_sha256(locate(self.base_name, None, lambda line: None)),
+            "tokenizer": tokenizer_sha256(tokenizer),
+        }
+        check_base(self.record or {}, self.base_name, found, self._folder())
 
     def body_example(self) -> str | None:
         """The prompt's text behind the context, slots left as ``{{name}}``; None where the template is not known."""
@@ -217,7 +243,9 @@ def _of_run(folder: Path, name: str, base: str | None) -> Source:
 
 
 def read_run(folder: Path) -> RunFacts:
-    """Template, base and leaderboard of a run directory. Raises InputError for a folder that is none."""
+    """Template, base and leaderboard of a run directory. Raises InputError for a folder that is none, or a damaged
+    file in it.
+    """
     from kvopt.config import load_config
 
     path = folder / "config.yaml"
@@ -226,10 +254,8 @@ def read_run(folder: Path) -> RunFacts:
     config, base_dir = load_config(path)
     board: dict[str, Any] = {}
     if (folder / "leaderboard.json").is_file():
-        try:
-            board = json.loads((folder / "leaderboard.json").read_text("utf-8"))
-        except (OSError, ValueError):
-            board = {}
+        read_board(folder / "leaderboard.json")
+        board = read_json(folder / "leaderboard.json")
     template = config.template.build(base_dir)
     return RunFacts(folder, template, config.model.base, config.template.chat_kwargs, config.template.scope, board)
 

@@ -265,7 +265,7 @@ def read_run(folder: Path, label: str | None = None) -> RunFiles:
             "the run has not come to its end: it has no leaderboard.json" if unfinished else "has no leaderboard.json"
         )
         raise InputError(what, where=str(folder), mend="give a run directory in which kvopt run has finished")
-    board = _checked(Board, _json(path), path, "is not a leaderboard")
+    board = read_board(path)
     config = _yaml(folder / "config.yaml")
     return RunFiles(
         folder,
@@ -284,6 +284,11 @@ def read_run(folder: Path, label: str | None = None) -> RunFiles:
         evaluations=_evaluations(folder, _names(config.get("students"))),
         study=_optional(Study, folder / "study.json", "is not a study; delete it and run kvopt study again"),
     )
+
+
+def read_board(path: Path) -> Board:
+    """A ``leaderboard.json``. Raises InputError for a damaged one."""
+    return _checked(Board, _json(path), path, "is not a leaderboard")
 
 
 def read_runs(folders: list[Path]) -> list[RunFiles]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from kvopt.export.source import open_source
 from kvopt.generate import answer_text, generate, stop_ids
 from kvopt.template import Template
 from tests.jobs import run_job, write_job
-from tests.tiny import tiny_base, tiny_folder
+from tests.tiny import save_tiny, tiny_base, tiny_folder
 
 CONTEXTS = {"kv": "#kv-8", "soft": "#soft-6", "text": "#m001"}
 EXPORTED = [(name, kind) for name, exporter in EXPORTERS.items() for kind in exporter.kinds]
@@ -140,6 +141,37 @@ def test_a_template_file_is_in_the_run_directory_too(tmp_path: Path) -> None:
     run_job(config, tmp_path / "run")
     export(f"{tmp_path / 'run'}#original", "text", tmp_path / "out")
     assert (tmp_path / "out" / "prompt.txt").read_text() == (tmp_path / "prompt.txt").read_text()
+
+
+def test_a_mutation_scored_on_selection_rows_alone_says_so(run: Path, tmp_path: Path) -> None:
+    board = json.loads((run / "leaderboard.json").read_text())
+    (other, *_) = board["other_mutations"]
+    source = open_source(f"{run}#{other['name']}")
+    assert source.tokens == other["tokens"]
+    assert source.metrics is not None
+    assert source.metrics["split"] == "selection"
+    export(f"{run}#{other['name']}", "text", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"On the selection rows: forward KL {other['selection']['kl_forward']['mean']:.4f}" in card
+
+
+def test_a_damaged_leaderboard_is_named_for_a_context_of_its_run(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    for text in ("[]", "{", '{"contexts": [{"name": 3}]}'):
+        (tmp_path / "run" / "leaderboard.json").write_text(text)
+        with pytest.raises(InputError, match=r"leaderboard\.json"):
+            export(f"{tmp_path / 'run'}#m001", "text", tmp_path / "out")
+        export(tmp_path / "run/contexts/kv-8", "peft", tmp_path / "kv")
+
+
+def test_another_base_than_the_contexts_is_refused_before_any_weights_are_read(run: Path, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "moved", "llama", "chatml")
+    export(f"{run}#kv-8", "hf-cache", tmp_path / "cache", base=str(tmp_path / "moved"))
+    for other in (tiny_folder("qwen3"), tiny_folder("gemma3")):
+        for spec in (f"{run}#kv-8", f"{run}#soft-6"):
+            with pytest.raises(InputError, match=r"made for base .* differs? from"):
+                export(spec, "peft", tmp_path / "out", base=str(other))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_same_context_gives_the_same_bytes(run: Path, tmp_path: Path) -> None:
