@@ -8,6 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from kvopt.cli.common import Json, Sets, print_json, say
+from kvopt.errors import InputError
+
+BLOCK_SIZE = 16
+TAKEN_BY = {"--peft-type": "peft", "--block-size": "vllm", "--partial-block": "vllm", "--config": "trl-dataset"}
 
 ContextArgument = Annotated[
     str,
@@ -33,7 +37,9 @@ def export(
         str | None, typer.Option(help="Of peft: CARTRIDGE or PREFIX_TUNING (kv), PROMPT_TUNING (soft).")
     ] = None,
     base: BaseOption = None,
-    block_size: Annotated[int, typer.Option(min=1, help="Of vllm: tokens in a block of the server's cache.")] = 16,
+    block_size: Annotated[
+        int | None, typer.Option(min=1, help="Of vllm: tokens in a block of the server's cache (default: 16).")
+    ] = None,
     partial_block: Annotated[
         bool, typer.Option("--partial-block", help="Of vllm: allow a last block that is not full.")
     ] = False,
@@ -51,11 +57,16 @@ def export(
     from kvopt.export import export as write
     from kvopt.export.hub import check_repository, push
 
+    _refuse_options_of_others(
+        to, {"--peft-type": peft_type, "--block-size": block_size, "--partial-block": partial_block, "--config": config}
+    )
     if push_to_hub is not None:
         check_repository(push_to_hub)
+    elif public:
+        raise InputError("says how to upload, and nothing is uploaded", where="--public", mend="add --push-to-hub")
     if to == "vllm":
         say("note: the vLLM connector is tested on a CPU alone, not on a server")
-    options = Options(peft_type.upper() if peft_type else None, block_size, partial_block, config)
+    options = Options(peft_type.upper() if peft_type else None, block_size or BLOCK_SIZE, partial_block, config)
     result = write(context, to, out, base=base, options=options)
     if push_to_hub is not None:
         result["pushed_to"] = push(Path(result["folder"]), push_to_hub, private=not public)
@@ -66,6 +77,12 @@ def export(
     print(f"{result['folder']}: README.md says how to use it")
     if "pushed_to" in result:
         print(result["pushed_to"])
+
+
+def _refuse_options_of_others(to: str, given: dict[str, Any]) -> None:
+    for option, value in given.items():
+        if value and to != TAKEN_BY[option]:
+            raise InputError(f"is of --to {TAKEN_BY[option]} alone", where=option, mend="leave it out")
 
 
 def move(

@@ -18,8 +18,7 @@ def describe(folder: Path) -> dict[str, Any]:
     ``RUN#NAME`` is the context NAME of a run. Raises InputError for anything else.
     """
     if "#" in str(folder) and not folder.exists():
-        run, _, name = str(folder).rpartition("#")
-        folder = Path(run) / "contexts" / name
+        folder = _folder_of(str(folder))
     if (folder / STUDENT).is_file():
         return _student(folder)
     if (folder / EXPORT).is_file():
@@ -29,6 +28,18 @@ def describe(folder: Path) -> dict[str, Any]:
             "is a run directory", where=str(folder), mend=f"kvopt compare {folder}, or give a folder in contexts/"
         )
     return _context(folder)
+
+
+def _folder_of(spec: str) -> Path:
+    """The folder of ``RUN#NAME``."""
+    from kvopt.export.source import open_source
+
+    source = open_source(spec, base="unknown")
+    if source.folder is None:
+        raise InputError(
+            "is a text context, which has no folder", where=spec, mend=f"kvopt export {spec} --to text writes it"
+        )
+    return source.folder
 
 
 def _context(folder: Path) -> dict[str, Any]:

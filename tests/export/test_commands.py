@@ -73,6 +73,25 @@ def test_export_pushes_when_told_and_checks_the_name_first(
     assert not (tmp_path / "exports/kv-8-peft").exists()
 
 
+def test_options_of_another_format_are_not_swallowed(fails: Any, job: Path, tmp_path: Path) -> None:
+    kv = job / "run/contexts/kv-8"
+    for to, *options in (
+        ("hf-cache", "--peft-type", "CARTRIDGE"),
+        ("peft", "--block-size", "8"),
+        ("peft", "--partial-block"),
+        ("peft", "--config", job / "job.yaml"),
+    ):
+        assert f"{options[0]}: is of --to" in fails("export", kv, "--to", to, *options)
+    assert "add --push-to-hub" in fails("export", kv, "--to", "peft", "--public")
+    assert not (tmp_path / "exports").exists()
+
+
+def test_inspect_says_what_a_text_context_is_and_what_a_run_has(fails: Any, job: Path) -> None:
+    run = job / "run"
+    assert f"kvopt export {run}#m001 --to text writes it" in fails("inspect", f"{run}#m001")
+    assert "there are original, kv-8" in fails("inspect", f"{run}#kv-9")
+
+
 def test_move_there_and_back_changes_nothing(document: Any, job: Path, tmp_path: Path) -> None:
     source = job / "run/contexts/kv-8"
     there = document("move", source, "--offset", 50)
