@@ -91,6 +91,8 @@ class ChatEndpoint:
             response = client.post(url, json=body)
         except httpx.TransportError as error:
             raise _Transient(f"{type(error).__name__}: {error}") from None
+        except (httpx.RequestError, httpx.InvalidURL) as error:
+            raise ChatFailure(f"{type(error).__name__}: {error}") from None
         if response.status_code == 429 or response.status_code >= 500:
             raise _Transient(f"status {response.status_code}", _seconds(response.headers.get("retry-after")))
         if response.status_code != 200:

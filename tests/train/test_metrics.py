@@ -122,6 +122,15 @@ def test_a_schema_that_cannot_be_used_is_named(tmp_path, definition, message):
         metric({"kind": "json-schema", "definition": definition}, tmp_path)
 
 
+@pytest.mark.parametrize("reference", ["#/definitions/none", "http://schema.invalid/other.json"])
+def test_a_schema_that_refers_to_nothing_is_named_and_nothing_is_fetched(tmp_path, reference):
+    one = metric({"kind": "json-schema", "definition": {"$ref": reference}}, tmp_path)
+    with pytest.raises(
+        InputError, match=r"evaluate\.metrics\.json-schema: its JSON schema refers to what is not there"
+    ):
+        one.verdict(item(GOLD))
+
+
 def test_checks_are_summed_and_each_rate_is_there(tmp_path):
     one = metric(
         {
@@ -224,6 +233,12 @@ def test_an_endpoint_that_fails_is_recorded_for_each_answer():
     verdicts = judge("4", status=400).verdicts([item("a"), item("b")])
     assert [v.ratios["judge"] for v in verdicts] == [(0.0, 0.0)] * 2
     assert all(v.note.startswith("failed: status 400") for v in verdicts)
+
+
+def test_an_address_that_is_none_is_a_failure_and_no_traceback():
+    settings = {"kind": "judge", "base_url": "http://judge:port/v1", "model": "m", "retries": 0}
+    verdict = Judge("judge", TypeAdapter(MetricConfig).validate_python(settings)).verdict(item("a"))
+    assert verdict.note == "failed: InvalidURL: Invalid port: 'port'"
 
 
 def test_answers_agree_as_text_or_as_json_values():

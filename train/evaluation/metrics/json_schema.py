@@ -10,6 +10,8 @@ from typing import Any
 
 from jsonschema import SchemaError
 from jsonschema.validators import validator_for
+from referencing import Registry
+from referencing.exceptions import Unresolvable
 
 from kvopt.errors import InputError
 from kvopt.files import RELATIVE, read_text
@@ -25,13 +27,18 @@ class JSONSchema(Metric):
 
     @cached_property
     def _validator(self) -> Any:
-        return validator_for(self.schema)(self.schema)
+        return validator_for(self.schema)(self.schema, registry=Registry())  # nothing is fetched from the network
 
     def verdict(self, item: Item) -> Verdict:
         try:
             return share(self.name, self._validator.is_valid(parse_json(item.answer)))
         except NotJSON:
             return share(self.name, False)
+        except Unresolvable as error:
+            what = f"its JSON schema refers to what is not there: {error}"
+            raise InputError(
+                what, where=f"evaluate.metrics.{self.name}", mend="references stay inside one schema"
+            ) from None
 
 
 def read_schema(schema: dict[str, Any] | str, base_dir: Path, where: str) -> Any:
