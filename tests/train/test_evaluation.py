@@ -230,6 +230,15 @@ def test_another_metric_needs_no_model(copied):
     assert documents[1]["headlines"] == ["json-valid"]
 
 
+def test_slots_that_no_gold_output_has_are_one_warning(copied):
+    config, out = copied
+    metrics = "[{kind: slots, path: slot}]"
+    documents, run = again(config, out, ["base"], ["original"], (f"evaluate.metrics={metrics}",))
+    warnings = [line for line in run.lines if "slots" in line]
+    assert warnings == ["warning: slots: no gold output has key/value pairs under 'slot', so there is no recall"]
+    assert documents[0]["contexts"][0]["quantities"]["slots.recall"]["mean"] is None
+
+
 def test_another_student_of_the_same_name_is_measured_anew(copied):
     config, out = copied
     record = json.loads((out / "students" / "s1" / "kvopt-student.json").read_text())
@@ -323,7 +332,7 @@ def test_a_judge_is_asked_once_for_each_answer_and_again_only_where_it_failed(co
         return httpx.Response(200, json={"choices": [{"message": {"content": "3"}}]})
 
     settings = "[{kind: judge, base_url: 'http://judge.invalid/v1', model: m, retries: 0, concurrency: 1}]"
-    counts, values = [], []
+    counts, values, warnings = [], [], []
     for _ in range(3):
         run = open_evaluated(config, out, (f"evaluate.metrics={settings}",))
         with run.opened():
@@ -335,8 +344,11 @@ def test_a_judge_is_asked_once_for_each_answer_and_again_only_where_it_failed(co
             evaluation.metrics = [Judge("judge", judge.endpoint, transport=httpx.MockTransport(handle))]
             document = evaluation.evaluate(subject(run, "base"))
         counts.append(len(asked))
+        warnings.append([line for line in run.lines if "judge" in line])
         values.append({q: v["mean"] for q, v in document["contexts"][0]["quantities"].items() if q.startswith("judge")})
     assert counts == [4, 5, 5]
+    what = "judge has no score for 1 of 4 answers (original.judge), for the first because of: failed: status 400: no"
+    assert warnings == [[f"warning: {what}"], [], []]
     assert values == [{"judge": 0.5, "judge.failed": 0.25}, *[{"judge": 0.5, "judge.failed": 0.0}] * 2]
 
 

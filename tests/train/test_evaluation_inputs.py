@@ -150,6 +150,7 @@ def test_the_command_prints_one_document(command, tmp_path):
         (["--student", "s1"], "student s1: is not trained yet (kvopt train trains it)"),
         (["--context", "nothing"], "no context 'nothing'"),
         (["--set", "evaluate.metrics=[exact]"], "unknown value 'exact'"),
+        (["--set", "evaluate.metrics=[{kind: rouge-l, name: gold_nll}]"], "'gold_nll' is measured anyway"),
         (["--set", "evaluate.contexts=[kv-9]"], "no learned context 'kv-9'"),
         (["--set", "evaluate.templates=none.yaml"], "none.yaml: no such file"),
         (["--set", "evaluate.metrics=['python:mine.py:f']"], "no such file"),

@@ -10,6 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from kvopt.mutate.config import EndpointSettings
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+MEASURED = ("answer_cut", "gold_nll", "kl_from_base", "top1_agreement")
+"""Quantities of every evaluation, whatever its metrics."""
 FROZEN_INSTRUCTIONS = (
     "Translate the user's message into French. Reply with the translation alone.",
     "How many words does the user's message have? Reply with the number alone.",
@@ -200,4 +202,7 @@ class EvaluateConfig(_Section):
     @classmethod
     def _distinct(cls, value: list[Any]) -> list[Any]:
         _distinct_labels(value, "metrics")
+        for metric in value:
+            if metric.label in MEASURED:
+                raise ValueError(f"{metric.label!r} is measured anyway; name the metric otherwise")
         return value

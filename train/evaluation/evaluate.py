@@ -17,7 +17,7 @@ and ``frozen_prompt`` (``same_as_original``, ``valid_json``, ``looks_like_task``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from kvopt.train.evaluation.document import build_document
 from kvopt.train.evaluation.frozen import frozen_answers, frozen_template
 from kvopt.train.evaluation.likelihood import likelihoods
 from kvopt.train.evaluation.metrics import Item, Metric, Verdict, build_metrics
+from kvopt.train.evaluation.metrics.slots import Slots
 from kvopt.train.evaluation.models import BASE, Subject, subject, subjects
 from kvopt.train.evaluation.probes import Probes, load_probes
 from kvopt.train.evaluation.rows import file_name, stored_rows, write_rows
@@ -68,6 +69,12 @@ class Evaluation:
         validation = self.run.dataset.validation
         self.answered = validation[: self.settings.rows]
         self.scored = validation
+        for metric in self.metrics:
+            if isinstance(metric, Slots) and not any(metric.pairs(example.output) for example in self.answered):
+                under = f" under {metric.path!r}" if metric.path else ""
+                self.run.say(
+                    f"warning: {metric.name}: no gold output has key/value pairs{under}, so there is no recall"
+                )
 
     @cached_property
     def conditions(self) -> list[Condition]:
@@ -181,8 +188,9 @@ class Evaluation:
                 for item, v in zip(items, found, strict=True)
             ]
             write_rows(path, key, rows)
-        if failed := sum(map(_unanswered, found)):
-            self.run.say(f"warning: {metric.name} could not judge {failed} of {len(found)} answers ({path.stem})")
+        if failed := [verdict for verdict in found if not verdict.ratios[metric.headline][1]]:
+            what = f"{metric.name} has no score for {len(failed)} of {len(found)} answers ({path.stem})"
+            self.run.say(f"warning: {what}, for the first because of: {failed[0].note}")
         return found
 
     # ---- probes
@@ -278,6 +286,5 @@ def evaluate_all(run: Run, names: Sequence[str] = (), specs: Sequence[str] = ())
     models = subjects(run, names)
     evaluation = Evaluation(run, trained_students(run.config))
     if specs:
-        chosen = named_conditions(run, specs, evaluation.settings, evaluation.students)
-        evaluation = replace(evaluation, chosen=chosen)
+        evaluation.chosen = named_conditions(run, specs, evaluation.settings, evaluation.students)
     return [evaluation.evaluate(model) for model in models]

@@ -25,7 +25,7 @@ class Slots(Metric):
         return f"{self.name}.f1"
 
     def verdict(self, item: Item) -> Verdict:
-        found, gold = self._pairs(item.answer), self._pairs(item.gold)
+        found, gold = self.pairs(item.answer), self.pairs(item.gold)
         tp, answered, wanted = (found & gold).total(), found.total(), gold.total()
         return Verdict(
             {
@@ -35,7 +35,8 @@ class Slots(Metric):
             }
         )
 
-    def _pairs(self, text: str) -> Counter[tuple[str, str]]:
+    def pairs(self, text: str) -> Counter[tuple[str, str]]:
+        """The pairs of an answer or gold output, counted; none where it is no JSON."""
         try:
             return pairs_of(at_path(parse_json(text), self.path), ignore_case=self.ignore_case)
         except NotJSON:
