@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 
+from kvopt.errors import InputError
 from kvopt.train.settings import SECONDS_TO_WAIT
+
+
+def one_process(what: str) -> None:
+    """Refuse a launch of several processes for what takes one alone, which would wait for the others in vain. Raises
+    InputError.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(f"{what} runs in one process", mend="start it without accelerate launch")
 
 
 class Launch:

@@ -22,9 +22,12 @@ def check_students(run: Run) -> None:
 
 
 def check_evaluation(run: Run) -> None:
-    """Read what the section ``evaluate`` names: metrics, hand-written templates, probes. Raises InputError."""
-    settings = run.config.evaluate
-    build_metrics(settings.metrics, run.base_dir)
-    hand_written(run, settings)
-    if settings.probes is not None:
-        probe_examples(run, settings.probes)
+    """Read what the section ``evaluate`` names (and that of a study): metrics, hand-written templates, probes. Raises
+    InputError.
+    """
+    study = run.config.study
+    for settings in (run.config.evaluate, *([study.evaluate] if study and study.evaluate else [])):
+        build_metrics(settings.metrics, run.base_dir)
+        hand_written(run, settings)
+        if settings.probes is not None:
+            probe_examples(run, settings.probes)

@@ -38,7 +38,9 @@ def evaluate(
     run = open_run(config, sets, out)
     from kvopt.train.evaluation.evaluate import evaluate_all
     from kvopt.train.evaluation.tables import tables
+    from kvopt.train.launch import one_process
 
+    one_process("an evaluation")
     with run.opened():
         documents = evaluate_all(run, student or (), context or ())
     renew_page(run.directory.path)
@@ -54,14 +56,19 @@ def study(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json 
     leaderboard of their contexts and the page. Run it again to go on after an interruption.
     """
     run = open_run(config, sets, out)
+    from kvopt.train.launch import one_process
     from kvopt.train.study.arms import study_arms
-    from kvopt.train.study.study import conduct
+    from kvopt.train.study.study import Study
     from kvopt.train.study.tables import tables
+    from kvopt.train.validation import check_evaluation
 
+    one_process("a study")
     study_arms(run.config)  # a fault in the grid is told before a model is loaded
+    check_evaluation(run)
     with run.opened():
+        made = Study(run)  # checks its arms before any work
         run.run()  # the leaderboard of the contexts, which the page of a study shows too
-        document = conduct(run)
+        document = made.conduct()
     leave_page(run.directory.path)
     if as_json:
         print_json(document)

@@ -72,8 +72,10 @@ def prepared(run: Run) -> Callable[[], list[dict[str, Any]]]:
     """What trains the run's students once it is open; their contexts are checked now, before other work."""
     if not run.config.students:
         return list
+    from kvopt.train.launch import one_process
     from kvopt.train.stages import chosen, students
 
+    one_process("kvopt run")
     configs = chosen(run)
     return lambda: students(run, configs)
 

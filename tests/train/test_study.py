@@ -314,12 +314,46 @@ def test_the_command_shows_tables_or_one_document(finished, capsys, monkeypatch,
     assert {"original", "none", "kv-8"} <= set(names)
 
 
-def test_a_wrong_grid_is_one_line_before_any_model_is_loaded(capsys, monkeypatch, tmp_path):
-    config = write_study(tmp_path, lambda c: c["study"].update(reference="nobody"))
-    monkeypatch.setattr("sys.argv", ["kvopt", "study", str(config), "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 2
-    error = capsys.readouterr().err
-    assert error.splitlines()[-1].startswith("error: study.reference: no arm 'nobody'")
-    assert "base:" not in error
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["study"].update(reference="nobody"), "study.reference: no arm 'nobody'"),
+        (lambda c: c["evaluate"].update(templates="nothing.yaml"), "nothing.yaml: no such file"),
+        (lambda c: c["study"].update(evaluate={"probes": {"file": "nothing.jsonl"}}), "nothing.jsonl: no such file"),
+    ],
+)
+def test_what_is_wrong_is_one_line_before_any_model_is_loaded(kvopt, tmp_path, change, message):
+    code, out, err = kvopt("study", write_study(tmp_path / "job", change), "--out", "out")
+    assert (code, out) == (2, "")
+    assert message in err.splitlines()[-1]
+    assert "base:" not in err
+
+
+def test_an_arm_that_cannot_be_trained_is_told_before_contexts_are_learned(kvopt, tmp_path):
+    config = write_study(tmp_path / "job", lambda c: c["students"].append(student("odd", "original", start="nowhere")))
+    code, _, err = kvopt("study", config, "--out", "out")
+    assert code == 2
+    assert "nowhere: is not a student folder" in err.splitlines()[-1]
+    assert not (tmp_path / "out" / "mutations.jsonl").exists()
+
+
+@pytest.mark.parametrize("command", ["study", "evaluate", "run"])
+def test_several_processes_are_refused(kvopt, tmp_path, monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = kvopt(command, write_study(tmp_path / "job"), "--out", "out")
+    assert code == 2
+    assert "runs in one process (start it without accelerate launch)" in err.splitlines()[-1]
+
+
+def test_quantities_of_the_curve_that_nothing_measures_are_told_before_an_arm_is_trained(tmp_path):
+    config = write_study(tmp_path, lambda c: c["study"]["curve"].update(quantities=["orignal/rouge-l"]))
+    with pytest.raises(InputError, match=r"nothing is measured as 'orignal/rouge-l' \(did you mean 'original/rouge-l'"):
+        conducted(config, tmp_path / "out")
+    assert not list((tmp_path / "out" / "students").glob("*--seed-*"))
+
+
+@pytest.mark.parametrize("name", ["curve-1", "kv--seed-5", "kv--seconds"])
+def test_students_that_would_be_trained_into_one_folder_are_refused(tmp_path, name):
+    config = loaded(tmp_path, lambda c: c["students"].append(student(name, "none")))
+    with pytest.raises(InputError, match=r"named '(curve-1--seed-0|kv--seed-5|kv--seconds--seed-0)'"):
+        study_arms(config)

@@ -14,19 +14,18 @@ and ``transfer`` (by quantity: ``AP``, ``BWT``, ``FWT``).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kvopt.errors import InputError
 from kvopt.files import write_json
 from kvopt.model import Base
 from kvopt.train.evaluation.conditions import Condition
 from kvopt.train.evaluation.evaluate import Evaluation
 from kvopt.train.evaluation.models import BASE, Subject, subject
+from kvopt.train.launch import one_process
 from kvopt.train.sequence.config import SequenceConfig
 from kvopt.train.sequence.tasks import Task, opened
 from kvopt.train.sequence.transfer import transfer
@@ -68,8 +67,7 @@ def conduct(config: SequenceConfig, tasks: Sequence[Task], out: Path) -> dict[st
     Raises:
         InputError: a task's settings do not fit, or several processes. KvoptError: a student diverged.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("a sequence runs in one process", mend="start it without accelerate launch")
+    one_process("a sequence")
     with opened(list(tasks)):
         evaluations = [_evaluation(config, task) for task in tasks]
         documents = [e.evaluate(subject(task.run, BASE)) for e, task in zip(evaluations, tasks, strict=True)]

@@ -55,7 +55,19 @@ def study_arms(config: Config) -> list[Arm]:
     for name in study.equal_seconds:
         if name not in known:
             raise _unknown(name, known, "study.equal_seconds")
-    return arms + [replace(known[name], budget=EQUAL_SECONDS, mutations=None) for name in study.equal_seconds]
+    arms += [replace(known[name], budget=EQUAL_SECONDS, mutations=None) for name in study.equal_seconds]
+    _check_names(config, arms, study)
+    return arms
+
+
+def _check_names(config: Config, arms: Sequence[Arm], study: StudyConfig) -> None:
+    """Refuse students that would be trained into one folder, such as a student ``curve-1`` beside that of the curve."""
+    taken = {student.name for student in config.students}
+    for name in (arm.student(seed).name for arm in arms for seed in study.seeds):
+        if name in taken:
+            what = f"two students of the study would be named {name!r}"
+            raise InputError(what, where="study", mend="name the student or arm otherwise, or give it once")
+        taken.add(name)
 
 
 def settings_of(config: Config) -> StudyConfig:

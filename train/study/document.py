@@ -14,11 +14,13 @@ A path is ``GROUP/QUANTITY`` (the mean over the group's contexts), ``GROUP/QUANT
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvopt.config import Config
+from kvopt.errors import InputError
 from kvopt.train.study.arms import EQUAL_SECONDS, Arm, settings_of
 from kvopt.train.study.curve import fit_curve
 from kvopt.train.study.regression import explained
@@ -92,6 +94,16 @@ def flat(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
         if evaluation[probe]:
             found[f"{probe}/looks_like_task"] = evaluation[probe]["looks_like_task"]["mean"]
     return found
+
+
+def check_quantities(config: Config, base: Mapping[str, Any]) -> None:
+    """Refuse quantities of the curve that no evaluation has; ``base`` is the base's. Raises InputError."""
+    curve, known = settings_of(config).curve, flat(base)
+    for path in (curve and curve.quantities) or ():
+        if path not in known:
+            close = difflib.get_close_matches(path, known, n=1)
+            mend = f"did you mean {close[0]!r}?" if close else f"write GROUP/QUANTITY, such as {next(iter(known))}"
+            raise InputError(f"nothing is measured as {path!r}", where="study.curve.quantities", mend=mend)
 
 
 def _arm(arm: Arm, results: Sequence[Result]) -> dict[str, Any]:

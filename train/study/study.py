@@ -21,7 +21,7 @@ from kvopt.train.evaluation.models import BASE, subject
 from kvopt.train.pool import resolve
 from kvopt.train.stages import check_student, students
 from kvopt.train.study.arms import EQUAL_SECONDS, Arm, reference_of, settings_of, study_arms, trained_students
-from kvopt.train.study.document import Result, build_document
+from kvopt.train.study.document import Result, build_document, check_quantities
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Study:
         ``report`` gets the document so far after each student.
         """
         base = self.evaluation.evaluate(subject(self.run, BASE))
+        check_quantities(self.run.config, base)
         results: list[Result] = []
         document = self._written(base, results, False)
         for seed in self.settings.seeds:
