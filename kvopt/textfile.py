@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ def template_from_file(path: Path, original: Template) -> Template:
         InputError: the file cannot be read, or its slots are not the original's.
     """
     source = read_text(path)
-    structured = path.suffix.lower() in (".json", ".yaml", ".yml")
-    return template_of(_structured(source, path) if structured else source, original, where=str(path))
+    has_structure = path.suffix.lower() in (".json", ".yaml", ".yml")
+    return template_of(_mapping(source, path) if has_structure else source, original, where=str(path))
 
 
 def template_of(source: str | Mapping[str, Any], original: Template, *, where: str) -> Template:
@@ -53,11 +54,16 @@ def template_of(source: str | Mapping[str, Any], original: Template, *, where: s
     return template
 
 
-def _structured(source: str, path: Path) -> dict[str, Any]:
+def structured(source: str, path: Path) -> Any:
+    """The value of a ``.json``, ``.yaml`` or ``.yml`` file. Raises InputError."""
     try:
-        value = yaml.safe_load(source)  # JSON is YAML
-    except yaml.YAMLError as error:
+        return json.loads(source) if path.suffix.lower() == ".json" else yaml.safe_load(source)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: JSON, and dates that do not exist
         raise InputError(f"not valid JSON or YAML: {error}".replace("\n", " "), where=str(path)) from None
+
+
+def _mapping(source: str, path: Path) -> dict[str, Any]:
+    value = structured(source, path)
     if not isinstance(value, dict):
         raise InputError("is not a mapping with messages or text", where=str(path))
     return value

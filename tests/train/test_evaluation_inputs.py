@@ -56,6 +56,12 @@ def test_templates_of_every_shape(tmp_path):
     assert found["messages"].slot_sequence == ("more", "text")
 
 
+def test_json_is_read_as_json_with_tabs_and_surrogate_pairs(tmp_path):
+    entries = [{"name": "smile", "text": "😀 Other words."}]
+    path = written(tmp_path, "t.json", json.dumps(entries, indent="\t"))
+    assert read_templates(path, CHAT)["smile"].messages[0].content == "😀 Other words."
+
+
 def test_templates_of_a_text_file_are_divided_by_lines(tmp_path):
     path = written(tmp_path, "by hand.txt", "First words.\n---\n{{text}}\n{{more}}\nWhich?\n---\n")
     found = read_templates(path, PLAIN)
@@ -75,6 +81,7 @@ def test_templates_of_a_text_file_are_divided_by_lines(tmp_path):
         ("{a: b}", "is not a list of templates"),
         ("[]", "holds no templates"),
         ("- {name: a", "not valid JSON or YAML"),
+        ("- {name: a, text: 2026-13-45}", "not valid JSON or YAML"),
         ("- {name: a}", "needs either messages or text"),
     ],
 )
@@ -107,6 +114,17 @@ def test_a_frozen_prompt_keeps_the_inputs_and_nothing_else():
     assert frozen_template(PLAIN, "Count.").text == "Count.\n\n{{text}}\n{{more}}\n"
     user_only = Template.from_messages([{"role": "user", "content": "Sort {{text}}"}])
     assert frozen_template(user_only, "Count.").messages[0].content == "Count.\n\n{{text}}"
+    slots_everywhere = Template.from_messages(
+        [
+            {"role": "system", "content": "Sort with {{help}}."},
+            {"role": "user", "content": "{{first}}?"},
+            {"role": "assistant", "content": "weather"},
+            {"role": "user", "content": "And {{text}}?"},
+        ]
+    )
+    assert [(m.role, m.content) for m in frozen_template(slots_everywhere, "Count.").messages] == [
+        ("system", "Count.\n\n{{help}}"), ("user", "{{first}}\n{{text}}"),
+    ]  # fmt: skip
 
 
 def test_an_answer_looks_like_the_task_when_it_is_the_same_or_the_same_kind_of_json():

@@ -30,10 +30,16 @@ def frozen_template(original: Template, instruction: str) -> Template:
     text, bare = escape(instruction), [_slots_of(field) for field in original.fields]
     if not original.is_chat:
         return original.with_fields([f"{text}\n\n{bare[0]}\n"])
-    messages = [{"role": m.role, "content": slots} for m, slots in zip(original.messages, bare, strict=True) if slots]
-    if original.messages[0].role == "system":
-        return Template.from_messages([{"role": "system", "content": text}, *messages])
-    messages[0]["content"] = f"{text}\n\n{messages[0]['content']}"
+    messages: list[dict[str, str]] = []
+    for message, slots in zip(original.messages, bare, strict=True):
+        if slots and messages and messages[-1]["role"] == message.role:  # what stood between them had no slots
+            messages[-1]["content"] += f"\n{slots}"
+        elif slots:
+            messages.append({"role": message.role, "content": slots})
+    if original.messages[0].role == "system" and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": text})
+    else:
+        messages[0]["content"] = f"{text}\n\n{messages[0]['content']}"
     return Template.from_messages(messages)
 
 

@@ -11,12 +11,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kvopt.errors import InputError
 from kvopt.files import RELATIVE, read_text
 from kvopt.template import Template
-from kvopt.textfile import template_of
+from kvopt.textfile import structured, template_of
 from kvopt.train.evaluation.config import NAME
 
 BETWEEN = re.compile(r"^---[ \t]*\r?(?:\n|\Z)", re.MULTILINE)
@@ -43,10 +41,7 @@ def _divided(source: str, path: Path) -> list[tuple[str, Any]]:
 
 
 def _listed(source: str, path: Path) -> list[tuple[str, Any]]:
-    try:
-        value = yaml.safe_load(source)  # JSON is YAML
-    except yaml.YAMLError as error:
-        raise InputError(f"not valid JSON or YAML: {error}".replace("\n", " "), where=str(path)) from None
+    value = structured(source, path)
     if not isinstance(value, list):
         raise InputError("is not a list of templates", where=str(path), mend="write - {name: …, text: …}")
     return [_entry(item, f"{path}[{i}]") for i, item in enumerate(value)]
