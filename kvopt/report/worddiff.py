@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 from kvopt.template import Template
 
 WORD = re.compile(r"\{\{[^{}]*\}\}|\w+|[^\w\s]|[^\S\n]+|\n")
 AROUND = 16  # unchanged words kept beside a change in a long text
 LONG = 400  # words from which on unchanged stretches are cut
+EXACT = 400 * 400  # pairs of words, or of lines, up to which all are compared
+MOST = 5000 * 5000  # pairs of words up to which texts without common lines are compared at all
 
 Kind = Literal["same", "gone", "new", "cut"]
 
@@ -37,19 +40,73 @@ def template_diff(old: Template, new: Template) -> list[tuple[str, list[Piece]]]
 def diff(old: str, new: str) -> list[Piece]:
     """Pieces that read as the new text with the old one's words in between. Long unchanged stretches are cut."""
     a, b = WORD.findall(old), WORD.findall(new)
-    matcher = SequenceMatcher(None, a, b, autojunk=False)
     pieces: list[Piece] = []
     long = len(a) + len(b) > 2 * LONG
-    opcodes = matcher.get_opcodes()
-    for position, (tag, a0, a1, b0, b1) in enumerate(opcodes):
-        if tag == "equal":
-            pieces += _cut(b[b0:b1], position > 0, position < len(opcodes) - 1) if long else [_same(b[b0:b1])]
+    stretches = _merged(_stretches(a, b))
+    for position, (same, gone, come) in enumerate(stretches):
+        if same:
+            pieces += _cut(come, position > 0, position < len(stretches) - 1) if long else [_same(come)]
             continue
-        if a1 > a0:
-            pieces.append(Piece("gone", "".join(a[a0:a1])))
-        if b1 > b0:
-            pieces.append(Piece("new", "".join(b[b0:b1])))
+        if gone:
+            pieces.append(Piece("gone", "".join(gone)))
+        if come:
+            pieces.append(Piece("new", "".join(come)))
     return pieces
+
+
+Stretch = tuple[bool, list[str], list[str]]
+"""Whether it is the same in both texts, and its words in the old and in the new one."""
+
+
+def _stretches(a: list[str], b: list[str]) -> list[Stretch]:
+    """What two lists of words have in common, in order. Comparing words takes up to the cube of their number, so what
+    begins and ends alike is set aside, long texts are compared by lines first, and what is still long without its most
+    frequent words.
+    """
+    head = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    rest = min(len(a), len(b)) - head
+    tail = next((i for i in range(rest) if a[-1 - i] != b[-1 - i]), rest)
+    inner = a[head : len(a) - tail], b[head : len(b) - tail]
+    return [(True, a[:head], a[:head]), *_inner(*inner), (True, a[len(a) - tail :], a[len(a) - tail :])]
+
+
+def _inner(a: list[str], b: list[str]) -> list[Stretch]:
+    size = len(a) * len(b)
+    if size <= EXACT:
+        return _compared(a, b, all_words=True)
+    lines, others = _lines(a), _lines(b)
+    common = set(lines) & set(others)
+    if common and len(lines) * len(others) <= EXACT:
+        found: list[Stretch] = []
+        for same, gone, come in _compared(lines, others, all_words=True):
+            old, new = [w for line in gone for w in line], [w for line in come for w in line]
+            found += [(True, old, new)] if same else _stretches(old, new)
+        return found
+    return _compared(a, b, all_words=False) if size <= MOST else [(False, a, b)]
+
+
+def _compared(a: list[Any], b: list[Any], *, all_words: bool) -> list[tuple[bool, list[Any], list[Any]]]:
+    codes = SequenceMatcher(None, a, b, autojunk=not all_words).get_opcodes()
+    return [(tag == "equal", a[a0:a1], b[b0:b1]) for tag, a0, a1, b0, b1 in codes]
+
+
+def _lines(words: list[str]) -> list[tuple[str, ...]]:
+    ends = [i + 1 for i, word in enumerate(words) if word == "\n"]
+    edges = [0, *ends, *([len(words)] if not ends or ends[-1] < len(words) else [])]
+    return [tuple(words[i:j]) for i, j in pairwise(edges)]
+
+
+def _merged(stretches: list[Stretch]) -> list[Stretch]:
+    """The same without empty ones, and with neighbours of one sort as one."""
+    found: list[Stretch] = []
+    for same, old, new in stretches:
+        if not old and not new:
+            continue
+        if found and found[-1][0] == same:
+            found[-1] = (same, found[-1][1] + old, found[-1][2] + new)
+        else:
+            found.append((same, old, new))
+    return found
 
 
 def _cut(words: list[str], after: bool, before: bool) -> list[Piece]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -13,7 +15,7 @@ from kvopt.report.changes import compare_runs, flatten
 from kvopt.report.choice import advice, number, pareto_front, rivals
 from kvopt.report.costs import build_costs
 from kvopt.report.reading import Board, read_run, read_runs
-from kvopt.report.worddiff import diff
+from kvopt.report.worddiff import WORD, _stretches, diff
 from tests.report.made import change, leaderboard, row, score, write_run
 
 
@@ -148,6 +150,23 @@ def test_a_slot_is_one_word_and_a_long_unchanged_stretch_is_cut():
     long = " ".join(f"w{i}" for i in range(1000))
     pieces = diff(long, long + " end")
     assert next(p.text for p in pieces if p.kind == "cut") == "992 unchanged words"
+
+
+@pytest.mark.parametrize("end", ["\n", " "])
+def test_texts_of_thousands_of_words_are_compared_in_seconds(end: str):
+    """Word by word, these took minutes, and a report shows forty of them."""
+    random = Random(0)
+    words = [random.choice(["the", "text", "a", f"w{random.randrange(500)}"]) for _ in range(4000)]
+    changed = ["changed" if i % 40 == 0 else word for i, word in enumerate(words)]
+    old, new = ("".join(word + (end if i % 12 == 0 else " ") for i, word in enumerate(w)) for w in (words, changed))
+    begun = time.monotonic()
+    stretches = _stretches(WORD.findall(old), WORD.findall(new))
+    assert time.monotonic() - begun < 20
+    assert "".join(w for _, gone, _ in stretches for w in gone) == old
+    assert "".join(w for _, _, come in stretches for w in come) == new
+    assert all(gone == come for same, gone, come in stretches if same)
+    if end == "\n":
+        assert sum(len(gone) for same, gone, _ in stretches if same) > 7000, "by lines, what is unchanged is found"
 
 
 def test_words_that_come_often_are_compared_too():
