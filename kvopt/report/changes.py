@@ -98,18 +98,20 @@ def _list(words: Sequence[str]) -> str:
 
 
 def _results(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
-    """Contexts by name that stand in at least two runs; ``apart`` says whether their intervals do not overlap."""
-    rows = [{row.name: row for row in run.board.contexts} for run in runs]
-    names = dict.fromkeys(name for one in rows for name in one)
+    """Contexts that stand in at least two runs, by name, mutations by their text too, because each run numbers its own;
+    ``apart`` says whether their intervals do not overlap.
+    """
+    rows = [{(row.name, row.lineage.id): row for row in run.board.contexts} for run in runs]
+    keys = dict.fromkeys(key for one in rows for key in one)
     found = []
-    for name in names:
-        mine = [one.get(name) for one in rows]
+    for key in keys:
+        mine = [one.get(key) for one in rows]
         there = [row for row in mine if row is not None]
         if len(there) < 2:
             continue
         found.append(
             {
-                "name": name,
+                "name": key[0],
                 "kl_forward": [row.kl_forward.mean if row else None for row in mine],
                 "tokens": [row.tokens if row else None for row in mine],
                 "apart": _apart(there),

@@ -39,7 +39,6 @@ class MutationText:
     name: str
     facts: Mapping[str, Any]
     fields: Sequence[tuple[str, Sequence[Piece]]]
-    parent: str | None = None
 
 
 @dataclass(frozen=True)
@@ -150,16 +149,14 @@ def _texts(
     original = run.template
     if original is None:
         return [], 0, []
-    by_id = {m.id: m for m in run.mutations if m.accepted}
     by_name = {m.name: m for m in run.mutations if m.accepted}
     shown = []
     for facts in report["mutations"]["accepted"][:DIFFS]:
         mutation = by_name[facts["name"]]
         if mutation.template is None:
             continue
-        parent = by_id.get(mutation.lineage[-1]) if mutation.lineage else None
         fields = template_diff(original, mutation.template)
-        shown.append(MutationText(facts["name"], facts, fields, parent.name if parent else None))
+        shown.append(MutationText(facts["name"], facts, fields))
     rejected = []
     for group in report["mutations"]["rejected"]:
         attempts = {example["attempt"]: example for example in group["examples"][:REJECTED]}

@@ -215,6 +215,18 @@ def test_two_runs_show_what_changed(run: Path, tmp_path: Path):
     assert "m001" not in results
 
 
+def test_mutations_of_one_name_and_different_texts_are_different_contexts(run: Path, tmp_path: Path):
+    other = write_run(tmp_path / "other")
+    document = leaderboard()
+    for one in document["contexts"]:
+        if one["name"] == "m001":
+            one["lineage"]["id"] = "another text"
+    change(other / "leaderboard.json", contexts=document["contexts"])
+    names = [r["name"] for r in compare_runs(read_runs([run, other]))["results"]]
+    assert "m001" not in names
+    assert {"m002", "kv-16"} <= set(names)
+
+
 @pytest.mark.parametrize(
     ("file", "values", "words"),
     [

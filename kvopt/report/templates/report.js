@@ -87,7 +87,7 @@
       cell.tabIndex = 0;
       cell.focus();
     };
-    if (!cells.length) continue;
+    if (!cells[0]?.length) continue;
     cells[0][0].tabIndex = 0;
     table.addEventListener("focusin", (event) => event.target.matches("td.cell") && show(event.target));
     table.addEventListener("mouseover", (event) => {
