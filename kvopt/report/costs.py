@@ -4,7 +4,7 @@ included.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvopt.report.reading import LedgerEntry, RunFiles
@@ -38,6 +38,12 @@ def stage_costs(ledger: Sequence[LedgerEntry]) -> list[dict[str, Any]]:
         entries = [entry for entry in ledger if entry.stage == stage]
         rows.append({"stage": stage, "times": len(entries), "outcome": entries[-1].outcome, **_total(entries)})
     return rows
+
+
+def total_costs(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """All stages of :func:`stage_costs` together."""
+    peak = max((stage["peak_memory_bytes"] for stage in stages), default=0)
+    return {key: sum(stage[key] for stage in stages) for key in COUNTS} | {"peak_memory_bytes": peak}
 
 
 def _selection_scores(run: RunFiles) -> list[LedgerEntry]:

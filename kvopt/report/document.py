@@ -11,7 +11,7 @@ from kvopt.mutate.record import Mutation, counts_by_reason
 from kvopt.report.agreement import rank_agreements
 from kvopt.report.changes import compare_runs
 from kvopt.report.choice import advice, on_selection, pareto_front, rivals, share_kept
-from kvopt.report.costs import build_costs, stage_costs
+from kvopt.report.costs import build_costs, stage_costs, total_costs
 from kvopt.report.reading import RunFiles
 
 FORMAT_VERSION = 1
@@ -30,7 +30,7 @@ def document(runs: Sequence[RunFiles]) -> dict[str, Any]:
 
 def run_document(run: RunFiles) -> dict[str, Any]:
     """Everything about one run."""
-    board = run.board
+    board, stages = run.board, stage_costs(run.ledger)
     return {
         "label": run.label,
         "name": board.name,
@@ -50,7 +50,8 @@ def run_document(run: RunFiles) -> dict[str, Any]:
         "study": run.study.model_dump(mode="json") if run.study else None,
         "manifest": run.manifest,
         "config": run.config,
-        "stages": stage_costs(run.ledger),
+        "stages": stages,
+        "totals": total_costs(stages),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -60,7 +60,6 @@ class Page:
     original: Sequence[tuple[str, str]] = ()
     hashes: Sequence[tuple[str, Any]] = ()
     config: str = ""
-    totals: Mapping[str, Any] = field(default_factory=dict)
     evaluated: StudentsView | None = None
     study: StudyView | None = None
 
@@ -100,7 +99,6 @@ def run_view(run: RunFiles, report: Mapping[str, Any]) -> Page:
         original=_original(run),
         hashes=_hashes(run),
         config=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True, width=100) if run.config else "",
-        totals=_totals(report["stages"]),
         evaluated=students_view(run.students) if run.students else None,
         study=study_view(run.study) if run.study else None,
     )
@@ -189,8 +187,3 @@ def _hashes(run: RunFiles) -> list[tuple[str, Any]]:
     facts += [(f"{split} rows", value) for split, value in run.board.rows_sha256.items()]
     facts += [(key, value) for key, value in run.of_manifest("versions").items()]
     return [(key, value) for key, value in facts if value is not None]
-
-
-def _totals(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    totals = {key: sum(stage[key] for stage in stages) for key in ("seconds", "tokens_in", "tokens_out", "model_calls")}
-    return totals | {"peak_memory_bytes": max((stage["peak_memory_bytes"] for stage in stages), default=0)}

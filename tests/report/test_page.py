@@ -127,6 +127,8 @@ def test_every_number_of_the_page_s_data_is_that_of_report_json(run: Path, tmp_p
     row = next(r for r in data_of(html)["runs"][0]["contexts"] if r["name"] == "kv-16")
     assert row["kl_forward"] == {"mean": 0.02, "ci95": [0.016, 0.024], "p95": 0.06}
     assert row["build"]["seconds"] == 12
+    assert data_of(html)["runs"][0]["totals"]["seconds"] == 149
+    assert "2 min 29 s in all" in html
     assert row["pareto"] is True
 
 
