@@ -56,6 +56,16 @@ def test_json_validity_wants_one_object_or_list_and_nothing_else(tmp_path, answe
     assert value(metric("json-valid", tmp_path), answer) == valid
 
 
+@pytest.mark.parametrize("levels", [3, 64, 65, 700, 100_000])
+def test_an_answer_that_nests_without_end_is_no_json_and_no_traceback(tmp_path, levels):
+    answer = "[" * levels + "]" * levels
+    kinds = ("json-valid", {"kind": "exact-match", "normalize": ["json"]}, {"kind": "json-schema", "definition": {}})
+    found = [value(metric(kind, tmp_path), answer, " " + answer) for kind in kinds]
+    assert found == [levels <= 64, 0 if levels > 64 else 1, levels <= 64]
+    metric("slots", tmp_path).verdict(item(answer, answer))
+    assert same_value(answer, f"[{answer}]") is False
+
+
 def test_a_bare_number_is_json_when_containers_are_not_asked_for(tmp_path):
     assert value(metric({"kind": "json-valid", "container": False}, tmp_path), "12") == 1
 

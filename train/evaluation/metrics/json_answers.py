@@ -6,17 +6,34 @@ import json
 from collections import Counter
 from typing import Any, NoReturn
 
+DEEPEST = 64
+"""Levels of objects and lists in one another; what has more is no answer but a model that goes round in circles."""
+
 
 class NotJSON(ValueError):
     """The text is no JSON value."""
 
 
 def parse_json(text: str) -> Any:
-    """The value of ``text``, which must be JSON and nothing else (space around it apart). Raises NotJSON."""
+    """The value of ``text``, which must be JSON and nothing else (space around it apart). Raises NotJSON, also for
+    more than :data:`DEEPEST` levels.
+    """
     try:
-        return json.loads(text.strip(), parse_constant=_refuse)
+        value = json.loads(text.strip(), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise NotJSON(str(error)) from None
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [inner for outer in level for inner in _inside(outer)]
+    if any(isinstance(inner, dict | list) for inner in level):
+        raise NotJSON(f"more than {DEEPEST} levels")
+    return value
+
+
+def _inside(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
 
 
 def _refuse(constant: str) -> NoReturn:
