@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -315,17 +316,28 @@ class StudentTrainer(Trainer):
                 if older != folder:
                     shutil.rmtree(older, ignore_errors=True)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (RuntimeError, EOFError, OSError, UnpicklingError) as error:  # what torch makes of a cut file
+            raise _damaged(checkpoint, error) from error
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         try:
             tensors = load_file(str(folder / WEIGHTS))
         except (SafetensorError, OSError) as error:
-            raise KvoptError(f"{folder}: the checkpoint is damaged: {error}; delete it to start over") from error
+            raise _damaged(folder, error) from error
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(tensors[name])
         state = json.loads((folder / COMPLETE).read_text("utf-8"))
         self.stages, self.loss.counted = state["stages"], state["counted"]
+
+
+def _damaged(folder: Path | str | None, error: Exception) -> KvoptError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return KvoptError(f"{folder}: the checkpoint is damaged: {reason}; delete it to start over")
 
 
 class _Conduct(TrainerCallback):

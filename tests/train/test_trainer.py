@@ -281,6 +281,20 @@ def test_a_half_written_checkpoint_and_one_of_another_job_are_not_taken_up(task:
     assert module.last_checkpoint(tmp_path, "k") is None
 
 
+@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_damaged_checkpoint_is_one_line_that_says_what_to_delete(
+    task: Task, tmp_path: Path, name: str, left: int
+) -> None:
+    of = job(task, tmp_path, pool(task, "original"), steps=4, checkpoint_every=1)
+    train_student(of)
+    (last,) = tmp_path.glob("checkpoint-*")
+    (last / name).write_bytes((last / name).read_bytes()[:left])
+    with pytest.raises(KvoptError, match=r"checkpoint-3: the checkpoint is damaged: .*; delete it") as caught:
+        train_student(of)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_diverging_training_stops_and_says_what_is_kept(
     task: Task, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch

@@ -26,9 +26,6 @@ class Task:
         """The student of an arm after this task's stage."""
         return self.run.directory / "students" / arm
 
-    def arm(self, name: str) -> StudentConfig:
-        return next(student for student in self.run.config.students if student.name == name)
-
 
 def load_tasks(
     config: SequenceConfig, base_dir: Path, out: Path, *, say: Callable[[str], None], bars: bool | None = None
