@@ -7,6 +7,8 @@ from typing import Any
 
 from kvopt.report.reading import Row, RunFiles
 
+RENDERING = ("template.chat_kwargs", "template.end_token")
+
 
 def compare_runs(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """``comparable`` (bool, or None where an old run does not say), ``why`` (sentences), ``config`` and ``identity``
@@ -14,7 +16,7 @@ def compare_runs(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """
     labels = [run.label for run in runs]
     identities = [identity(run) for run in runs]
-    comparable, why = _comparable(identities)
+    comparable, why = _comparable([one | _rendering(run) for one, run in zip(identities, runs, strict=True)])
     return {
         "runs": labels,
         "comparable": comparable,
@@ -34,6 +36,13 @@ def identity(run: RunFiles) -> dict[str, Any]:
     facts |= {f"rows_sha256.{split}": value for split, value in run.board.rows_sha256.items()}
     facts |= {f"rows.{split}": count for split, count in run.board.rows.model_dump().items()}
     return facts | {f"versions.{key}": value for key, value in run.of_manifest("versions").items()}
+
+
+def _rendering(run: RunFiles) -> dict[str, str]:
+    """How the template becomes tokens: settings that its hash does not hold."""
+    template = run.config.get("template")
+    settings = template if isinstance(template, Mapping) else {}
+    return {key: repr(settings.get(key.partition(".")[2])) for key in RENDERING}
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -69,7 +78,7 @@ def _differing(facts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _comparable(identities: Sequence[Mapping[str, Any]]) -> tuple[bool | None, list[str]]:
     """Whether KLs of these runs measure the distance to the same thing on the same rows."""
     parts = {
-        "the template": ("template_sha256",),
+        "the template": ("template_sha256", *RENDERING),
         "the base": ("base.weights", "base.config", "base.tokenizer", "base.chat_template"),
         "the validation rows": ("rows_sha256.validation",),
     }

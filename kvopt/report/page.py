@@ -24,6 +24,7 @@ from kvopt.report.choice import number
 from kvopt.report.reading import RunFiles
 from kvopt.report.tables import build_text, duration, interval_text
 from kvopt.report.views import Page, run_view, several_view
+from kvopt.report.worddiff import diff
 
 CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -68,6 +69,7 @@ def _environment() -> Environment:
         "bytes": _bytes,
         "count": lambda value: f"{value:,}".replace(",", "\u202f"),
         "value": _value,
+        "diff": diff,
         "heat": heat,
         "token": token_markup,
         "plural": lambda count, word: f"{count} {word}" if count == 1 else f"{count} {word}s",

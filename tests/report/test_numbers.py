@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import yaml
 
 from kvopt.report import report_of
 from kvopt.report.agreement import in_words, rank_agreements
@@ -213,6 +214,16 @@ def test_two_runs_show_what_changed(run: Path, tmp_path: Path):
     assert results["kv-16"]["apart"] is True
     assert results["original"]["apart"] is False
     assert "m001" not in results
+
+
+def test_runs_that_render_the_template_otherwise_are_not_comparable(run: Path, tmp_path: Path):
+    other = write_run(tmp_path / "other")
+    config = yaml.safe_load((other / "config.yaml").read_text("utf-8"))
+    config["template"]["chat_kwargs"] = {"enable_thinking": False}
+    (other / "config.yaml").write_text(yaml.safe_dump(config), "utf-8")
+    found = compare_runs(read_runs([run, other]))
+    assert found["comparable"] is False
+    assert found["why"][0].startswith("The template differs")
 
 
 def test_mutations_of_one_name_and_different_texts_are_different_contexts(run: Path, tmp_path: Path):

@@ -11,6 +11,7 @@ from typing import Any
 
 import html5lib
 import pytest
+import yaml
 
 from kvopt.report import write_report
 from kvopt.report.page import heat, token_markup
@@ -195,6 +196,15 @@ def test_a_page_of_two_runs_has_their_contexts_and_what_changed(run: Path, tmp_p
     text = "".join(parsed(page_of([run, other], tmp_path)).itertext())
     assert "The template differs between the runs" in text
     assert "kv-16 · other" not in text, "no common picture of distances to different references"
+
+
+def test_long_settings_of_two_runs_are_shown_as_what_changed_in_them(run: Path, tmp_path: Path):
+    other, words = write_run(tmp_path / "other"), "one two three four five six " * 20
+    for folder, end in ((run, "seven"), (other, "<b>eight</b>")):
+        (folder / "config.yaml").write_text(yaml.safe_dump({"template": {"text": words + end}}), "utf-8")
+    html = page_of([run, other], tmp_path)
+    assert "<del>seven</del>" in html
+    assert "<ins>&lt;b&gt;eight&lt;/b&gt;</ins>" in html
 
 
 def test_a_thousand_mutations_stay_under_two_megabytes(run: Path, tmp_path: Path):

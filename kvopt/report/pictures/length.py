@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from kvopt.report.choice import number, pareto_front
+from kvopt.report.choice import BUILT_IN, number, pareto_front
 from kvopt.report.pictures.drawing import Labels, Picture, Scale, log_scale
 from kvopt.report.reading import Row
 
@@ -40,7 +40,7 @@ def length_picture(
     longest = max([row.tokens for _, row in rows] + [c.tokens for c in others] + [template_tokens or 1])
     x = Scale(0, longest * 1.06, LEFT, WIDTH - RIGHT)
     y = log_scale(values, HEIGHT - BOTTOM, TOP)
-    front = pareto_front([row for _, row in rows])
+    front = pareto_front([row for _, row in rows if row.name not in BUILT_IN])
     picture = Picture(id, WIDTH, HEIGHT, "Forward KL against context length", _in_words(rows, front, floor))
     picture.axes(x, y, "context length in tokens", "forward KL, nats per gold token (log scale)")
     labels = Labels(LEFT, WIDTH - 4)
