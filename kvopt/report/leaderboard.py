@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from kvopt.files import write_json, write_text
+from kvopt.report.terminal import plain_table
 
 if TYPE_CHECKING:  # a leaderboard is read, shown and compared without torch
     from kvopt.contexts import Context
@@ -130,16 +131,7 @@ def table(board: dict[str, Any]) -> Table:
     )
     if any(row.get("separable_from_best") is False for row in board["contexts"]):
         caption += "; ~ not separable from the best"
-    view = Table(
-        title=f"{board['name']} · {board['base']}",
-        caption=caption,
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1),
-        collapse_padding=True,
-        title_justify="left",
-        caption_justify="left",
-    )
+    view = plain_table(escape(f"{board['name']} · {board['base']}"), caption)
     view.add_column("context", overflow="fold", min_width=8)
     view.add_column("kind", no_wrap=True)
     for heading in ("tokens", "forward KL", "95 % interval", "p95", "gold NLL", "top-1"):
@@ -149,7 +141,7 @@ def table(board: dict[str, Any]) -> Table:
         interval = f"{kl['ci95'][0]:.4f}–{kl['ci95'][1]:.4f}" if kl["ci95"] else "–"
         mark = " ~" if row.get("separable_from_best") is False else ""
         view.add_row(
-            row["name"], row["kind"], str(row["tokens"]), f"{kl['mean']:.4f}{mark}", interval, f"{kl['p95']:.3f}",
+            escape(row["name"]), row["kind"], str(row["tokens"]), f"{kl['mean']:.4f}{mark}", interval, f"{kl['p95']:.3f}",
             f"{row['gold_nll']:.4f}", f"{row['top1_agreement']:.1%}",
         )  # fmt: skip
     return view

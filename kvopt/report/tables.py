@@ -7,11 +7,11 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from kvopt.report.choice import number
+from kvopt.report.terminal import plain_table
 
 COLUMNS = (
     "run", "name", "kind", "tokens", "kl_forward", "kl_forward_low", "kl_forward_high", "kl_forward_p95", "gold_nll",
@@ -138,12 +138,10 @@ def terminal_table(report: dict[str, Any]) -> Table:
     several = len(report["runs"]) > 1
     students = list(dict.fromkeys(name for _, row in rows_of(report) for name in row["students"]))
     students = students if len(students) <= STUDENTS else []
-    view = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True, title_justify="left")
-    view.caption, view.caption_justify = _caption(report), "left"
+    title = None if several else escape(f"{report['runs'][0]['label']} · {report['runs'][0]['base']}")
+    view = plain_table(title, _caption(report))
     if several:
         view.add_column("run", overflow="fold")
-    else:
-        view.title = escape(f"{report['runs'][0]['label']} · {report['runs'][0]['base']}")
     view.add_column("context", overflow="fold", min_width=8)
     view.add_column("kind", no_wrap=True)
     for heading in ("tokens", "forward KL", "95 % interval", "p95", "gold NLL", "top-1", "build", *students):

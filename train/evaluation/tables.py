@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
+from kvopt.report.terminal import plain_table
 
 
 def tables(documents: Sequence[Mapping[str, Any]]) -> list[Table]:
@@ -65,20 +66,6 @@ def forgetting_table(documents: Sequence[Mapping[str, Any]]) -> Table:
             _plain(bare["looks_like_task"]["mean"], 2) if bare else "–",
         )
     return view
-
-
-def plain_table(title: str, caption: str) -> Table:
-    """An empty table in the style of the others."""
-    return Table(
-        title=title,
-        caption=caption,
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1),
-        collapse_padding=True,
-        title_justify="left",
-        caption_justify="left",
-    )
 
 
 def with_interval(value: Mapping[str, Any], digits: int = 3) -> str:

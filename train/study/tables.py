@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from kvopt.train.evaluation.tables import plain_table, with_interval
+from kvopt.report.terminal import plain_table
+from kvopt.train.evaluation.tables import with_interval
 
 GROUPS = ("original", "held-out", "templates", "none")
 
