@@ -141,7 +141,7 @@ def table(board: dict[str, Any]) -> Table:
         interval = f"{kl['ci95'][0]:.4f}–{kl['ci95'][1]:.4f}" if kl["ci95"] else "–"
         mark = " ~" if row.get("separable_from_best") is False else ""
         view.add_row(
-            escape(row["name"]), row["kind"], str(row["tokens"]), f"{kl['mean']:.4f}{mark}", interval, f"{kl['p95']:.3f}",
-            f"{row['gold_nll']:.4f}", f"{row['top1_agreement']:.1%}",
+            escape(row["name"]), row["kind"], str(row["tokens"]), f"{kl['mean']:.4f}{mark}", interval,
+            f"{kl['p95']:.3f}", f"{row['gold_nll']:.4f}", f"{row['top1_agreement']:.1%}",
         )  # fmt: skip
     return view
