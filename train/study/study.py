@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from kvopt.errors import KvoptError
-from kvopt.files import write_json
+from kvopt.files import read_json, write_json
 from kvopt.run import Run
 from kvopt.train.config import StudentConfig
 from kvopt.train.evaluation.evaluate import Evaluation
@@ -92,7 +92,7 @@ class Study:
         name = arm.student(seed).name
         keys = [own.record["key"], reference.record["key"]]
         path = self.run.directory / "study-steps.json"
-        stored = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        stored = read_json(path) if path.is_file() else {}
         if stored.get(name, {}).get("keys") != keys:
             if own.seconds is None or reference.seconds is None:
                 missing = own if own.seconds is None else reference
