@@ -129,11 +129,11 @@ def _check_same_task(inputs: Inputs) -> None:
         raise InputError("there is no run with mutations", where=str(inputs.directory.path), mend=RUN_FIRST) from None
     except (OSError, ValueError) as error:
         raise InputError(f"is damaged: {error}", where=str(path)) from None
-    wanted = {"template_sha256": inputs.template.sha256, "data_sha256": inputs.dataset.sha256}
-    for what, digest in wanted.items():
-        if manifest.get(what) != digest:
-            name = what.partition("_")[0]
-            raise InputError(f"belongs to another {name}", where=str(inputs.directory.path), mend="run kvopt run again")
+    wanted = {"template": inputs.template.sha256, "data": inputs.dataset.sha256}
+    for name, digest in wanted.items():
+        if manifest.get(f"{name}_sha256") != digest:
+            what = f"the run was made with {'other data' if name == 'data' else 'another template'} than the config's"
+            raise InputError(what, where=str(inputs.directory.path), mend="give its own config, or run kvopt run again")
 
 
 def choices_of(inputs: Inputs, student: str | None, contexts: Sequence[str]) -> tuple[list[ContextChoice], int]:

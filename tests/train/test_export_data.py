@@ -131,7 +131,7 @@ def test_mutations_of_another_template_or_no_run_are_refused(finished: tuple[Pat
     config["template"]["messages"][0]["content"] = "Another."
     other = job.with_name("another.yaml")
     other.write_text(yaml.safe_dump(config))
-    with pytest.raises(InputError, match="belongs to another template"):
+    with pytest.raises(InputError, match="the run was made with another template"):
         exported(other, out, "mixed")
 
 
