@@ -93,3 +93,10 @@ def test_r2_needs_three_points_that_differ():
     assert explained([1.0, 2.0], [1.0, 2.0]) is None
     assert explained([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
     assert explained([1.0, None, 2.0, 3.0], [1.0, 5.0, 2.0, 3.0])["points"] == 3
+
+
+def test_two_numbers_of_mutations_give_no_fit_of_three_parameters():
+    found = fit_curve({0: [0.30, 0.31, 0.29], 4: [0.20, 0.22, 0.21]})
+    assert found["fit"] is None
+    assert found["ci95"] is None
+    assert found["values"]["4"] == [0.20, 0.22, 0.21]

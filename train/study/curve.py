@@ -16,6 +16,8 @@ from scipy.optimize import OptimizeWarning, curve_fit
 
 HIGHEST_B = 8.0
 MOST_EVALUATIONS = 300
+LEAST_COUNTS = 3
+"""Numbers of mutations that three parameters need at least."""
 LEAST_SHARE = 0.5
 """An interval is given when at least this share of the bootstrap fits converged."""
 
@@ -64,7 +66,7 @@ def _fit(wordings: np.ndarray, values: np.ndarray) -> np.ndarray | None:
     """(a, b, c), or None when there is no fit."""
     x, y = np.repeat(wordings, values.shape[1]), values.ravel()
     means = values.mean(1)
-    if np.ptp(values) == 0:  # a flat line is every power law with a = 0
+    if len(wordings) < LEAST_COUNTS or np.ptp(values) == 0:  # a flat line is every power law with a = 0
         return None
     start = (means[0] - means[-1], 1.0, means[-1])
     bounds = ([-np.inf, 1e-6, -np.inf], [np.inf, HIGHEST_B, np.inf])
