@@ -10,6 +10,8 @@ from markupsafe import Markup
 from kvopt.report.pictures import Mark, growth_picture, interval_strips
 from kvopt.report.study import Arm, Curve, Explained, OverSeeds, Study
 
+GROUPS = ("original", "held-out", "templates", "none")
+LIKELIHOOD = "gold_nll"
 FORGETTING = ("forgetting/kl_from_base", "forgetting/gold_nll_change")
 
 
@@ -30,10 +32,11 @@ def study_view(study: Study) -> StudyView:
     """Tables and pictures of one study."""
     known = list(dict.fromkeys(path for arm in study.arms for path in arm.values))
     headline = study.headlines[0] if study.headlines else ""
-    groups = [f"{group}/{headline}" for group in ("original", "held-out", "templates", "none")]
-    wanted = [*groups, f"wordings/{headline}/spread", "wordings/consistency", *FORGETTING]
+    groups = [f"{group}/{headline}" for group in GROUPS]
+    likelihoods = [f"{group}/{LIKELIHOOD}" for group in GROUPS]
+    wanted = [*groups, f"wordings/{headline}/spread", "wordings/consistency", *likelihoods, *FORGETTING]
     paths = [path for path in wanted if path in known]
-    drawn = [path for path in (*groups[:3], f"wordings/{headline}/spread") if path in known]
+    drawn = [path for path in (*groups[:3], f"wordings/{headline}/spread", *likelihoods[2:]) if path in known]
     return StudyView(
         study,
         paths,

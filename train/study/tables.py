@@ -11,11 +11,13 @@ from kvopt.report.terminal import plain_table
 from kvopt.train.evaluation.tables import with_interval
 
 GROUPS = ("original", "held-out", "templates", "none")
+LIKELIHOOD = "gold_nll"
 
 
 def tables(document: Mapping[str, Any]) -> list[Table]:
-    """Scores of every arm, what was forgotten, and the fits."""
-    views = [_scores(document, headline) for headline in document["headlines"]] + [_costs(document)]
+    """Scores and likelihoods of every arm, what was forgotten, and the fits."""
+    shown = [*document["headlines"], LIKELIHOOD]
+    views = [_scores(document, quantity) for quantity in shown] + [_costs(document)]
     if document["curve"]:
         views.append(_curve(document["curve"]))
     if any(document["sweep"].values()):
@@ -26,7 +28,8 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
 def _scores(document: Mapping[str, Any], headline: str) -> Table:
     groups = [group for group in GROUPS if f"{group}/{headline}" in document["base_values"]]
     paths = [f"{group}/{headline}" for group in groups]
-    paths += [p for p in (f"wordings/{headline}/spread", "wordings/consistency") if p in document["base_values"]]
+    over_all = [f"wordings/{headline}/spread"] + ["wordings/consistency"] * (headline != LIKELIHOOD)
+    paths += [p for p in over_all if p in document["base_values"]]
     view = plain_table(
         f"{document['name']} · {headline}",
         f"means over seeds {document['seeds']} ± half of the interval ({document['interval']}); "
