@@ -65,6 +65,11 @@ def read_record_file(path: Path, version: int) -> dict[str, Any] | None:
     return record
 
 
+def file_name(name: str) -> str:
+    """A context's name as a file name."""
+    return "".join(c if c.isalnum() or c in "-._" else "_" for c in name)
+
+
 def write_error(error: OSError, path: Path | str) -> KvoptError:
     """What to raise for an error of the operating system while ``path`` was written: one line, never a traceback."""
     if error.errno in _FULL:

@@ -15,7 +15,7 @@ from kvopt.contexts import Context, KVContext, SoftContext, TextContext, load_co
 from kvopt.contexts.folder import read_record
 from kvopt.contexts.initial import InitialTask, initial_tensor, split_spec
 from kvopt.errors import InputError
-from kvopt.files import sha256_json, write_jsonl
+from kvopt.files import file_name, sha256_json, write_jsonl
 from kvopt.inputs import Inputs
 from kvopt.mutate.generators import build_generator
 from kvopt.mutate.record import Mutation, read_mutations
@@ -266,7 +266,7 @@ class Run(Inputs):
         """Per-token arrays of :meth:`score`."""
         rows = self.rows_for(context, split)
         key = f"{self.reference.key}:{sha256_json([context.sha256(), rows.sha256(), batch_size])}"
-        name = "".join(c if c.isalnum() or c in "-._" else "_" for c in context.name)
+        name = file_name(context.name)
         path = self.directory / "scores" / f"{name}.{split}.b{batch_size}.safetensors"
         if stored_key(path) == key:
             return TokenScores.read(path)

@@ -26,8 +26,7 @@ def template_from_file(path: Path, original: Template) -> Template:
         InputError: the file cannot be read, or its slots are not the original's.
     """
     source = read_text(path)
-    has_structure = path.suffix.lower() in (".json", ".yaml", ".yml")
-    return template_of(_mapping(source, path) if has_structure else source, original, where=str(path))
+    return template_of(_mapping(source, path) if is_structured(path) else source, original, where=str(path))
 
 
 def template_of(source: str | Mapping[str, Any], original: Template, *, where: str) -> Template:
@@ -54,8 +53,13 @@ def template_of(source: str | Mapping[str, Any], original: Template, *, where: s
     return template
 
 
+def is_structured(path: Path) -> bool:
+    """Whether a file holds JSON or YAML, by its ending, and not a text."""
+    return path.suffix.lower() in (".json", ".yaml", ".yml")
+
+
 def structured(source: str, path: Path) -> Any:
-    """The value of a ``.json``, ``.yaml`` or ``.yml`` file. Raises InputError."""
+    """The value of a file that :func:`is_structured`. Raises InputError."""
     try:
         return json.loads(source) if path.suffix.lower() == ".json" else yaml.safe_load(source)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: JSON, and dates that do not exist

@@ -13,11 +13,11 @@ from random import Random
 from kvopt.contexts import Context, TextContext
 from kvopt.contexts.initial import split_spec
 from kvopt.errors import InputError
+from kvopt.files import file_name
 from kvopt.run import Run
 from kvopt.template import Template
 from kvopt.train.config import StudentConfig
 from kvopt.train.evaluation.config import EvaluateConfig
-from kvopt.train.evaluation.rows import file_name
 from kvopt.train.evaluation.templates import read_templates
 from kvopt.train.pool import WITH_COUNT, is_mutation, resolve
 

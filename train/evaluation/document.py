@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvopt.files import file_name
 from kvopt.train.evaluation.conditions import GROUPS, WORDINGS, Condition
 from kvopt.train.evaluation.frozen import is_container, task_likeness
 from kvopt.train.evaluation.metrics import Metric, Ratio, Verdict
 from kvopt.train.evaluation.models import BASE, Subject
-from kvopt.train.evaluation.rows import file_name
 from kvopt.train.evaluation.statistics import agreement, ratio_of, summarize
 
 if TYPE_CHECKING:

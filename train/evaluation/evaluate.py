@@ -24,7 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kvopt.files import sha256_json, write_json
+from kvopt.files import file_name, sha256_json, write_json
 from kvopt.generate import answer_text, generate
 from kvopt.progress import advance
 from kvopt.run import Run
@@ -35,10 +35,9 @@ from kvopt.train.evaluation.document import build_document
 from kvopt.train.evaluation.frozen import frozen_answers, frozen_template
 from kvopt.train.evaluation.likelihood import likelihoods
 from kvopt.train.evaluation.metrics import Item, Metric, Verdict, build_metrics
-from kvopt.train.evaluation.metrics.slots import Slots
 from kvopt.train.evaluation.models import BASE, Subject, subject, subjects
 from kvopt.train.evaluation.probes import Probes, load_probes
-from kvopt.train.evaluation.rows import file_name, stored_rows, write_rows
+from kvopt.train.evaluation.rows import stored_rows, write_rows
 from kvopt.train.study.arms import trained_students
 
 VERSION = 1
@@ -70,11 +69,8 @@ class Evaluation:
         self.answered = validation[: self.settings.rows]
         self.scored = validation
         for metric in self.metrics:
-            if isinstance(metric, Slots) and not any(metric.pairs(example.output) for example in self.answered):
-                under = f" under {metric.path!r}" if metric.path else ""
-                self.run.say(
-                    f"warning: {metric.name}: no gold output has key/value pairs{under}, so there is no recall"
-                )
+            if doubt := metric.doubt([example.output for example in self.answered]):
+                self.run.say(f"warning: {metric.name}: {doubt}")
 
     @cached_property
     def conditions(self) -> list[Condition]:

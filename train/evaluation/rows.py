@@ -30,8 +30,3 @@ def write_rows(path: Path, key: str, rows: list[dict[str, Any]]) -> list[dict[st
     keyed = [{KEY: key, **row} for row in rows]
     write_jsonl(path, keyed)
     return keyed
-
-
-def file_name(name: str) -> str:
-    """A context's name as a file name."""
-    return "".join(c if c.isalnum() or c in "-._" else "_" for c in name)

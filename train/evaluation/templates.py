@@ -14,7 +14,7 @@ from typing import Any
 from kvopt.errors import InputError
 from kvopt.files import RELATIVE, read_text
 from kvopt.template import Template
-from kvopt.textfile import structured, template_of
+from kvopt.textfile import is_structured, structured, template_of
 from kvopt.train.evaluation.config import NAME
 
 BETWEEN = re.compile(r"^---[ \t]*\r?(?:\n|\Z)", re.MULTILINE)
@@ -23,7 +23,7 @@ BETWEEN = re.compile(r"^---[ \t]*\r?(?:\n|\Z)", re.MULTILINE)
 def read_templates(path: Path, original: Template) -> dict[str, Template]:
     """The templates of a file by name, in its order. Raises InputError for the first that cannot be used."""
     source = read_text(path, RELATIVE)
-    entries = _listed(source, path) if path.suffix.lower() in (".json", ".yaml", ".yml") else _divided(source, path)
+    entries = _listed(source, path) if is_structured(path) else _divided(source, path)
     if not entries:
         raise InputError("holds no templates", where=str(path))
     templates: dict[str, Template] = {}

@@ -50,6 +50,10 @@ class Metric:
         """The quantity that stands for the metric in tables (where it gives no such quantity: its first)."""
         return self.name
 
+    def doubt(self, gold: Sequence[str]) -> str | None:
+        """Why the metric says little on these gold outputs; None where nothing speaks against it."""
+        return None
+
     def verdict(self, item: Item) -> Verdict:
         """What the metric says about one answer."""
         raise NotImplementedError

@@ -7,6 +7,7 @@ tp / (tp + fn), F1 2 tp / (2 tp + fp + fn), each a ratio of sums over all exampl
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvopt.train.evaluation.metrics.base import Item, Metric, Verdict
@@ -24,8 +25,15 @@ class Slots(Metric):
     def headline(self) -> str:
         return f"{self.name}.f1"
 
+    def doubt(self, gold: Sequence[str]) -> str | None:
+        if any(map(self._pairs, gold)):
+            return None
+        return (
+            f"no gold output has key/value pairs{f' under {self.path!r}' if self.path else ''}, so there is no recall"
+        )
+
     def verdict(self, item: Item) -> Verdict:
-        found, gold = self.pairs(item.answer), self.pairs(item.gold)
+        found, gold = self._pairs(item.answer), self._pairs(item.gold)
         tp, answered, wanted = (found & gold).total(), found.total(), gold.total()
         return Verdict(
             {
@@ -35,8 +43,7 @@ class Slots(Metric):
             }
         )
 
-    def pairs(self, text: str) -> Counter[tuple[str, str]]:
-        """The pairs of an answer or gold output, counted; none where it is no JSON."""
+    def _pairs(self, text: str) -> Counter[tuple[str, str]]:
         try:
             return pairs_of(at_path(parse_json(text), self.path), ignore_case=self.ignore_case)
         except NotJSON:
