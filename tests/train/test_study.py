@@ -15,7 +15,7 @@ from kvopt.train.config import StudentConfig
 from kvopt.train.evaluation.conditions import held_out_mutations
 from kvopt.train.study.arms import study_arms, trained_students
 from kvopt.train.study.document import Result
-from kvopt.train.study.study import Study, conduct
+from kvopt.train.study.study import Study
 from tests.jobs import artefacts, stages_in
 from tests.tiny import tiny_folder
 from tests.train.evaluated import open_evaluated, student, write_evaluated
@@ -41,7 +41,7 @@ def loaded(folder, change=None):
 def conducted(config, out):
     run = open_evaluated(config, out)
     with run.opened():
-        return conduct(run)
+        return Study(run).conduct()
 
 
 @pytest.fixture(scope="module")

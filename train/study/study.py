@@ -136,8 +136,3 @@ class Study:
                 of_kl, of_nll = self._context_scores[context.name]
                 total, kl, nll = total + choice.weight, kl + choice.weight * of_kl, nll + choice.weight * of_nll
         return kl / total, nll / total
-
-
-def conduct(run: Run) -> dict[str, Any]:
-    """``kvopt study`` in a run that is open; returns the document of ``study.json``. Raises InputError."""
-    return Study(run).conduct()
