@@ -81,7 +81,7 @@ def check_base(
     for what, digest in identity.items():
         if what in stored and stored[what] != digest:
             raise InputError(
-                f"{how} base {stored.get('name')!r}, whose {what} differs from that of {name!r}",
+                f"{how} base {stored.get('name')!r}, which differs from {name!r} in its {what}",
                 where=str(folder),
                 mend=f"use the base that it was {how}",
             )

@@ -30,8 +30,8 @@ class ContextChoice(_Shorthand):
 
     context: str = Field(
         min_length=1,
-        description="original, none, best-mutations:K, random-mutations:K, text:FILE, a learned context, a mutation's "
-        "name, or a context folder",
+        description="original, none, best-mutations:K, diverse-mutations:K, random-mutations:K, text:FILE, a learned "
+        "context, a mutation's name, or a context folder",
     )
     weight: float = Field(1, gt=0, description="of each of these contexts; whole numbers with expand")
 
@@ -162,8 +162,8 @@ class StudentConfig(_Section):
     )
     contexts: list[ContextChoice] = Field(
         min_length=1,
-        description="what it is trained under: original, none, best-mutations:K, random-mutations:K, text:FILE, a "
-        "mutation, a learned context, a context folder; or {context: …, weight: …}",
+        description="what it is trained under: original, none, best-mutations:K, diverse-mutations:K, "
+        "random-mutations:K, text:FILE, a mutation, a learned context, a context folder; or {context: …, weight: …}",
     )
     own_answers: OwnAnswersConfig | None = Field(
         None, description="train on the base's own answer where it is right; default: on gold outputs alone"

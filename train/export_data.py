@@ -15,10 +15,10 @@ from kvopt.dataset import Example
 from kvopt.errors import InputError
 from kvopt.inputs import Inputs
 from kvopt.mutate.record import read_mutations
+from kvopt.select import first_mutations, split_count
 from kvopt.template import Template
 from kvopt.textfile import template_from_file
 from kvopt.train.config import ContextChoice, StudentConfig
-from kvopt.train.pool import WITH_COUNT, in_seeded_order
 
 FORMATS = ("prompt-completion", "messages")
 RUN_FIRST = "kvopt run makes and ranks them"
@@ -84,19 +84,14 @@ def _named(inputs: Inputs, spec: str, seed: int, taken: set[str]) -> list[tuple[
         mend = "kvopt train trains under it; text contexts can be exported"
         raise InputError("a learned context has no text", where=spec, mend=mend)
     mutations = _mutations(inputs)
-    if kind in WITH_COUNT:
-        if not argument.isdecimal() or int(argument) < 1:
-            raise InputError("needs a number", where=spec, mend=f"write {kind}:4")
-        if kind == "best-mutations":
-            names = _ranked(inputs)
-        else:
-            names = in_seeded_order([name for name in mutations if name not in taken], seed)
-        if len(names) < int(argument):
-            raise InputError(f"{len(names)} mutations are there", where=spec, mend="raise mutations.count, run again")
-        return [(name, mutations[name]) for name in names[: int(argument)]]
+    if counted := split_count(spec, "export-data"):
+        names = first_mutations(
+            *counted, mutations, lambda: _ranked(inputs), inputs.template, seed=seed, taken=taken, where=spec
+        )
+        return [(name, mutations[name]) for name in names]
     if spec in mutations:
         return [(spec, mutations[spec])]
-    known = "original, best-mutations:K, random-mutations:K, text:FILE, or a mutation's name"
+    known = "original, best-mutations:K, diverse-mutations:K, random-mutations:K, text:FILE, or a mutation's name"
     raise InputError("no such context", where=spec, mend=known)
 
 

@@ -12,20 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
-
-import torch
 
 from kvopt.contexts import Context, NoContext, TextContext, load_context
 from kvopt.encoding import Encoded, Row, SeamError
 from kvopt.errors import InputError
 from kvopt.files import sha256_json
 from kvopt.run import Run
+from kvopt.select import ORDERS, SUFFIX, first_mutations, split_count
 from kvopt.textfile import template_from_file
 from kvopt.train.config import ContextChoice, StudentConfig
-
-T = TypeVar("T")
-WITH_COUNT = ("best-mutations", "random-mutations")
 
 
 @dataclass(frozen=True)
@@ -143,10 +138,8 @@ def check_choice(run: Run, spec: str, where: str) -> None:
     """As :func:`check_choices`, for one of them."""
     names = ["original", "none", *(context.name for context in run.config.contexts)]
     kind, _, argument = spec.partition(":")
-    if kind in WITH_COUNT:
-        if not argument.isdecimal() or int(argument) < 1:
-            raise InputError(f"{spec!r} needs a number", where=where, mend=f"write {kind}:4")
-        if int(argument) > run.config.mutations.count:
+    if counted := split_count(spec, where):
+        if counted[1] > run.config.mutations.count:
             what = f"{spec!r} wants more mutations than mutations.count ({run.config.mutations.count})"
             raise InputError(what, where=where, mend="raise mutations.count")
     elif kind == "text":
@@ -157,7 +150,8 @@ def check_choice(run: Run, spec: str, where: str) -> None:
 
 def _check_folder(run: Run, spec: str, names: Sequence[str], where: str) -> None:
     if not (run.base_dir / spec).is_dir():
-        mend = f"known: {', '.join(names)}; or best-mutations:K, random-mutations:K, text:FILE, a context folder"
+        counted = ", ".join(f"{order}{SUFFIX}:K" for order in ORDERS)
+        mend = f"known: {', '.join(names)}; or {counted}, text:FILE, a context folder"
         raise InputError(f"no context {spec!r}", where=where, mend=mend)
 
 
@@ -167,13 +161,21 @@ def is_mutation(run: Run, name: str) -> bool:
 
 
 def resolve(run: Run, choice: ContextChoice, seed: int, taken: set[str], where: str) -> Sequence[Context]:
-    """The contexts that one entry names. ``random-mutations:K`` are the first K of a seeded order of the accepted ones
-    that are not ``taken``, so that a smaller K gives a part of a larger one's.
-    """
+    """The contexts that one entry names; ``seed`` and ``taken`` as in :func:`kvopt.select.first_mutations`."""
     spec = choice.context
     kind, _, argument = spec.partition(":")
-    if kind in WITH_COUNT:
-        return _mutations(run, kind, int(argument), seed, taken, f"{where} {spec}")
+    if counted := split_count(spec, where):
+        contexts = {context.name: context for context in run.mutation_contexts}
+        names = first_mutations(
+            *counted,
+            {name: context.template for name, context in contexts.items()},
+            lambda: [context.name for context, _ in run.ranked_mutations],
+            run.template,
+            seed=seed,
+            taken=taken,
+            where=f"{where} {spec}",
+        )
+        return [contexts[name] for name in names]
     if kind == "text":
         template = template_from_file(run.base_dir / argument, run.template)
         return [run.text_context(Path(argument).stem, template)]
@@ -187,23 +189,6 @@ def resolve(run: Run, choice: ContextChoice, seed: int, taken: set[str], where: 
             raise InputError(f"no accepted mutation {spec!r}", where=where, mend="see mutations.jsonl for names")
         return found
     return [load_context(run.base_dir / spec, run.base)]
-
-
-def _mutations(run: Run, kind: str, count: int, seed: int, taken: set[str], where: str) -> Sequence[Context]:
-    if kind == "best-mutations":
-        candidates: list[TextContext] = [context for context, _ in run.ranked_mutations]
-    else:
-        candidates = in_seeded_order([c for c in run.mutation_contexts if c.name not in taken], seed)
-    if len(candidates) < count:
-        what = f"{count} mutations are wanted, {len(candidates)} are there"
-        raise InputError(what, where=where, mend="raise mutations.count")
-    return candidates[:count]
-
-
-def in_seeded_order(items: Sequence[T], seed: int) -> list[T]:
-    """All items in an order that the seed decides: the first K are a part of the first K + 1."""
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
-    return [items[i] for i in order.tolist()]
 
 
 def in_front_of_rows(run: Run, context: Context, weight: float) -> PoolContext:

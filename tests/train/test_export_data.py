@@ -15,7 +15,11 @@ from kvopt.cli import app
 from kvopt.config import load_config
 from kvopt.errors import InputError
 from kvopt.inputs import Inputs
+from kvopt.run import Run
+from kvopt.select import ORDERS
+from kvopt.train.config import ContextChoice
 from kvopt.train.export_data import choices_of, export_rows
+from kvopt.train.pool import resolve
 from tests.jobs import rows, run_job, write_job, write_rows
 from tests.tiny import tiny_tokenizer
 
@@ -72,6 +76,18 @@ def test_best_mutations_are_those_that_the_run_ranked_first(finished: tuple[Path
     assert list(dict.fromkeys(row["context_id"] for row in found)) == [name for _, name in ranked[:2]]
 
 
+def test_training_and_export_choose_the_same_mutations(finished: tuple[Path, Path]) -> None:
+    job, out = finished
+    config, base_dir = load_config(job)
+    run = Run(config, base_dir, out, say=lambda line: None)
+    with run.opened():
+        for order in ORDERS:
+            spec = f"{order}-mutations:2"
+            trained = resolve(run, ContextChoice(context=spec), config.seed, set(), "test")
+            written = exported(job, out, None, spec)
+            assert [context.name for context in trained] == list(dict.fromkeys(row["context_id"] for row in written))
+
+
 def test_prompts_are_the_filled_template_and_outputs_keep_their_bytes(tmp_path: Path) -> None:
     job = write_job(tmp_path, lambda config: config.update(mutations={"count": 0}, contexts=[]))
     data = [{"text": f"a {{{{text}}}} {i}", "output": output} for i, output in enumerate(OUTPUTS)] + rows()[:8]
@@ -106,7 +122,7 @@ def test_a_plain_text_template_gives_text(tmp_path: Path) -> None:
         (["none"], "has no prompt to write"),
         (["m999"], "no such context"),
         (["best-mutations:x"], "needs a number"),
-        (["best-mutations:9"], "3 mutations are there"),
+        (["best-mutations:9"], "9 mutations are wanted, 3 are there"),
         (["original", "original"], "stands twice"),
         (["text:missing.txt"], "missing.txt"),
     ],

@@ -77,9 +77,10 @@ def test_an_arm_that_is_a_point_of_the_curve_is_not_trained_twice(tmp_path):
     assert {a.mutations: a.name for a in arms if a.mutations is not None} == {0: "plain", 1: "curve-1", 2: "two"}
 
 
-def test_random_order_draws_the_mutations_of_the_curve(tmp_path):
-    arms = study_arms(loaded(tmp_path, lambda c: c["study"]["curve"].update(context_order="random")))
-    assert arms[2].config.contexts[1].context == "random-mutations:1"
+@pytest.mark.parametrize("order", ["random", "diverse"])
+def test_the_mutations_of_the_curve_come_in_the_order_that_the_config_says(tmp_path, order):
+    arms = study_arms(loaded(tmp_path, lambda c: c["study"]["curve"].update(context_order=order)))
+    assert arms[2].config.contexts[1].context == f"{order}-mutations:1"
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from kvopt.errors import InputError
 from kvopt.identity import tokenizer_sha256
 from kvopt.model import Base, ModelConfig, load_base, load_tokenizer
 from kvopt.run import Run
+from kvopt.select import split_count
 from kvopt.train.config import ContextChoice, OnPolicyConfig, StudentConfig
-from kvopt.train.pool import WITH_COUNT, PoolContext, check_choice, in_front_of_rows, resolve
+from kvopt.train.pool import PoolContext, check_choice, in_front_of_rows, resolve
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def check_teacher(run: Run, config: StudentConfig) -> None:
     if settings is None:
         return
     where = _where(config)
-    if settings.teacher.context.startswith(WITH_COUNT):
+    if split_count(settings.teacher.context, f"{where}.context"):
         raise InputError("a teacher sees one context", where=f"{where}.context", mend="name one mutation, such as m001")
     check_choice(run, settings.teacher.context, f"{where}.context")
     if settings.teacher.base is not None:

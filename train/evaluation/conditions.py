@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from random import Random
 
 from kvopt.contexts import Context, TextContext
 from kvopt.contexts.initial import split_spec
 from kvopt.errors import InputError
-from kvopt.files import file_name
+from kvopt.files import file_name, sha256_json
 from kvopt.run import Run
+from kvopt.select import split_count
 from kvopt.template import Template
 from kvopt.train.config import StudentConfig
 from kvopt.train.evaluation.config import EvaluateConfig
 from kvopt.train.evaluation.templates import read_templates
-from kvopt.train.pool import WITH_COUNT, is_mutation, resolve
+from kvopt.train.pool import is_mutation, resolve
 
 GROUPS = ("original", "held-out", "templates", "none", "learned", "other")
 WORDINGS = ("original", "held-out", "templates")
@@ -100,8 +100,10 @@ def hand_written(run: Run, settings: EvaluateConfig) -> dict[str, Template]:
 
 
 def held_out_mutations(run: Run, settings: EvaluateConfig, students: Sequence[StudentConfig]) -> list[TextContext]:
-    """``held_out_mutations`` accepted mutations, drawn with the config's seed from those that no student is trained
-    on, and that no learned context starts from; fewer, with a warning, when there are not enough.
+    """``held_out_mutations`` accepted mutations of those that no student is trained on, and that no learned context
+    starts from; fewer, with a warning, when there are not enough. They are the first of an order that the config's seed
+    and their own texts decide, so that another arm or more mutations change as few of them as can be, and what was
+    evaluated under the others stays.
     """
     if settings.held_out_mutations == 0:
         return []
@@ -110,7 +112,8 @@ def held_out_mutations(run: Run, settings: EvaluateConfig, students: Sequence[St
         return []
     used = mutations_in_use(run, students)
     free = [context for context in run.mutation_contexts if context.name not in used]
-    chosen = Random(f"held-out:{run.config.seed}").sample(free, min(settings.held_out_mutations, len(free)))
+    drawn = sorted(free, key=lambda context: sha256_json(["held-out", run.config.seed, context.template.sha256]))
+    chosen = drawn[: settings.held_out_mutations]
     if len(chosen) < settings.held_out_mutations:
         run.say(
             f"warning: {len(chosen)} mutations are held out, not {settings.held_out_mutations}: of"
@@ -126,9 +129,9 @@ def mutations_in_use(run: Run, students: Sequence[StudentConfig]) -> set[str]:
         taken: set[str] = set()
         seed = run.config.seed if student.seed is None else student.seed
         for choice in student.contexts:
-            kind = choice.context.partition(":")[0]
-            if kind in WITH_COUNT:
-                found = resolve(run, choice, seed, taken, f"students.{student.name}.contexts")
+            where = f"students.{student.name}.contexts"
+            if split_count(choice.context, where):
+                found = resolve(run, choice, seed, taken, where)
                 taken |= {context.name for context in found}
             else:
                 taken.add(choice.context)

@@ -12,6 +12,7 @@ from typing import Any
 
 from kvopt.config import Config
 from kvopt.errors import InputError
+from kvopt.select import SUFFIX
 from kvopt.train.config import ContextChoice, StudentConfig
 from kvopt.train.study.config import CurveConfig, StudyConfig
 
@@ -137,7 +138,7 @@ def _with_curve(arms: list[Arm], curve: CurveConfig, reference: str) -> list[Arm
     arms = list(arms)
     for count in curve.counts:
         contexts = [ContextChoice(context="original")]
-        contexts += [ContextChoice(context=f"{curve.context_order}-mutations:{count}")] if count else []
+        contexts += [ContextChoice(context=f"{curve.context_order}{SUFFIX}:{count}")] if count else []
         config = pattern.config.model_copy(update={"name": f"curve-{count}", "contexts": contexts})
         same = next((i for i, arm in enumerate(arms) if _settings(arm.config) == _settings(config)), None)
         if same is None:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from kvopt.select import Order
 from kvopt.train.evaluation.config import EvaluateConfig
 
 
@@ -17,8 +18,10 @@ class CurveConfig(_Section):
     """What the n-th mutation buys: students on the original and n mutations, each set a part of the next."""
 
     counts: tuple[int, ...] = Field((0, 1, 2, 4, 8), min_length=2, description="numbers of mutations")
-    context_order: Literal["best", "random"] = Field(
-        "best", description="mutations by forward KL, lowest first, or in an order drawn with the seed"
+    context_order: Order = Field(
+        "best",
+        description="mutations by forward KL, lowest first; the better half by distance of their texts; or in an order "
+        "drawn with the seed",
     )
     like: str | None = Field(None, description="the arm whose settings they have; default: the reference")
     quantities: list[str] | None = Field(

@@ -1,0 +1,116 @@
+"""Orders of mutations, whose first K are chosen: ``best-mutations:K``, ``diverse-mutations:K``, ``random-mutations:K``.
+
+The mutations of lowest KL are often those that changed least, and students of near-copies of one wording learn that
+wording. *diverse* therefore looks among the better half by KL for the mutation whose text is farthest from the original
+and from all that stand before it, again and again: greedy k-center (Gonzalez, 1985), at most twice the covering radius
+of the best K of that half. Every order gives nested sets: the first K are a part of the first K + 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import pairwise
+from typing import Literal, TypeVar, get_args
+
+import torch
+
+from kvopt.errors import InputError
+from kvopt.template import Template
+
+T = TypeVar("T")
+Order = Literal["best", "diverse", "random"]
+ORDERS: tuple[Order, ...] = get_args(Order)
+SUFFIX = "-mutations"
+WORD = re.compile(r"\w+|[^\w\s]|\n+")
+
+
+def split_count(spec: str, where: str) -> tuple[Order, int] | None:
+    """``("best", 4)`` of ``best-mutations:4``; None for what is no such spec. Raises InputError without a number."""
+    kind, _, count = spec.partition(":")
+    order = next((order for order in ORDERS if kind == order + SUFFIX), None)
+    if order is None:
+        return None
+    if not count.isdecimal() or int(count) < 1:
+        raise InputError(f"{spec!r} needs a number", where=where, mend=f"write {kind}:4")
+    return order, int(count)
+
+
+def first_mutations(
+    order: Order,
+    count: int,
+    accepted: Mapping[str, Template],
+    ranked: Callable[[], Sequence[str]],
+    original: Template,
+    *,
+    seed: int,
+    taken: Collection[str] = (),
+    where: str,
+) -> list[str]:
+    """Names of the first ``count`` mutations of an order.
+
+    Args:
+        accepted: the accepted mutations by name, in the order of their names.
+        ranked: gives their names by forward KL, lowest first; called where the order needs it.
+        original: the template that they are mutations of.
+        seed: of the order *random*.
+        taken: what *diverse* and *random* leave out.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    if order == "random":
+        names = in_seeded_order([name for name in accepted if name not in taken], seed)
+    elif order == "diverse":
+        names = diverse_order(original, [(name, accepted[name]) for name in ranked() if name not in taken], count)
+    else:
+        names = list(ranked())
+    if len(names) < count:
+        what = f"{count} mutations are wanted, {len(names)} are there"
+        raise InputError(what, where=where, mend="raise mutations.count and run again")
+    return names[:count]
+
+
+def in_seeded_order(items: Sequence[T], seed: int) -> list[T]:
+    """All items in an order that the seed decides: the first K are a part of the first K + 1."""
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [items[i] for i in order.tolist()]
+
+
+def diverse_order(original: Template, ranked: Sequence[tuple[str, Template]], count: int) -> list[str]:
+    """The first ``count`` names of a greedy k-center order over the better half of ``ranked``, the original being the
+    first center; then, where ``count`` is larger than that half, the others in the order of ``ranked``.
+
+    Args:
+        ranked: (name, template) by forward KL, lowest first; of equal distances the earlier one is taken.
+    """
+    better = ranked[: (len(ranked) + 1) // 2]
+    pairs = [word_pairs(template) for _, template in better]
+    nearest = [_distance(own, word_pairs(original)) for own in pairs]  # to the original or what is chosen
+    chosen: list[int] = []
+    while len(chosen) < min(count, len(better)):
+        farthest = max((i for i in range(len(better)) if i not in chosen), key=lambda i: nearest[i])
+        chosen.append(farthest)
+        nearest = [min(d, _distance(own, pairs[farthest])) for d, own in zip(nearest, pairs, strict=True)]
+    others = [name for name, _ in ranked[len(better) :]]
+    return [better[i][0] for i in chosen] + others[: max(0, count - len(chosen))]
+
+
+def text_distance(a: Template, b: Template) -> float:
+    """1 − resemblance of two wordings (Broder, 1997, with pairs of words as shingles): the share of their different
+    word pairs that only one of them has. 0 for the same words in the same order, 1 for no pair in common; a metric.
+    """
+    return _distance(word_pairs(a), word_pairs(b))
+
+
+def word_pairs(template: Template) -> frozenset[tuple[str, str]]:
+    """Neighbouring words, marks and line ends of each field."""
+    found: set[tuple[str, str]] = set()
+    for field in template.fields:
+        words = ["", *WORD.findall(field), ""]
+        found.update(pairwise(words))
+    return frozenset(found)
+
+
+def _distance(a: frozenset[tuple[str, str]], b: frozenset[tuple[str, str]]) -> float:
+    return 1 - len(a & b) / len(a | b) if a or b else 0.0
