@@ -20,6 +20,7 @@ from kvopt.model import enable_checkpointing
 from kvopt.train import forward
 from kvopt.train import trainer as module
 from kvopt.train.forward import ContextLoss
+from kvopt.train.gold import gold_nll
 from kvopt.train.losses import AnchoredKL, CrossEntropy
 from kvopt.train.student import full_student, lora_student
 from kvopt.train.trainer import Job, StudentTrainer, Trained, make_plan, train_student
@@ -132,6 +133,15 @@ def test_the_loss_of_mixed_contexts_is_the_sum_over_rows_run_alone(kind: str, tm
     together = ContextLoss(student.base, task.base, contexts, CrossEntropy())(items)
     alone = sum(plain_nll(student.model, task, contexts.contexts[number], row) for row, number in items)
     assert float(together.detach()) == pytest.approx(float(alone.detach()), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_loss_before_an_update_is_that_of_rows_run_alone_in_their_order(task: Task, name: str) -> None:
+    item = pool(task, name).contexts[0]
+    found = gold_nll(task.base, item.context, task.encoded, batch_size=3)
+    alone = torch.stack([plain_nll(task.base.model, task, item, row) for row in range(len(item.rows))])
+    torch.testing.assert_close(found.sums, alone.detach().double(), rtol=1e-4, atol=1e-4)
+    assert found.counts.tolist() == [len(row.gold) for row in item.rows]
 
 
 def test_gradients_of_mixed_contexts_are_those_of_rows_run_alone(task: Task) -> None:
