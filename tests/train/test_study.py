@@ -255,6 +255,10 @@ def test_the_curve_and_the_sweep_are_over_the_students(finished):
     _, _, document = finished
     curve = document["curve"]["original/rouge-l"]
     assert curve["counts"] == [0, 1]
+    assert (
+        document["curve"]["original/gold_nll"]["values"]["1"]
+        == arm(document, "curve-1")["values"]["original/gold_nll"]["seeds"]
+    )
     assert curve["values"]["0"] == arm(document, "plain")["values"]["original/rouge-l"]["seeds"]
     assert document["sweep"]["task_kl_to_probe_kl"]["points"] == 8
     assert document["sweep"]["context_kl_to_probe_kl"]["points"] == 4

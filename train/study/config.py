@@ -26,8 +26,8 @@ class CurveConfig(_Section):
     like: str | None = Field(None, description="the arm whose settings they have; default: the reference")
     quantities: list[str] | None = Field(
         None,
-        description="what is fitted, GROUP/QUANTITY as in study.json; default: the first metric under the original, "
-        "held-out mutations and templates",
+        description="what is fitted, GROUP/QUANTITY as in study.json; default: the first metric and the gold NLL under "
+        "the original, held-out mutations and templates",
     )
 
     @field_validator("counts")

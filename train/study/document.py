@@ -21,6 +21,7 @@ from typing import Any
 
 from kvopt.config import Config
 from kvopt.errors import InputError
+from kvopt.report.study_view import LIKELIHOOD
 from kvopt.train.study.arms import EQUAL_SECONDS, Arm, settings_of
 from kvopt.train.study.curve import fit_curve
 from kvopt.train.study.regression import explained
@@ -148,7 +149,8 @@ def _curves(config: Config, rows: Sequence[Mapping[str, Any]], headline: str) ->
     points = {row["mutations"]: row for row in rows if row["mutations"] is not None}
     if study.curve is None or len(points) < 2:
         return None
-    paths = study.curve.quantities or [f"{group}/{headline}" for group in CURVE_GROUPS]
+    named = [f"{group}/{quantity}" for quantity in (headline, LIKELIHOOD) for group in CURVE_GROUPS]
+    paths = study.curve.quantities or named
     seeds = min(len(row["runs"]) for row in points.values())
     found = {}
     for path in paths:

@@ -7,11 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
+from kvopt.report.study_view import GROUPS, LIKELIHOOD
 from kvopt.report.terminal import plain_table
 from kvopt.train.evaluation.tables import with_interval
-
-GROUPS = ("original", "held-out", "templates", "none")
-LIKELIHOOD = "gold_nll"
 
 
 def tables(document: Mapping[str, Any]) -> list[Table]:
