@@ -4,6 +4,7 @@ has changed, gone on with from a checkpoint after a kill.
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -117,6 +118,8 @@ def _student(run: Run, config: StudentConfig, launch: Launch) -> dict[str, Any]:
         entry |= {"resumed_from": trained.resumed} if trained.resumed else {}
         save_student(trained.student, folder, run.base, record_of(run, order, trained))
     shutil.rmtree(run.directory / ".training" / config.name, ignore_errors=True)
+    del trained
+    gc.collect()  # a trainer refers to itself: without this, students pile up in memory until some later collection
     return read_student_record(folder) or {}
 
 

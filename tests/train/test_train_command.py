@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from kvopt.cli import app
 from kvopt.config import load_config
 from kvopt.errors import InputError, KvoptError
 from kvopt.run import Run
+from kvopt.train import trainer
 from kvopt.train.stages import train_students
+from kvopt.train.student import lora_student
 from tests.jobs import artefacts, stages_in, write_job
 
 STUDENTS: list[dict[str, Any]] = [
@@ -117,6 +120,24 @@ def test_a_damaged_student_is_trained_again_to_the_same_bytes(again: Path) -> No
     train(again / "job.yaml", again / "out")
     assert trained_in(again / "out") == ["plain"]
     assert artefacts(again / "out") == before
+
+
+def test_a_student_leaves_memory_before_the_next_one_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = write(tmp_path, [{"name": name, "contexts": ["original"], "steps": 2} for name in "ab"])
+    trained: list[weakref.ref] = []
+    alive: list[int] = []
+
+    def watched(*args: Any, **settings: Any) -> Any:
+        alive.append(sum(reference() is not None for reference in trained))
+        made = lora_student(*args, **settings)
+        trained.append(weakref.ref(made.model))
+        return made
+
+    monkeypatch.setattr(trainer, "lora_student", watched)
+    train(job, tmp_path / "out", only=("a", "b"))
+    assert alive == [0, 0]
 
 
 def test_only_trains_the_named_and_an_unknown_name_is_an_error(tmp_path: Path) -> None:
