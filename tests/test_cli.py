@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -419,3 +421,9 @@ def test_wrong_usage_is_one_line_with_exit_code_2(kvopt, fails):
     assert fails("run") == "error: kvopt run: Missing argument 'CONFIG.yaml' (kvopt run --help lists what it takes)"
     assert "--foo" in fails("run", "--foo")
     assert kvopt("--version")[:2] == (0, "kvopt 0.1.0\n")
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "kvopt", "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: kvopt " in done.stdout

@@ -15,10 +15,11 @@ class _Part(BaseModel):
 
 
 class OverSeeds(_Part):
-    """One quantity of one arm: mean and interval over seeds, and each seed's value."""
+    """One quantity of one arm: mean, interval over seeds and over rows and seeds, and each seed's value."""
 
     mean: float | None
     ci95: tuple[float, float] | None = None
+    ci95_bootstrap: tuple[float, float] | None = None
     seeds: list[float | None] = Field(default_factory=list)
 
 
@@ -93,6 +94,7 @@ class Study(_Part):
     complete: bool
     headlines: list[str]
     interval: str = ""
+    bootstrap: str = ""
     base_values: dict[str, float | None] = Field(default_factory=dict)
     arms: list[Arm]
     curve: dict[str, Curve] | None = None

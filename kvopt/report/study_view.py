@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -15,6 +15,13 @@ LIKELIHOOD = "gold_nll"
 FORGETTING = ("forgetting/kl_from_base", "forgetting/gold_nll_change")
 
 
+def compared_paths(headlines: Sequence[str], known: Container[str]) -> list[str]:
+    """The few quantities in which arms are shown against the reference arm."""
+    wanted = [f"{group}/{headlines[0]}" for group in ("original", "templates")] if headlines else []
+    wanted += [f"{group}/{LIKELIHOOD}" for group in ("original", "templates", "none")] + [FORGETTING[0]]
+    return [path for path in wanted if path in known]
+
+
 @dataclass(frozen=True)
 class StudyView:
     """The study's part of the page."""
@@ -22,6 +29,8 @@ class StudyView:
     study: Study
     paths: Sequence[str]
     rows: Sequence[tuple[Arm, Sequence[tuple[OverSeeds | None, bool | None]]]]
+    compared: Sequence[str]
+    differences: Sequence[tuple[Arm, Sequence[OverSeeds | None]]]
     robustness: Sequence[tuple[str, Markup]]
     forgetting: Sequence[tuple[str, Markup]]
     growth: Sequence[tuple[str, Curve, Markup]]
@@ -37,10 +46,17 @@ def study_view(study: Study) -> StudyView:
     wanted = [*groups, f"wordings/{headline}/spread", "wordings/consistency", *likelihoods, *FORGETTING]
     paths = [path for path in wanted if path in known]
     drawn = [path for path in (*groups[:3], f"wordings/{headline}/spread", *likelihoods[2:]) if path in known]
+    compared = compared_paths(study.headlines, known)
     return StudyView(
         study,
         paths,
         [(arm, [_cell(arm, path) for path in paths]) for arm in study.arms],
+        compared,
+        [
+            (arm, [found.difference if (found := arm.against_reference.get(path)) else None for path in compared])
+            for arm in study.arms
+            if arm.against_reference
+        ],
         _pictures(study, drawn, "study-robust", zero=False),
         _pictures(study, [path for path in FORGETTING if path in known], "study-forgetting", zero=True),
         [

@@ -197,7 +197,8 @@ def study() -> dict[str, Any]:
         }
         against = None
         if name != "fixed":
-            against = {path: {"difference": over(0.1), "separable": f1 > 0.8} for path in values}
+            difference = over(0.1) | {"ci95_bootstrap": [0.06, 0.14]}
+            against = {path: {"difference": difference, "separable": f1 > 0.8} for path in values}
         return {
             "name": name, "budget": "steps", "contexts": ["original"], "mutations": n,
             "runs": [{"seed": 0, "student": f"{name}--seed-0"}], "steps": 10.0,

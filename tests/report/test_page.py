@@ -183,6 +183,9 @@ def test_students_robustness_forgetting_and_the_nth_mutation_are_shown(tmp_path:
     assert "a·(n+1)" in text
     assert "no power law fits these points" in text
     assert "What explains forgetting" in text
+    assert "What each arm bought against fixed" in text
+    assert "<strong>+0.100</strong>" in shown
+    assert "[+0.060, +0.140]" in text
 
 
 def test_a_page_of_two_runs_has_their_contexts_and_what_changed(run: Path, tmp_path: Path):

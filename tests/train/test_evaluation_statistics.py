@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from kvopt.train.evaluation.statistics import agreement, ratio_of, summarize
+from kvopt.train.evaluation.statistics import agreement, ratio_of, redrawn, row_draws, summarize
 
 RATIOS = {
     "a": [{"hit": (1, 1), "f1": (2, 4)}, {"hit": (0, 1), "f1": (0, 2)}, {"hit": (1, 1), "f1": (4, 4)}],
@@ -54,3 +54,24 @@ def test_what_does_not_exist_is_none():
 def test_consistency_is_the_share_of_agreeing_pairs():
     answers = [["yes", '{"a": 1, "b": 2}'], ["yes", '{"b": 2, "a": 1}'], ["no", "{}"]]
     assert agreement(answers) == [(1.0, 3.0), (1.0, 3.0)]
+
+
+def test_draws_of_rows_are_those_of_the_formula_and_the_same_for_every_model():
+    draws = row_draws(3, 5, 50)
+    assert (draws.sum(1) == 3).all()
+    assert (draws == row_draws(3, 5, 50)).all()
+    found = redrawn(RATIOS, {"both": ["a", "b"]}, draws)["both"]["f1"]
+    for i, counts in enumerate(draws):
+        taken = [j for j, count in enumerate(counts) for _ in range(int(count))]
+        values = []
+        for rows in RATIOS.values():
+            numerator, denominator = (sum(rows[j]["f1"][k] for j in taken) for k in (0, 1))
+            values.append(numerator / denominator)
+        assert (found[0][i], found[1][i]) == pytest.approx((sum(values) / 2, max(values) - min(values)))
+
+
+def test_intervals_from_draws_agree_with_those_of_scipy():
+    rows = [{"x": (float(v), 1.0)} for v in np.random.default_rng(2).normal(size=30)]
+    contexts, _ = summarize({"a": rows}, {}, seed=0, resamples=4000)
+    drawn = redrawn({"a": rows}, {"one": ["a"]}, row_draws(30, 0, 4000))["one"]["x"][0]
+    assert list(np.percentile(drawn, [2.5, 97.5])) == pytest.approx(contexts["a"]["x"]["ci95"], abs=0.02)

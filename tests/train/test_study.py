@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 import yaml
 
@@ -13,6 +14,8 @@ from kvopt.config import load_config
 from kvopt.errors import InputError, KvoptError
 from kvopt.train.config import StudentConfig
 from kvopt.train.evaluation.conditions import held_out_mutations
+from kvopt.train.evaluation.models import subject
+from kvopt.train.study import values
 from kvopt.train.study.arms import study_arms, trained_students
 from kvopt.train.study.document import Result
 from kvopt.train.study.study import Study
@@ -181,8 +184,37 @@ def test_arms_at_equal_steps_have_them_and_the_reference_is_not_compared_with_it
     assert {row["steps"] for row in document["arms"] if row["budget"] == "steps"} == {3}
     assert arm(document, "plain")["against_reference"] is None
     compared = arm(document, "kv")["against_reference"]["original/gold_nll"]
-    values = [arm(document, name)["values"]["original/gold_nll"]["seeds"] for name in ("kv", "plain")]
-    assert compared["difference"]["seeds"] == [a - b for a, b in zip(*values, strict=True)]
+    of_seeds = [arm(document, name)["values"]["original/gold_nll"]["seeds"] for name in ("kv", "plain")]
+    assert compared["difference"]["seeds"] == [a - b for a, b in zip(*of_seeds, strict=True)]
+
+
+def test_a_draw_that_takes_every_row_once_gives_the_values_of_the_evaluation(finished, monkeypatch, tmp_path):
+    config, out, _ = finished
+    shutil.copytree(out, tmp_path / "out")
+    monkeypatch.setattr(values, "row_draws", lambda examples, seed, resamples: np.ones((1, examples)))
+    run = open_evaluated(config, tmp_path / "out")
+    with run.opened():
+        study = Study(run)
+        measured = study.evaluation.measure(subject(run, "kv--seed-5"))
+        evaluation = study.evaluation.document(subject(run, "kv--seed-5"), measured)
+    draws = values.draws_by_path(measured, seed=0, resamples=1)
+    expected = values.by_path(evaluation)
+    assert {"held-out/gold_nll", "held-out/gold_nll/spread", "wordings/consistency", "original/rouge-l",
+            "forgetting/kl_from_base", "no_context/looks_like_task"} <= set(expected)  # fmt: skip
+    for path, value in expected.items():
+        assert draws[path].tolist() == pytest.approx([float("nan") if value is None else value], nan_ok=True), path
+
+
+def test_intervals_over_rows_and_seeds_hold_the_mean_and_pair_the_rows(finished):
+    _, _, document = finished
+    for row in document["arms"]:
+        low, high = row["values"]["original/gold_nll"]["ci95_bootstrap"]
+        assert low < row["values"]["original/gold_nll"]["mean"] < high
+    near = arm(document, "curve-1")  # nearly the reference's own students: what rows vary cancels
+    difference = near["against_reference"]["original/gold_nll"]["difference"]
+    (low, high), alone = difference["ci95_bootstrap"], near["values"]["original/gold_nll"]["ci95_bootstrap"]
+    assert low <= difference["mean"] <= high
+    assert high - low < 0.8 * (alone[1] - alone[0])  # drawn apart, the rows would make it 1.4 times as wide
 
 
 def test_no_arm_was_trained_on_what_is_held_out(finished):
@@ -313,9 +345,11 @@ def test_the_command_shows_tables_or_one_document(finished, capsys, monkeypatch,
         else:
             assert "not separable from plain" in " ".join(printed.split())
             assert "curve-1" in printed
+            assert "differences from plain" in printed
             assert "· gold_nll" in printed
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert "curve-1" in page
+    assert "What each arm bought against plain" in page
     assert "none/gold_nll by arm" in page
     names = [row["name"] for row in json.loads((tmp_path / "out" / "leaderboard.json").read_text("utf-8"))["contexts"]]
     assert {"original", "none", "kv-8"} <= set(names)

@@ -7,7 +7,7 @@ import pytest
 
 from kvopt.train.study.curve import fit_curve, power_law
 from kvopt.train.study.regression import explained
-from kvopt.train.study.seeds import compared, over_seeds
+from kvopt.train.study.seeds import compared, over_rows_and_seeds, over_seeds
 
 
 def test_the_interval_over_three_seeds_is_students():
@@ -36,6 +36,23 @@ def test_a_paired_difference_takes_each_seeds_own():
     found = compared(a, b)
     assert found["difference"]["ci95"] == pytest.approx([0.5, 0.5])
     assert found["separable"] is False
+
+
+def test_the_bootstrap_over_rows_and_seeds_holds_the_variance_of_both():
+    draws = np.random.default_rng(0).normal(size=(2, 4000)) * 0.1 + [[1.0], [3.0]]
+    low, high = over_rows_and_seeds(list(draws), seed=0)
+    # half of the draws take both seeds (mean 2), a quarter one seed twice: percentiles lie in those quarters
+    assert low == pytest.approx(1 - 1.2816 * 0.1, abs=0.02)  # the 10th percentile of a quarter is the 2.5th of all
+    assert high == pytest.approx(3 + 1.2816 * 0.1, abs=0.02)
+
+
+def test_of_one_seed_the_bootstrap_is_over_rows_alone():
+    draws = np.random.default_rng(0).normal(size=1000)
+    assert over_rows_and_seeds([draws], seed=3) == pytest.approx(list(np.percentile(draws, [2.5, 97.5])))
+
+
+def test_a_draw_without_a_value_gives_no_interval():
+    assert over_rows_and_seeds([np.array([1.0, np.nan]), np.array([1.0, 2.0])], seed=0) is None
 
 
 def points(a, b, c, noise=0.0, seeds=3):

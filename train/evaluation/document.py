@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvopt.files import file_name
@@ -10,7 +11,7 @@ from kvopt.train.evaluation.conditions import GROUPS, WORDINGS, Condition
 from kvopt.train.evaluation.frozen import is_container, task_likeness
 from kvopt.train.evaluation.metrics import Metric, Ratio, Verdict
 from kvopt.train.evaluation.models import BASE, Subject
-from kvopt.train.evaluation.statistics import agreement, ratio_of, summarize
+from kvopt.train.evaluation.statistics import Ratios, agreement, ratio_of, summarize
 
 if TYPE_CHECKING:
     from kvopt.train.evaluation.evaluate import Evaluation
@@ -19,17 +20,39 @@ FORMAT_VERSION = 1
 Rows = Sequence[Mapping[str, Any]]
 
 
-def build_document(
-    evaluation: Evaluation,
-    model: Subject,
+@dataclass(frozen=True)
+class Measured:
+    """What a model's stored rows say, as a ratio for each row and quantity, before any mean is taken.
+
+    ``answered`` and ``scored`` go by context, ``consistency`` by group (of those with two contexts or more), and
+    ``frozen`` by instruction; ``bare`` is how far answers without any context are those of the task. None is what was
+    not asked for.
+    """
+
+    groups: Mapping[str, Sequence[str]]
+    answered: Ratios
+    scored: Ratios
+    consistency: Mapping[str, Sequence[Ratio]]
+    bare: Sequence[Mapping[str, Ratio]] | None
+    frozen: Sequence[Sequence[Mapping[str, Ratio]]] | None
+    probes: Sequence[Mapping[str, Ratio]] | None
+
+    @property
+    def frozen_by_row(self) -> list[dict[str, Ratio]] | None:
+        """The instructions' ratios added up: a row's answers hang together."""
+        return None if self.frozen is None else [_sum(found) for found in zip(*self.frozen, strict=True)]
+
+
+def measured(
+    conditions: Sequence[Condition],
     rows: Mapping[str, Rows],
     verdicts: Mapping[str, Mapping[str, list[Verdict]]],
     *,
     frozen: list[list[str]] | None,
     probes: Rows | None,
     base_probes: Rows | None,
-) -> dict[str, Any]:
-    """The document of one model.
+) -> Measured:
+    """What the rows of one model say.
 
     Args:
         rows: the stored rows by context.
@@ -37,23 +60,39 @@ def build_document(
         frozen: answers under instructions that ask for something else, [instruction][row].
         probes, base_probes: likelihoods of the probe rows under the model and the base.
     """
+    groups = _groups(conditions)
+    answered = {name: _answered(rows[name], found) for name, found in verdicts.items()}
+    count = len(next(iter(answered.values())))
+    return Measured(
+        groups,
+        answered,
+        {name: [_scored(row) for row in found] for name, found in rows.items()},
+        {
+            group: agreement([[row["answer"] for row in rows[name][:count]] for name in members])
+            for group, members in groups.items()
+            if len(members) > 1
+        },
+        _bare(conditions, rows, count),
+        [_frozen(found, rows["original"]) for found in frozen] if frozen is not None else None,
+        [_probed(row, base) for row, base in zip(probes, base_probes, strict=True)] if probes and base_probes else None,
+    )
+
+
+def build_document(evaluation: Evaluation, model: Subject, found: Measured) -> dict[str, Any]:
+    """The document of one model."""
     run, settings = evaluation.run, evaluation.settings
     draws = {"seed": run.config.seed, "resamples": settings.resamples}
-    groups = _groups(evaluation.conditions)
-    answered = {name: _answered(rows[name], found) for name, found in verdicts.items()}
-    scored = {name: [_scored(row) for row in found] for name, found in rows.items()}
-    of_answers, answers_of_groups = summarize(answered, groups, **draws)
-    of_scores, scores_of_groups = summarize(scored, groups, **draws)
-    answered_count = len(evaluation.answered)
+    of_answers, answers_of_groups = summarize(found.answered, found.groups, **draws)
+    of_scores, scores_of_groups = summarize(found.scored, found.groups, **draws)
     return {
         "format_version": FORMAT_VERSION,
         "name": model.name,
         "base": run.base.name,
         "dtype": str(run.base.dtype).removeprefix("torch."),
         "student": {k: v for k, v in (model.record or {}).items() if k != "history"} if model.name != BASE else None,
-        "rows": {"answered": answered_count, "scored": len(evaluation.scored)},
+        "rows": {"answered": len(evaluation.answered), "scored": len(evaluation.scored)},
         "headlines": [_headline(metric, of_answers) for metric in evaluation.metrics],
-        "quantities": list(dict.fromkeys(q for by in (of_answers, of_scores) for found in by.values() for q in found)),
+        "quantities": list(dict.fromkeys(q for by in (of_answers, of_scores) for one in by.values() for q in one)),
         "contexts": [
             {
                 "name": condition.name,
@@ -70,13 +109,13 @@ def build_document(
                 "group": group,
                 "contexts": members,
                 "quantities": answers_of_groups[group] | scores_of_groups[group],
-                "consistency": _consistency([rows[name][:answered_count] for name in members], draws),
+                "consistency": ratio_of(found.consistency[group], **draws) if group in found.consistency else None,
             }
-            for group, members in groups.items()
+            for group, members in found.groups.items()
         ],
-        "no_context": _no_context(evaluation.conditions, rows, answered_count, draws),
-        "frozen_prompt": _frozen(evaluation, rows, frozen, draws) if frozen is not None else None,
-        "forgetting": _forgetting(evaluation, probes, base_probes, draws) if probes and base_probes else None,
+        "no_context": _shares(found.bare, draws) if found.bare is not None else None,
+        "frozen_prompt": _frozen_document(evaluation, found, draws),
+        "forgetting": _forgetting_document(evaluation, found, draws),
     }
 
 
@@ -113,73 +152,65 @@ def _headline(metric: Metric, by_context: Mapping[str, Mapping[str, Any]]) -> st
     return next(q for q in known if q.startswith(f"{metric.name}."))
 
 
-def _consistency(rows: Sequence[Rows], draws: dict[str, int]) -> dict[str, Any] | None:
-    if len(rows) < 2:
-        return None
-    return ratio_of(agreement([[row["answer"] for row in found] for found in rows]), **draws)
-
-
 def _is_json_task(rows: Rows) -> bool:
     return all(is_container(row["gold"]) for row in rows)
 
 
-def _shares(likeness: Sequence[dict[str, Ratio]], draws: dict[str, int]) -> dict[str, Any]:
+def _shares(likeness: Sequence[Mapping[str, Ratio]], draws: dict[str, int]) -> dict[str, Any]:
     """``{mean, ci95}`` of each share; None for one that does not apply."""
     shares = {q: ratio_of([one[q] for one in likeness], **draws) for q in likeness[0]}
     return {q: share if share["mean"] is not None else None for q, share in shares.items()}
 
 
-def _no_context(
-    conditions: Sequence[Condition], rows: Mapping[str, Rows], count: int, draws: dict[str, int]
-) -> dict[str, Any] | None:
+def _bare(conditions: Sequence[Condition], rows: Mapping[str, Rows], count: int) -> list[dict[str, Ratio]] | None:
     """How far answers without any context still are those of the task."""
     names = {condition.group: condition.name for condition in conditions}
     if not {"original", "none"} <= names.keys():
         return None
-    original, bare = rows[names["original"]][:count], rows[names["none"]][:count]
-    json_task = _is_json_task(original)
-    pairs = zip(bare, original, strict=True)
-    return _shares([task_likeness(b["answer"], o["answer"], json_task=json_task) for b, o in pairs], draws)
+    return _frozen([row["answer"] for row in rows[names["none"]][:count]], rows[names["original"]])
 
 
-def _frozen(
-    evaluation: Evaluation, rows: Mapping[str, Rows], answers: list[list[str]], draws: dict[str, int]
-) -> dict[str, Any]:
+def _frozen(answers: Sequence[str], original: Rows) -> list[dict[str, Ratio]]:
+    """How far answers that should have left the task are those of the first rows under the original."""
+    same_rows = original[: len(answers)]
+    json_task = _is_json_task(same_rows)
+    pairs = zip(answers, same_rows, strict=True)
+    return [task_likeness(answer, row["answer"], json_task=json_task) for answer, row in pairs]
+
+
+def _frozen_document(evaluation: Evaluation, found: Measured, draws: dict[str, int]) -> dict[str, Any] | None:
+    by_row = found.frozen_by_row
+    if found.frozen is None or by_row is None:
+        return None
     assert evaluation.settings.frozen is not None
-    count = len(answers[0])
-    original = rows["original"][:count]
-    json_task = _is_json_task(original)
-    likeness = [
-        [task_likeness(a, row["answer"], json_task=json_task) for a, row in zip(found, original, strict=True)]
-        for found in answers
-    ]
-    by_row = [_sum([found[i] for found in likeness]) for i in range(count)]  # a row's answers hang together
     instructions = [
         {"instruction": instruction}
-        | {q: share["mean"] if share else None for q, share in _shares(found, draws).items()}
-        for instruction, found in zip(evaluation.settings.frozen.instructions, likeness, strict=True)
+        | {q: share["mean"] if share else None for q, share in _shares(likeness, draws).items()}
+        for instruction, likeness in zip(evaluation.settings.frozen.instructions, found.frozen, strict=True)
     ]
-    return {"rows": count, **_shares(by_row, draws), "instructions": instructions}
+    return {"rows": len(by_row), **_shares(by_row, draws), "instructions": instructions}
 
 
-def _sum(likeness: Sequence[dict[str, Ratio]]) -> dict[str, Ratio]:
+def _sum(likeness: Sequence[Mapping[str, Ratio]]) -> dict[str, Ratio]:
     return {q: (sum(one[q][0] for one in likeness), sum(one[q][1] for one in likeness)) for q in likeness[0]}
 
 
-def _forgetting(evaluation: Evaluation, rows: Rows, base_rows: Rows, draws: dict[str, int]) -> dict[str, Any]:
+def _probed(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Ratio]:
+    tokens = float(row["gold_tokens"])
+    return _scored(row) | {
+        "base_gold_nll": (base["nll"], float(base["gold_tokens"])),
+        "gold_nll_change": (row["nll"] - base["nll"], tokens),
+    }
+
+
+def _forgetting_document(evaluation: Evaluation, found: Measured, draws: dict[str, int]) -> dict[str, Any] | None:
+    if found.probes is None:
+        return None
     assert evaluation.probes is not None
-    paired = [
-        _scored(row)
-        | {
-            "base_gold_nll": (base["nll"], float(base["gold_tokens"])),
-            "gold_nll_change": (row["nll"] - base["nll"], float(row["gold_tokens"])),
-        }
-        for row, base in zip(rows, base_rows, strict=True)
-    ]
-    found, _ = summarize({"": paired}, {}, **draws)
+    quantities, _ = summarize({"": found.probes}, {}, **draws)
     return {
-        "rows": len(rows),
+        "rows": len(found.probes),
         "too_long": evaluation.probes.too_long,
-        "gold_tokens": sum(row["gold_tokens"] for row in rows),
-        **found[""],
+        "gold_tokens": sum(int(row["gold_nll"][1]) for row in found.probes),
+        **quantities[""],
     }

@@ -31,7 +31,7 @@ from kvopt.run import Run
 from kvopt.train.config import StudentConfig
 from kvopt.train.evaluation.conditions import Condition, conditions, named_conditions
 from kvopt.train.evaluation.config import EvaluateConfig
-from kvopt.train.evaluation.document import build_document
+from kvopt.train.evaluation.document import Measured, build_document, measured
 from kvopt.train.evaluation.frozen import frozen_answers, frozen_template
 from kvopt.train.evaluation.likelihood import likelihoods
 from kvopt.train.evaluation.metrics import Item, Metric, Verdict, build_metrics
@@ -93,26 +93,37 @@ class Evaluation:
 
     def evaluate(self, model: Subject) -> dict[str, Any]:
         """All stages for one model; returns the document, which is written unless conditions were chosen."""
+        return self.document(model, self.measure(model))
+
+    def measure(self, model: Subject) -> Measured:
+        """All stages for one model, each stored as it ends."""
         probes = self.probes  # first, so that what is wrong with them is told before any work
         self.run.say(f"evaluating {model.name} under {len(self.conditions)} contexts")
         work = len(self.conditions) * (len(self.answered) + len(self.scored))
         with self.run.progress.bar(model.name, work) as bar:
             rows = {condition.name: self.answers(model, condition, bar) for condition in self.conditions}
         verdicts = {name: self._verdicts(model, name, found) for name, found in rows.items()}
-        whole = self.chosen is None
-        document = build_document(
-            self,
-            model,
+        found = measured(
+            self.conditions,
             rows,
             verdicts,
-            frozen=self.frozen(model) if whole and self.settings.frozen else None,
+            frozen=self.frozen(model) if self._whole and self.settings.frozen else None,
             probes=self.probed(model) if probes else None,
             base_probes=self.probed(subject(self.run, BASE)) if probes else None,
         )
-        if whole:
-            write_json(model.folder / "evaluation.json", document)
         model.release()
+        return found
+
+    def document(self, model: Subject, found: Measured) -> dict[str, Any]:
+        """The document of what was measured, which is written unless conditions were chosen."""
+        document = build_document(self, model, found)
+        if self._whole:
+            write_json(model.folder / "evaluation.json", document)
         return document
+
+    @property
+    def _whole(self) -> bool:
+        return self.chosen is None
 
     def answers(self, model: Subject, condition: Condition, bar: tqdm) -> list[dict[str, Any]]:
         """Answer (of the first ``rows`` rows) and gold likelihood of every validation row under one context."""

@@ -31,18 +31,12 @@ def summarize(
     A context's quantity is ``{"mean", "ci95"}``, a group's ``{"mean", "ci95", "min", "max", "std", "spread",
     "spread_ci95"}``. Values that do not exist (0 / 0, or an interval of one example) are None.
     """
-    names = list(ratios)
-    quantities = list(dict.fromkeys(q for name in names for row in ratios[name] for q in row))
-    pairs = np.array(
-        [[[row.get(q, (0.0, 0.0)) for row in ratios[name]] for q in quantities] for name in names], dtype=np.float64
-    )  # [contexts, quantities, examples, 2]
+    names, quantities, pairs = _arranged(ratios)
     members = {group: [names.index(name) for name in chosen] for group, chosen in groups.items()}
 
     def statistic(counts: np.ndarray) -> np.ndarray:
         """[outputs, draws] for counts [draws, examples] of how often each example was drawn."""
-        sums = np.einsum("cqik,ri->kcqr", pairs, counts)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            values = np.where(sums[1] == 0, np.nan, sums[0] / sums[1])  # [contexts, quantities, draws]
+        values = _drawn_values(pairs, counts)
         spreads = [values[m].max(0) - values[m].min(0) for m in members.values()]
         return np.concatenate([*values, *(values[m].mean(0) for m in members.values()), *spreads])
 
@@ -78,6 +72,32 @@ def ratio_of(rows: Sequence[Ratio], *, seed: int, resamples: int) -> dict[str, A
     return by_context[""][""]
 
 
+def row_draws(examples: int, seed: int, resamples: int) -> np.ndarray:
+    """How often each example is drawn, [resamples, examples] float64: a function of its arguments alone, so that what
+    two models give in the same draw can be subtracted.
+    """
+    drawn = np.random.default_rng(seed).multinomial(examples, np.full(examples, 1 / examples), size=resamples)
+    return drawn.astype(np.float64)
+
+
+def redrawn(
+    ratios: Ratios, groups: Mapping[str, Sequence[str]], draws: np.ndarray
+) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Group → quantity → (mean over the group's contexts, spread over them), each [draws]; NaN where a draw has none.
+
+    Args:
+        draws: from :func:`row_draws`.
+    """
+    names, quantities, pairs = _arranged(ratios)
+    values = _drawn_values(pairs, draws)
+    found = {}
+    for group, chosen in groups.items():
+        of_group = values[[names.index(name) for name in chosen]]
+        means, spreads = of_group.mean(0), of_group.max(0) - of_group.min(0)
+        found[group] = {q: (means[i], spreads[i]) for i, q in enumerate(quantities)}
+    return found
+
+
 def agreement(answers: Sequence[Sequence[str]]) -> list[Ratio]:
     """For each example: pairs of contexts whose answers agree, and pairs of contexts; ``answers[c][i]`` is context c's
     answer to example i. Answers agree when they are the same text (space around it apart) or the same JSON value.
@@ -87,6 +107,21 @@ def agreement(answers: Sequence[Sequence[str]]) -> list[Ratio]:
         (float(sum(same_value(answers[a][i], answers[b][i]) for a, b in pairs)), float(len(pairs)))
         for i in range(len(answers[0]))
     ]
+
+
+def _arranged(ratios: Ratios) -> tuple[list[str], list[str], np.ndarray]:
+    """(contexts, quantities, ratios [contexts, quantities, examples, 2])."""
+    names = list(ratios)
+    quantities = list(dict.fromkeys(q for name in names for row in ratios[name] for q in row))
+    pairs = [[[row.get(q, (0.0, 0.0)) for row in ratios[name]] for q in quantities] for name in names]
+    return names, quantities, np.array(pairs, dtype=np.float64)
+
+
+def _drawn_values(pairs: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Quotients of sums [contexts, quantities, draws] for counts [draws, examples] of how often each was drawn."""
+    sums = np.einsum("cqik,ri->kcqr", pairs, counts)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(sums[1] == 0, np.nan, sums[0] / sums[1])
 
 
 def _interval(

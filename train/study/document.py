@@ -1,23 +1,25 @@
 """The document of a study, ``study.json``, from the evaluations of its students.
 
 ``format_version``; ``name``; ``base``; ``seeds``; ``budget``; ``reference``; ``complete``; ``headlines``; ``interval``
-(what intervals are); ``base_values`` (path → number); ``arms``: ``name``, ``budget``, ``contexts`` (as in the config),
-``mutations`` (n on the curve, or None), ``runs`` (``seed``, ``student``, ``steps``, ``tokens``, ``gold_tokens``,
-``seconds``, ``context_kl``, ``context_nll``, ``values``), ``steps``, ``tokens``, ``seconds`` (means over seeds),
-``values`` (path → ``{mean, ci95, std, seeds}``), ``against_reference`` (path → ``{difference, separable}``; None for
-the reference); ``curve`` (path → see :func:`kvopt.train.study.curve.fit_curve`); ``sweep`` (R² of what explains
-forgetting, see :func:`sweep`).
+and ``bootstrap`` (what the intervals are); ``base_values`` (path → number); ``arms``: ``name``, ``budget``,
+``contexts`` (as in the config), ``mutations`` (n on the curve, or None), ``runs`` (``seed``, ``student``, ``steps``,
+``tokens``, ``gold_tokens``, ``seconds``, ``context_kl``, ``context_nll``, ``values``), ``steps``, ``tokens``,
+``seconds`` (means over seeds), ``values`` (path → ``{mean, ci95, ci95_bootstrap, std, seeds}``), ``against_reference``
+(path → ``{difference, separable}``, the difference with the same entries as a value; None for the reference);
+``curve`` (path → see :func:`kvopt.train.study.curve.fit_curve`); ``sweep`` (R² of what explains forgetting, see
+:func:`sweep`).
 
-A path is ``GROUP/QUANTITY`` (the mean over the group's contexts), ``GROUP/QUANTITY/spread``, ``GROUP/consistency``,
-``forgetting/QUANTITY``, ``frozen_prompt/looks_like_task`` or ``no_context/looks_like_task``.
+What paths are: :mod:`kvopt.train.study.values`; what intervals are: :mod:`kvopt.train.study.seeds`.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from kvopt.config import Config
 from kvopt.errors import InputError
@@ -25,16 +27,20 @@ from kvopt.report.study_view import LIKELIHOOD
 from kvopt.train.study.arms import EQUAL_SECONDS, Arm, settings_of
 from kvopt.train.study.curve import fit_curve
 from kvopt.train.study.regression import explained
-from kvopt.train.study.seeds import compared, over_seeds
+from kvopt.train.study.seeds import compared, over_rows_and_seeds, over_seeds
+from kvopt.train.study.values import by_path
 
 FORMAT_VERSION = 1
 INTERVAL = "95 % Student t over seeds; arms are separable when intervals do not overlap"
+BOOTSTRAP = "95 % percentile bootstrap over rows and seeds, the same rows for all arms"
 CURVE_GROUPS = ("original", "held-out", "templates")
 
 
 @dataclass(frozen=True)
 class Result:
-    """One arm with one seed: what was trained, how long it took, how it was evaluated, what it was trained under."""
+    """One arm with one seed: what was trained, how long it took, how it was evaluated (with its values by path in
+    bootstrap draws of rows, each [resamples]), what it was trained under.
+    """
 
     arm: Arm
     seed: int
@@ -43,6 +49,7 @@ class Result:
     evaluation: Mapping[str, Any]
     context_kl: float
     context_nll: float
+    draws: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def build_document(
@@ -55,11 +62,14 @@ def build_document(
 ) -> dict[str, Any]:
     """The document of the results so far; ``base`` is the base's evaluation."""
     study = settings_of(config)
-    rows = [_arm(arm, [r for r in results if r.arm is arm]) for arm in arms]
-    rows = [row for row in rows if row["runs"]]
-    first = next((r for r in rows if r["name"] == reference and r["budget"] != EQUAL_SECONDS), None)
-    for row in rows:
-        row["against_reference"] = _against(row, first) if first is not None and row is not first else None
+    trained = [(arm, found) for arm in arms if (found := [r for r in results if r.arm is arm])]
+    rows = [_arm(arm, found, config.seed) for arm, found in trained]
+    first = next((i for i, (a, _) in enumerate(trained) if a.name == reference and a.budget != EQUAL_SECONDS), None)
+    for i, (row, (_, found)) in enumerate(zip(rows, trained, strict=True)):
+        row["against_reference"] = None
+        if first is not None and i != first:
+            pairs = list(zip(found, trained[first][1], strict=False))  # in an unfinished study seeds may be missing
+            row["against_reference"] = _against(row, rows[first], pairs, config.seed)
     return {
         "format_version": FORMAT_VERSION,
         "name": config.name,
@@ -71,35 +81,17 @@ def build_document(
         "complete": complete,
         "headlines": base["headlines"],
         "interval": INTERVAL,
-        "base_values": flat(base),
+        "bootstrap": BOOTSTRAP,
+        "base_values": by_path(base),
         "arms": rows,
         "curve": _curves(config, rows, base["headlines"][0]),
         "sweep": sweep(rows),
     }
 
 
-def flat(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
-    """The numbers of an evaluation by path."""
-    found: dict[str, float | None] = {}
-    for group in evaluation["groups"]:
-        for quantity, value in group["quantities"].items():
-            found[f"{group['group']}/{quantity}"] = value["mean"]
-            if len(group["contexts"]) > 1:
-                found[f"{group['group']}/{quantity}/spread"] = value["spread"]
-        if group["consistency"]:
-            found[f"{group['group']}/consistency"] = group["consistency"]["mean"]
-    for quantity, value in (evaluation["forgetting"] or {}).items():
-        if isinstance(value, Mapping):
-            found[f"forgetting/{quantity}"] = value["mean"]
-    for probe in ("frozen_prompt", "no_context"):
-        if evaluation[probe]:
-            found[f"{probe}/looks_like_task"] = evaluation[probe]["looks_like_task"]["mean"]
-    return found
-
-
 def check_quantities(config: Config, base: Mapping[str, Any]) -> None:
     """Refuse quantities of the curve that no evaluation has; ``base`` is the base's. Raises InputError."""
-    curve, known = settings_of(config).curve, flat(base)
+    curve, known = settings_of(config).curve, by_path(base)
     for path in (curve and curve.quantities) or ():
         if path not in known:
             close = difflib.get_close_matches(path, known, n=1)
@@ -107,7 +99,7 @@ def check_quantities(config: Config, base: Mapping[str, Any]) -> None:
             raise InputError(f"nothing is measured as {path!r}", where="study.curve.quantities", mend=mend)
 
 
-def _arm(arm: Arm, results: Sequence[Result]) -> dict[str, Any]:
+def _arm(arm: Arm, results: Sequence[Result], seed: int) -> dict[str, Any]:
     runs = [
         {
             "seed": r.seed,
@@ -118,7 +110,7 @@ def _arm(arm: Arm, results: Sequence[Result]) -> dict[str, Any]:
             "seconds": r.seconds,
             "context_kl": r.context_kl,
             "context_nll": r.context_nll,
-            "values": flat(r.evaluation),
+            "values": by_path(r.evaluation),
         }
         for r in results
     ]
@@ -130,7 +122,11 @@ def _arm(arm: Arm, results: Sequence[Result]) -> dict[str, Any]:
         "mutations": arm.mutations,
         "runs": runs,
         **{q: over_seeds([r[q] for r in runs])["mean"] for q in ("steps", "tokens", "seconds")},
-        "values": {path: over_seeds([r["values"].get(path) for r in runs]) for path in paths},
+        "values": {
+            path: over_seeds([r["values"].get(path) for r in runs])
+            | {"ci95_bootstrap": _bootstrap([r.draws.get(path) for r in results], seed)}
+            for path in paths
+        },
     }
 
 
@@ -138,9 +134,21 @@ def _spelled(choice: Any) -> str:
     return choice.context if choice.weight == 1 else f"{choice.context} × {choice.weight:g}"
 
 
-def _against(row: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
-    shared = [path for path in row["values"] if path in reference["values"]]
-    return {path: compared(row["values"][path], reference["values"][path]) for path in shared}
+def _against(
+    row: Mapping[str, Any], reference: Mapping[str, Any], pairs: Sequence[tuple[Result, Result]], seed: int
+) -> dict[str, Any]:
+    found = {}
+    for path in (path for path in row["values"] if path in reference["values"]):
+        found[path] = compared(row["values"][path], reference["values"][path])
+        draws = [(a.draws.get(path), b.draws.get(path)) for a, b in pairs]
+        differences = [None if a is None or b is None else a - b for a, b in draws]
+        found[path]["difference"]["ci95_bootstrap"] = _bootstrap(differences, seed)
+    return found
+
+
+def _bootstrap(draws: Sequence[np.ndarray | None], seed: int) -> list[float] | None:
+    known = [one for one in draws if one is not None]
+    return over_rows_and_seeds(known, seed=seed) if known and len(known) == len(draws) else None
 
 
 def _curves(config: Config, rows: Sequence[Mapping[str, Any]], headline: str) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from kvopt.train.pool import resolve
 from kvopt.train.stages import check_student, students
 from kvopt.train.study.arms import EQUAL_SECONDS, Arm, reference_of, settings_of, study_arms, trained_students
 from kvopt.train.study.document import Result, build_document, check_quantities
+from kvopt.train.study.values import draws_by_path
 
 
 @dataclass
@@ -78,9 +79,12 @@ class Study:
         steps = self._steps_in_time(arm, seed, done) if arm.budget == EQUAL_SECONDS else None
         config = arm.student(seed, steps)
         record = students(self.run, [config])[0]
-        evaluated = self.evaluation.evaluate(subject(self.run, config.name))
+        model = subject(self.run, config.name)
+        measured = self.evaluation.measure(model)
+        evaluated = self.evaluation.document(model, measured)
+        draws = draws_by_path(measured, seed=self.run.config.seed, resamples=self.evaluation.settings.resamples)
         kl, nll = self._context_set(config)
-        return Result(arm, seed, record, self._seconds(config.name, record), evaluated, kl, nll)
+        return Result(arm, seed, record, self._seconds(config.name, record), evaluated, kl, nll, draws)
 
     # ---- equal seconds
 

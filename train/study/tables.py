@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from kvopt.report.study_view import GROUPS, LIKELIHOOD
+from kvopt.report.study_view import GROUPS, LIKELIHOOD, compared_paths
 from kvopt.report.terminal import plain_table
 from kvopt.train.evaluation.tables import with_interval
 
@@ -16,6 +16,8 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
     """Scores and likelihoods of every arm, what was forgotten, and the fits."""
     shown = [*document["headlines"], LIKELIHOOD]
     views = [_scores(document, quantity) for quantity in shown] + [_costs(document)]
+    if any(row["against_reference"] for row in document["arms"]):
+        views.append(_differences(document))
     if document["curve"]:
         views.append(_curve(document["curve"]))
     if any(document["sweep"].values()):
@@ -62,6 +64,29 @@ def _costs(document: Mapping[str, Any]) -> Table:
         costs = (row["budget"], f"{row['steps']:.0f}", f"{row['tokens']:.0f}", seconds)
         view.add_row(row["name"], *costs, *(_cell(row, path) for path, _ in chosen))
     return view
+
+
+def _differences(document: Mapping[str, Any]) -> Table:
+    view = plain_table(
+        f"differences from {document['reference']}", f"arm − {document['reference']}; [{document['bootstrap']}]"
+    )
+    view.add_column("arm", overflow="fold", min_width=8)
+    view.add_column("equal", no_wrap=True)
+    paths = compared_paths(document["headlines"], document["base_values"])
+    for path in paths:
+        view.add_column(path.replace("/", "/\n", 1), justify="right", no_wrap=True)
+    for row in document["arms"]:
+        if row["against_reference"]:
+            found = [row["against_reference"].get(path) for path in paths]
+            view.add_row(row["name"], row["budget"], *(_difference(one) for one in found))
+    return view
+
+
+def _difference(found: Mapping[str, Any] | None) -> str:
+    if found is None or found["difference"]["mean"] is None:
+        return "–"
+    interval = found["difference"]["ci95_bootstrap"]
+    return f"{found['difference']['mean']:+.3f}" + (f"\n[{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else "")
 
 
 def _curve(curves: Mapping[str, Any]) -> Table:
