@@ -74,6 +74,7 @@ class Curve(_Part):
     fit: Fit | None = None
     ci95: FitIntervals | None = None
     r2: float | None = None
+    p: float | None = None
 
 
 class Explained(_Part):

@@ -73,6 +73,18 @@ def test_the_fit_finds_the_power_law_and_its_interval_holds_it():
     assert found["converged"] > 0.9
 
 
+def test_a_curve_that_goes_nowhere_is_told_from_one_that_falls():
+    rng = np.random.default_rng(4)
+    offsets = [0.0, 0.5, -0.3]  # seeds differ by far more than the curve falls
+    falls = {n: [0.05 * (n + 1) ** -0.7 + o + rng.normal() * 0.002 for o in offsets] for n in (0, 1, 2, 4, 8)}
+    assert fit_curve(falls)["p"] < 1e-6
+    flat = [fit_curve({n: [o + rng.normal() * 0.002 for o in offsets] for n in (0, 1, 2, 4, 8)}) for _ in range(60)]
+    ps = [found["p"] for found in flat if found["fit"] is not None]
+    assert len(ps) > 15
+    assert np.mean(np.array(ps) < 0.05) < 0.2
+    assert all(found["p"] is None for found in flat if found["fit"] is None)
+
+
 def test_exact_points_give_the_exact_law():
     assert fit_curve(points(0.5, 1.5, 0.2))["fit"] == pytest.approx({"a": 0.5, "b": 1.5, "c": 0.2}, rel=1e-3)
 

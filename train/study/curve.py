@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import OptimizeWarning, curve_fit
+from scipy.stats import f as f_distribution
 
 HIGHEST_B = 8.0
 MOST_EVALUATIONS = 300
@@ -34,9 +35,10 @@ def fit_curve(points: Mapping[int, Sequence[float]], *, seed: int = 0, resamples
         points: n → one value for each seed, the same seeds in the same order everywhere.
 
     Returns:
-        ``{"counts", "values", "fit": {"a", "b", "c"} or None, "ci95": {"a": [lo, hi], …} or None, "r2", "converged"}``;
-        ``fit`` is None ("no fit") when least squares do not converge or leave a, b or c undetermined, and
-        ``converged`` the share of bootstrap draws (of seeds, with replacement) whose fit did.
+        ``{"counts", "values", "fit": {"a", "b", "c"} or None, "ci95": {"a": [lo, hi], …} or None, "r2", "p",
+        "converged"}``; ``fit`` is None ("no fit") when least squares do not converge or leave a, b or c undetermined,
+        ``p`` is that of an F test of the fit against a flat curve, both with an offset for every seed (approximate, as
+        b is not linear), and ``converged`` the share of bootstrap draws (of seeds, with replacement) whose fit did.
     """
     counts = sorted(points)
     values = np.array([points[n] for n in counts], dtype=np.float64)  # [counts, seeds]
@@ -58,6 +60,7 @@ def fit_curve(points: Mapping[int, Sequence[float]], *, seed: int = 0, resamples
         "fit": dict(zip("abc", map(float, fit), strict=True)) if fit is not None else None,
         "ci95": interval,
         "r2": _r2(wordings, values, fit) if fit is not None else None,
+        "p": _against_flat(wordings, values, fit) if fit is not None else None,
         "converged": share,
     }
 
@@ -84,3 +87,16 @@ def _r2(wordings: np.ndarray, values: np.ndarray, fit: np.ndarray) -> float | No
     residuals = values - power_law(wordings, *fit)[:, None]
     total = ((values - values.mean()) ** 2).sum()
     return float(1 - (residuals**2).sum() / total) if total > 0 else None
+
+
+def _against_flat(wordings: np.ndarray, values: np.ndarray, fit: np.ndarray) -> float | None:
+    """p of the F test of the power law (a and b: two parameters more) against no change with the wordings."""
+    counts, seeds = values.shape
+    free = counts * seeds - seeds - 2
+    if free < 1:
+        return None
+    flat = values - values.mean(0)
+    law = power_law(wordings, *fit)
+    left = ((flat - (law - law.mean())[:, None]) ** 2).sum()
+    gained = max(0.0, float((flat**2).sum() - left)) / 2
+    return float(f_distribution.sf(gained / (left / free), 2, free)) if left > 0 else 0.0

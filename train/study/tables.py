@@ -11,6 +11,9 @@ from kvopt.report.study_view import GROUPS, LIKELIHOOD, compared_paths
 from kvopt.report.terminal import plain_table
 from kvopt.train.evaluation.tables import with_interval
 
+NARROWEST = 7
+"""Characters that a column of numbers keeps on a narrow terminal: ±0.1234 and [+0.12, stay whole."""
+
 
 def tables(document: Mapping[str, Any]) -> list[Table]:
     """Scores and likelihoods of every arm, what was forgotten, and the fits."""
@@ -38,7 +41,7 @@ def _scores(document: Mapping[str, Any], headline: str) -> Table:
     view.add_column("arm", overflow="fold", min_width=8)
     view.add_column("equal", no_wrap=True)
     for heading in [*groups, *(p.removeprefix("wordings/").replace(f"{headline}/", "") for p in paths[len(groups) :])]:
-        view.add_column(heading, justify="right", no_wrap=True)
+        view.add_column(heading, justify="right", overflow="fold", min_width=NARROWEST)
     view.add_row("base", "–", *(_number(document["base_values"][path]) for path in paths), end_section=True)
     for row in document["arms"]:
         view.add_row(row["name"], row["budget"], *(_cell(row, path) for path in paths))
@@ -58,7 +61,7 @@ def _costs(document: Mapping[str, Any]) -> Table:
     for heading in ("equal", "steps", "tokens", "seconds"):
         view.add_column(heading, justify="right", no_wrap=True)
     for _, heading in chosen:
-        view.add_column(heading, justify="right", overflow="fold", min_width=13)
+        view.add_column(heading, justify="right", overflow="fold", min_width=NARROWEST)
     for row in document["arms"]:
         seconds = "–" if row["seconds"] is None else f"{row['seconds']:.0f}"
         costs = (row["budget"], f"{row['steps']:.0f}", f"{row['tokens']:.0f}", seconds)
@@ -67,14 +70,13 @@ def _costs(document: Mapping[str, Any]) -> Table:
 
 
 def _differences(document: Mapping[str, Any]) -> Table:
-    view = plain_table(
-        f"differences from {document['reference']}", f"arm − {document['reference']}; [{document['bootstrap']}]"
-    )
+    reference = document["reference"]
+    view = plain_table(f"differences from {reference}", f"arm − {reference}; intervals: {document['bootstrap']}")
     view.add_column("arm", overflow="fold", min_width=8)
     view.add_column("equal", no_wrap=True)
     paths = compared_paths(document["headlines"], document["base_values"])
     for path in paths:
-        view.add_column(path.replace("/", "/\n", 1), justify="right", no_wrap=True)
+        view.add_column(path.replace("/", "/\n", 1), justify="right", overflow="fold", min_width=NARROWEST)
     for row in document["arms"]:
         if row["against_reference"]:
             found = [row["against_reference"].get(path) for path in paths]
@@ -86,25 +88,28 @@ def _difference(found: Mapping[str, Any] | None) -> str:
     if found is None or found["difference"]["mean"] is None:
         return "–"
     interval = found["difference"]["ci95_bootstrap"]
-    return f"{found['difference']['mean']:+.3f}" + (f"\n[{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else "")
+    return f"{found['difference']['mean']:+.3f}" + (f"\n[{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else "")
 
 
 def _curve(curves: Mapping[str, Any]) -> Table:
-    view = plain_table("the n-th mutation: a·m^(−b) + c over m = n + 1 wordings", "intervals: bootstrap over seeds")
-    view.add_column("quantity", no_wrap=True)
+    view = plain_table(
+        "the n-th mutation: a·m^(−b) + c over m = n + 1 wordings",
+        "intervals: bootstrap over seeds; p: F test against a flat curve",
+    )
+    view.add_column("quantity", overflow="fold", min_width=8)
     counts = next(iter(curves.values()))["counts"]
-    for heading in (*(f"n={n}" for n in counts), "a", "b", "c", "R²"):
-        view.add_column(heading, justify="right", no_wrap=True)
+    for heading in (*(f"n={n}" for n in counts), "a", "b", "c", "R²", "p"):
+        view.add_column(heading, justify="right", overflow="fold", min_width=len("0.339"))
     for path, curve in curves.items():
         means = [f"{sum(curve['values'][str(n)]) / len(curve['values'][str(n)]):.3f}" for n in counts]
         fit = [_fitted(curve, name) for name in "abc"] if curve["fit"] else ["no fit", "–", "–"]
-        view.add_row(path, *means, *fit, _number(curve["r2"]))
+        view.add_row(path, *means, *fit, _number(curve["r2"]), _number(curve["p"]))
     return view
 
 
 def _fitted(curve: Mapping[str, Any], name: str) -> str:
-    interval = f" [{curve['ci95'][name][0]:.2f}, {curve['ci95'][name][1]:.2f}]" if curve["ci95"] else ""
-    return f"{curve['fit'][name]:.2f}{interval}"
+    interval = f" [{curve['ci95'][name][0]:.3f}, {curve['ci95'][name][1]:.3f}]" if curve["ci95"] else ""
+    return f"{curve['fit'][name]:.3f}{interval}"
 
 
 def _sweep(sweep: Mapping[str, Any]) -> Table:
@@ -124,7 +129,9 @@ def _cell(row: Mapping[str, Any], path: str) -> str:
     if value is None:
         return "–"
     against = (row["against_reference"] or {}).get(path)
-    return with_interval(value) + (" ~" if against is not None and against["separable"] is False else "")
+    number, *half = with_interval(value).partition("±")
+    alike = "~" if against is not None and against["separable"] is False else ""
+    return f"{number}{alike} {''.join(half)}".rstrip()
 
 
 def _number(value: float | None) -> str:
