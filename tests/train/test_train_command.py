@@ -279,7 +279,7 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path: Path) -> None:
     # machine without GPUs these use the CPU too.
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [sys.executable, *launch, "-m", "kvopt.cli", "train", str(job), "--out", str(tmp_path / "two"), "--json"]
+    command = [sys.executable, *launch, "-m", "kvopt", "train", str(job), "--out", str(tmp_path / "two"), "--json"]
     done = subprocess.run(
         command, env=ENVIRONMENT | {"ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True, timeout=300, check=False
     )
