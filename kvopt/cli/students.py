@@ -25,7 +25,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train the config's students on its contexts. Run it again to go on after an interruption; under `accelerate
-    launch -m kvopt.cli train …` on several processes.
+    launch -m kvopt train …` on several processes.
     """
     from kvopt.train.stages import train_students
 
