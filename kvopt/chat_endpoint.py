@@ -15,6 +15,10 @@ from kvopt.errors import InputError
 from kvopt.mutate.config import EndpointSettings
 
 LONGEST_WAIT = 60.0
+GIVEN_UP_AFTER = 3
+"""After so many questions in a row that no try could bring to the endpoint, each of the next ones has one try: hundreds
+of them would else wait for a server that is not there.
+"""
 
 
 class ChatFailure(Exception):
@@ -27,6 +31,10 @@ class _Transient(Exception):
     def __init__(self, message: str, after: float | None = None):
         super().__init__(message)
         self.after = after
+
+
+class _Unreachable(_Transient):
+    """The request did not arrive, or no answer came back."""
 
 
 @dataclass
@@ -45,6 +53,7 @@ class ChatEndpoint:
     first_wait: float = 1.0
     transport: httpx.BaseTransport | None = None
     _key: str = field(init=False, repr=False)
+    _not_reached: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._key = os.environ.get(self.settings.api_key_env, "") if self.settings.api_key_env else ""
@@ -62,16 +71,20 @@ class ChatEndpoint:
 
     def ask(self, client: httpx.Client, messages: Sequence[dict[str, str]], seed: int) -> str:
         """The text of the answer. Raises ChatFailure when there is none."""
+        tries = self.settings.retries + 1 if self._not_reached < GIVEN_UP_AFTER else 1
         retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(self.settings.retries + 1),
+            stop=tenacity.stop_after_attempt(tries),
             wait=self._wait,
             retry=tenacity.retry_if_exception_type(_Transient),
             reraise=True,
         )
         try:
-            return retrying(self._ask_once, client, messages, seed)
+            answer = retrying(self._ask_once, client, messages, seed)
         except (_Transient, ChatFailure) as error:
+            self._not_reached = self._not_reached + 1 if isinstance(error, _Unreachable) else 0
             raise ChatFailure(self._without_key(str(error))) from None
+        self._not_reached = 0
+        return answer
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
@@ -90,7 +103,7 @@ class ChatEndpoint:
         try:
             response = client.post(url, json=body)
         except httpx.TransportError as error:
-            raise _Transient(f"{type(error).__name__}: {error}") from None
+            raise _Unreachable(f"{type(error).__name__}: {error}") from None
         except (httpx.RequestError, httpx.InvalidURL) as error:
             raise ChatFailure(f"{type(error).__name__}: {error}") from None
         if response.status_code == 429 or response.status_code >= 500:

@@ -180,6 +180,16 @@ def test_a_mutation_that_a_learned_context_starts_from_is_not_held_out(tmp_path)
     assert {"m001", "m005", best} <= used
 
 
+def test_a_mutation_that_a_teacher_sees_is_not_held_out(tmp_path):
+    def distilled(config):
+        loss = {"kind": "on-policy", "teacher": {"context": "m004"}}
+        config["students"] = [student("s", "original", loss=loss)]
+
+    run = open_evaluated(write_evaluated(tmp_path, distilled), tmp_path / "out")
+    with run.opened():
+        assert mutations_in_use(run, run.config.students) == {"m004"}
+
+
 def test_too_few_mutations_to_hold_out_are_one_clear_warning(copied):
     config, out = copied
     _, run = again(config, out, ["base"], ["held-out"], ("evaluate.held_out_mutations=5",))

@@ -16,7 +16,7 @@ from kvopt.files import file_name, sha256_json
 from kvopt.run import Run
 from kvopt.select import split_count
 from kvopt.template import Template
-from kvopt.train.config import StudentConfig
+from kvopt.train.config import OnPolicyConfig, StudentConfig
 from kvopt.train.evaluation.config import EvaluateConfig
 from kvopt.train.evaluation.templates import read_templates
 from kvopt.train.pool import is_mutation, resolve
@@ -123,7 +123,9 @@ def held_out_mutations(run: Run, settings: EvaluateConfig, students: Sequence[St
 
 
 def mutations_in_use(run: Run, students: Sequence[StudentConfig]) -> set[str]:
-    """Names of the mutations that students are trained on, directly or by a learned context that starts from one."""
+    """Names of the mutations that students are trained on: their own contexts, what a teacher sees, and what a learned
+    context starts from.
+    """
     used: set[str] = set()
     for student in students:
         taken: set[str] = set()
@@ -136,6 +138,8 @@ def mutations_in_use(run: Run, students: Sequence[StudentConfig]) -> set[str]:
             else:
                 taken.add(choice.context)
         used |= taken
+        if isinstance(student.loss, OnPolicyConfig):
+            used.add(student.loss.teacher.context)
     for context in run.config.contexts:
         kind, argument = split_spec(context.init, context.name)
         if kind == "best-mutation" and run.ranked_mutations:
