@@ -6,7 +6,7 @@ Every call works in a folder that the command line reads too: ``kvopt.yaml``, ``
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,13 @@ def compare_contexts(
     Raises:
         InputError: something of this is wrong, in one line.
     """
-    entries = [{"name": f"{c.get('kind', 'kv')}-{c.get('tokens', 'all')}", **c} for c in contexts]
-    section = {"count": mutations, "generator": {"kind": "none"}} if isinstance(mutations, int) else dict(mutations)
+    if isinstance(contexts, str | Mapping):
+        raise InputError(f"must be a list, not {contexts!r}", where="contexts", mend=f"write [{contexts!r}]")
+    found = [_mapping(c, f"contexts.{i}", '{"kind": "kv", "tokens": 32}') for i, c in enumerate(contexts)]
+    entries = [{"name": f"{c.get('kind', 'kv')}-{c.get('tokens', 'all')}", **c} for c in found]
+    section: Mapping[str, Any] = {"count": mutations, "generator": {"kind": "none"}}
+    if not isinstance(mutations, int):
+        section = _mapping(mutations, "mutations", '8, or {"count": 8}')
     tree = _config(template, base, {"contexts": entries, "mutations": section, **(settings or {})})
     with _run(tree, examples, validation, Path(out)).opened() as run:
         return Comparison(run.directory.path, run.run())
@@ -162,14 +167,28 @@ def export_context(
 def _config(template: TemplateLike, base: str, sections: Mapping[str, Any]) -> dict[str, Any]:
     """The config's tree; ``model`` and ``data`` of the caller's sections are laid over ours."""
     tree: dict[str, Any] = {"model": {"base": base}, "data": {}}
-    tree["template"] = {"text": template} if isinstance(template, str) else {"messages": [dict(m) for m in template]}
-    sections = {**sections, "contexts": [_placed(entry) for entry in sections["contexts"]]}
+    if isinstance(template, str):
+        tree["template"] = {"text": template}
+    elif isinstance(template, Sequence):
+        example = '{"role": "user", "content": "…"}'
+        tree["template"] = {"messages": [dict(_mapping(m, f"template.{i}", example)) for i, m in enumerate(template)]}
+    else:
+        raise InputError(f"must be text or chat messages, not {template!r}", where="template")
+    if isinstance(sections["contexts"], list):  # what is not a list of mappings, the config refuses
+        placed = [_placed(entry) if isinstance(entry, Mapping) else entry for entry in sections["contexts"]]
+        sections = {**sections, "contexts": placed}
     for name, section in sections.items():
         if isinstance(section, Mapping) and isinstance(tree.get(name), dict):
             tree[name] |= section
         else:
             tree[name] = section
     return tree
+
+
+def _mapping(value: object, where: str, example: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InputError(f"must be a mapping, not {value!r}", where=where, mend=f"such as {example}")
+    return value
 
 
 def _placed(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,6 +205,8 @@ def _run(tree: dict[str, Any], examples: Examples, validation: Examples | None, 
     """Write the config and the rows into ``out`` and open the run on them."""
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or _is_ours(out / "kvopt.yaml"))):
         raise InputError("is there already and is not of such a call", where=str(out), mend="choose another out")
+    if not isinstance(examples, str | Path | Collection):
+        raise InputError(f"must be rows or a file of them, not {examples!r}", where="examples")
     write_text(out / "kvopt.yaml", OURS)  # first, so that a call that fails below can be put right and made again
     for name, rows in (("train", examples), ("validation", validation)):
         if rows is not None:

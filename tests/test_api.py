@@ -141,3 +141,23 @@ def test_paths_of_a_call_are_those_of_the_current_folder(
     assert (folder / "train.jsonl").is_file()
     base = str(tiny_folder("llama"))
     assert base in (kvopt.export_context(first.folder, "hf-cache", "cache", base=base) / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"contexts": ["kv"]}, r"contexts\.0: must be a mapping, not 'kv'"),
+        ({"contexts": {"kind": "kv"}}, r"contexts: must be a list"),
+        ({"mutations": "8"}, r"mutations: must be a mapping, not '8'"),
+        ({"template": ["Message: {{text}}"]}, r"template\.0: must be a mapping"),
+        ({"template": None}, "template: must be text or chat messages"),
+        ({"examples": None}, "examples: must be"),
+        ({"examples": [1]}, "examples: rows must be mappings"),
+        ({"settings": {"contexts": [1]}}, "contexts.0: "),
+        ({"settings": {"contexts": "kv"}}, "contexts: "),
+    ],
+)
+def test_arguments_of_another_shape_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    arguments = {"template": TEMPLATE, "examples": rows(), "base": str(tiny_folder("llama"))} | changes
+    with pytest.raises(InputError, match=message):
+        kvopt.compare_contexts(**arguments, out=tmp_path / "out")
