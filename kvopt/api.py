@@ -6,7 +6,7 @@ Every call works in a folder that the command line reads too: ``kvopt.yaml``, ``
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def optimize_context(
         InputError: something of this is wrong, in one line.
     """
     entry = {"name": f"{kind}-{tokens or 'all'}", "kind": kind, **({"tokens": tokens} if tokens else {}), **context}
-    tree = _config(template, base, {"contexts": [entry], "mutations": {"count": 0}, **(settings or {})})
+    tree = _config(template, base, {"contexts": [entry], "mutations": {"count": 0}, **_settings(settings)})
     with _run(tree, examples, validation, Path(out)).opened() as run:
         (learned,) = run.learned([entry["name"]])
         score = run.score(learned)
@@ -139,14 +139,15 @@ def compare_contexts(
     Raises:
         InputError: something of this is wrong, in one line.
     """
-    if isinstance(contexts, str | Mapping):
-        raise InputError(f"must be a list, not {contexts!r}", where="contexts", mend=f"write [{contexts!r}]")
+    if isinstance(contexts, str | Mapping) or not isinstance(contexts, Iterable):
+        mend = 'such as [{"kind": "kv", "tokens": 32}]'
+        raise InputError(f"must be a list, not {contexts!r}", where="contexts", mend=mend)
     found = [_mapping(c, f"contexts.{i}", '{"kind": "kv", "tokens": 32}') for i, c in enumerate(contexts)]
     entries = [{"name": f"{c.get('kind', 'kv')}-{c.get('tokens', 'all')}", **c} for c in found]
     section: Mapping[str, Any] = {"count": mutations, "generator": {"kind": "none"}}
     if not isinstance(mutations, int):
         section = _mapping(mutations, "mutations", '8, or {"count": 8}')
-    tree = _config(template, base, {"contexts": entries, "mutations": section, **(settings or {})})
+    tree = _config(template, base, {"contexts": entries, "mutations": section, **_settings(settings)})
     with _run(tree, examples, validation, Path(out)).opened() as run:
         return Comparison(run.directory.path, run.run())
 
@@ -174,7 +175,7 @@ def _config(template: TemplateLike, base: str, sections: Mapping[str, Any]) -> d
         tree["template"] = {"messages": [dict(_mapping(m, f"template.{i}", example)) for i, m in enumerate(template)]}
     else:
         raise InputError(f"must be text or chat messages, not {template!r}", where="template")
-    if isinstance(sections["contexts"], list):  # what is not a list of mappings, the config refuses
+    if isinstance(sections["contexts"], list | tuple):  # what is not a list of mappings, the config refuses
         placed = [_placed(entry) if isinstance(entry, Mapping) else entry for entry in sections["contexts"]]
         sections = {**sections, "contexts": placed}
     for name, section in sections.items():
@@ -183,6 +184,10 @@ def _config(template: TemplateLike, base: str, sections: Mapping[str, Any]) -> d
         else:
             tree[name] = section
     return tree
+
+
+def _settings(settings: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    return _mapping(settings or {}, "settings", '{"data": {"output": "label"}}')
 
 
 def _mapping(value: object, where: str, example: str) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import kvopt
+from kvopt.api import _config
 from kvopt.errors import InputError
 from kvopt.starter import write_starter
 from tests.jobs import SYSTEM, rows, stages_in, write_rows
@@ -143,11 +144,23 @@ def test_paths_of_a_call_are_those_of_the_current_folder(
     assert base in (kvopt.export_context(first.folder, "hf-cache", "cache", base=base) / "README.md").read_text()
 
 
+def test_a_path_in_contexts_that_stand_in_a_tuple_is_of_the_current_folder_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("shorter.txt").write_text("Message: {{text}}", "utf-8")
+    contexts = ({"name": "kv", "kind": "kv", "init": "text:shorter.txt"},)
+    (entry,) = _config(TEMPLATE, "base", {"contexts": contexts})["contexts"]
+    assert entry["init"] == f"text:{tmp_path / 'shorter.txt'}"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"contexts": ["kv"]}, r"contexts\.0: must be a mapping, not 'kv'"),
         ({"contexts": {"kind": "kv"}}, r"contexts: must be a list"),
+        ({"contexts": None}, r"contexts: must be a list, not None"),
+        ({"settings": [1]}, "settings: must be a mapping"),
         ({"mutations": "8"}, r"mutations: must be a mapping, not '8'"),
         ({"template": ["Message: {{text}}"]}, r"template\.0: must be a mapping"),
         ({"template": None}, "template: must be text or chat messages"),

@@ -212,7 +212,8 @@ def study() -> dict[str, Any]:
     }  # fmt: skip
     return {
         "format_version": 1, "name": "made", "base": "tiny", "rows": {}, "seeds": [0, 1], "budget": "steps",
-        "reference": "fixed", "complete": True, "headlines": ["slots.f1"], "interval": "95 % Student t over seeds",
+        "reference": "fixed", "complete": True, "headlines": ["slots.f1"],
+        "interval": "95 % Student t over seeds", "bootstrap": "95 % over rows",
         "base_values": {"original/slots.f1": 0.4}, "arms": [arm("fixed", 0, 0.5), arm("mixed", 8, 0.85)],
         "curve": {"original/slots.f1": curve, "held-out/slots.f1": curve | {"fit": None, "r2": None}},
         "sweep": {

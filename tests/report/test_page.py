@@ -16,7 +16,7 @@ import yaml
 from kvopt.report import write_report
 from kvopt.report.page import heat, token_markup
 from kvopt.report.pictures.drawing import Labels, Scale, log_scale
-from tests.report.made import EVIL, change, leaderboard, mutations, put_lines, samples, template, write_run
+from tests.report.made import EVIL, change, leaderboard, mutations, put_lines, samples, study, template, write_run
 
 NS = "{http://www.w3.org/1999/xhtml}"
 
@@ -186,6 +186,20 @@ def test_students_robustness_forgetting_and_the_nth_mutation_are_shown(tmp_path:
     assert "What each arm bought against fixed" in text
     assert "<strong>+0.100</strong>" in shown
     assert "[+0.060, +0.140]" in text
+    assert "95 % over rows]; bold where the interval leaves 0 out" in text
+
+
+def test_a_study_without_intervals_over_rows_is_shown_without_them(tmp_path: Path):
+    document = study()
+    del document["bootstrap"]
+    for found in document["arms"][1]["against_reference"].values():
+        found["difference"].pop("ci95_bootstrap", None)
+    run = write_run(tmp_path / "run", students=True)
+    (run / "study.json").write_text(json.dumps(document), "utf-8")
+    html = page_of([run], tmp_path)
+    assert "What each arm bought against fixed" in html
+    assert "<strong>+0.100</strong>" not in html
+    assert "leaves 0 out" not in html
 
 
 def test_a_page_of_two_runs_has_their_contexts_and_what_changed(run: Path, tmp_path: Path):

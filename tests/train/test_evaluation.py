@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 
 import httpx
 import pytest
 import torch
+from rich.console import Console
 
 from kvopt.contexts import KVContext
 from kvopt.errors import InputError
 from kvopt.files import write_json
 from kvopt.generate import generate, stop_ids
-from kvopt.train.evaluation.conditions import mutations_in_use
+from kvopt.train.config import StudentConfig
+from kvopt.train.evaluation.conditions import held_out_mutations, mutations_in_use
 from kvopt.train.evaluation.evaluate import Evaluation, evaluate_all
 from kvopt.train.evaluation.metrics.judge import Judge
 from kvopt.train.evaluation.models import subject
+from kvopt.train.evaluation.tables import tables
 from kvopt.train.stages import chosen, students
 from tests.jobs import artefacts, stages_in, write_rows
 from tests.train.evaluated import WORDS, open_evaluated, student, write_evaluated
@@ -188,6 +192,31 @@ def test_a_mutation_that_a_teacher_sees_is_not_held_out(tmp_path):
     run = open_evaluated(write_evaluated(tmp_path, distilled), tmp_path / "out")
     with run.opened():
         assert mutations_in_use(run, run.config.students) == {"m004"}
+
+
+def test_quantities_are_shown_as_a_metric_names_them(evaluated):
+    documents = json.loads(json.dumps(list(evaluated[2].values())).replace("rouge-l", "own.[/x]"))
+    console = Console(file=io.StringIO(), width=400)
+    for table in tables(documents):
+        console.print(table)
+    assert "own.[/x]" in console.file.getvalue()
+
+
+def test_another_student_moves_only_the_held_out_mutations_that_it_is_trained_on(tmp_path):
+    run = open_evaluated(write_evaluated(tmp_path), tmp_path / "out")
+
+    def held_out(count, *taken):
+        settings = run.config.evaluate.model_copy(update={"held_out_mutations": count})
+        students = [StudentConfig.model_validate(student(f"on-{name}", name)) for name in taken]
+        return {context.name for context in held_out_mutations(run, settings, students)}
+
+    with run.opened():
+        accepted = {context.name for context in run.mutation_contexts}
+        for count in (1, 2, 3, 4):
+            before = held_out(count)
+            assert len(before) == count
+            assert all(held_out(count, name) == before for name in accepted - before)
+            assert all(before - {name} < held_out(count, name) for name in before)
 
 
 def test_too_few_mutations_to_hold_out_are_one_clear_warning(copied):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 from kvopt import cli
 from kvopt.config import load_config
@@ -19,6 +21,7 @@ from kvopt.train.study import values
 from kvopt.train.study.arms import study_arms, trained_students
 from kvopt.train.study.document import Result
 from kvopt.train.study.study import Study
+from kvopt.train.study.tables import tables
 from tests.jobs import artefacts, stages_in
 from tests.tiny import tiny_folder
 from tests.train.evaluated import open_evaluated, student, write_evaluated
@@ -324,11 +327,19 @@ def test_the_study_that_comes_with_snips_is_a_whole_grid():
     arms = study_arms(config)
     assert len({a.config.steps for a in arms}) == 1
     assert {a.mutations for a in arms if a.mutations is not None} == {0, 1, 2, 4, 8}
-    largest = max(4 * len(config.study.seeds) + 8, 8)
+    largest = 4 * len(config.study.seeds) + 4 + 8  # random, diverse, best
     assert config.mutations.count >= largest + config.evaluate.held_out_mutations
     template = yaml.safe_load((CONFIGS / "snips.yaml").read_text("utf-8"))["template"]["messages"]
     assert [m.model_dump() for m in config.template.messages] == template
     assert all(isinstance(a.config, StudentConfig) for a in arms)
+
+
+def test_quantities_are_shown_as_a_metric_names_them(finished):
+    document = json.loads(json.dumps(finished[2]).replace("rouge-l", "own.[/x]"))
+    console = Console(file=io.StringIO(), width=400)
+    for table in tables(document):
+        console.print(table)
+    assert console.file.getvalue().count("own.[/x]") > 3  # titles, headings and the curve
 
 
 def test_the_command_shows_tables_or_one_document(finished, capsys, monkeypatch, tmp_path):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kvopt.train.evaluation.document import Measured
 from kvopt.train.study.curve import fit_curve, power_law
 from kvopt.train.study.regression import explained
 from kvopt.train.study.seeds import compared, over_rows_and_seeds, over_seeds
+from kvopt.train.study.values import draws_by_path
 
 
 def test_the_interval_over_three_seeds_is_students():
@@ -53,6 +55,15 @@ def test_of_one_seed_the_bootstrap_is_over_rows_alone():
 
 def test_a_draw_without_a_value_gives_no_interval():
     assert over_rows_and_seeds([np.array([1.0, np.nan]), np.array([1.0, 2.0])], seed=0) is None
+
+
+def test_a_single_row_is_not_drawn_again():
+    answered = {"original": [{"hit": (1.0, 1.0)}]}
+    scored = {"original": [{"gold_nll": (2.0, 4.0)}, {"gold_nll": (1.0, 1.0)}]}
+    one, two = [{"looks_like_task": (1.0, 1.0)}], [{"looks_like_task": (1.0, 1.0)}] * 2
+    groups, consistency = {"original": ["original"]}, {"wordings": [(1.0, 1.0)]}
+    found = draws_by_path(Measured(groups, answered, scored, consistency, one, [two], None), seed=0, resamples=5)
+    assert set(found) == {"original/gold_nll", "frozen_prompt/looks_like_task"}
 
 
 def points(a, b, c, noise=0.0, seeds=3):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from kvopt.report.terminal import plain_table
@@ -29,13 +30,13 @@ def answers_table(documents: Sequence[Mapping[str, Any]]) -> Table:
     view.add_column("model", overflow="fold", min_width=6)
     view.add_column("under", no_wrap=True)
     for heading in ("n", *(part for headline in headlines for part in (headline, "spread"))):
-        view.add_column(heading, justify="right", overflow="fold")
+        view.add_column(escape(heading), justify="right", overflow="fold")
     for heading in ("agree", "gold NLL", "KL"):
         view.add_column(heading, justify="right", no_wrap=True)
     for document in documents:
         for group in document["groups"]:
             quantities = group["quantities"]
-            cells = [document["name"], group["group"], str(len(group["contexts"]))]
+            cells = [escape(document["name"]), group["group"], str(len(group["contexts"]))]
             for headline in headlines:
                 cells += [with_interval(quantities[headline]), _plain(quantities[headline]["spread"], 3)]
             consistency = group["consistency"]
@@ -57,7 +58,7 @@ def forgetting_table(documents: Sequence[Mapping[str, Any]]) -> Table:
         forgetting, frozen, bare = document["forgetting"], document["frozen_prompt"], document["no_context"]
         original = next((c for c in document["contexts"] if c["group"] == "original"), None)
         view.add_row(
-            document["name"],
+            escape(document["name"]),
             with_interval(forgetting["kl_from_base"], 4) if forgetting else "–",
             _plain(forgetting["gold_nll"]["mean"], 3) if forgetting else "–",
             with_interval(forgetting["gold_nll_change"]) if forgetting else "–",

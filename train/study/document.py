@@ -32,7 +32,7 @@ from kvopt.train.study.values import by_path
 
 FORMAT_VERSION = 1
 INTERVAL = "95 % Student t over seeds; arms are separable when intervals do not overlap"
-BOOTSTRAP = "95 % percentile bootstrap over rows and seeds, the same rows for all arms"
+BOOTSTRAP = "95 % percentile bootstrap over rows and seeds (of one seed: over rows), the same rows for all arms"
 CURVE_GROUPS = ("original", "held-out", "templates")
 
 

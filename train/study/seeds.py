@@ -7,7 +7,7 @@ difference takes each seed's own difference, which is the sharper comparison whe
 ``ci95_bootstrap`` asks what other rows would give too: the 2.5 % and 97.5 % percentiles of the mean over bootstrap
 draws of rows (the same ones for every arm, so that differences are paired) and, independently, of seeds. Of few seeds a
 bootstrap makes too little (with three, the standard deviation it sees is too small by a factor 0.82), so read the two
-together; with one seed this interval is over rows alone.
+together. With one seed this interval is over rows alone, and of one row there is none.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def over_rows_and_seeds(draws: Sequence[np.ndarray], *, seed: int) -> list[float
 
     Args:
         draws: for each seed the value in every draw of rows, [resamples], the same rows in the same draw.
-        seed: of the draws of seeds.
+        seed: of the draws of seeds, which are not those of the rows with the same seed.
     """
     values = np.stack(draws, axis=1)  # [resamples, seeds]
-    chosen = np.random.default_rng(seed).integers(values.shape[1], size=values.shape)
-    means = np.take_along_axis(values, chosen, axis=1).mean(1)
-    if not np.isfinite(means).all():
+    if not np.isfinite(values).all():
         return None
+    chosen = np.random.default_rng([seed, 1]).integers(values.shape[1], size=values.shape)
+    means = np.take_along_axis(values, chosen, axis=1).mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return [float(low), float(high)]
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from kvopt.report.study_view import GROUPS, LIKELIHOOD, compared_paths
 from kvopt.report.terminal import plain_table
 from kvopt.train.evaluation.tables import with_interval
 
-NARROWEST = 7
-"""Characters that a column of numbers keeps on a narrow terminal: ±0.1234 and [+0.12, stay whole."""
+NARROWEST = 8
+"""Characters that a column of numbers keeps on a narrow terminal: [+0.123, stays whole."""
 
 
 def tables(document: Mapping[str, Any]) -> list[Table]:
@@ -34,14 +35,14 @@ def _scores(document: Mapping[str, Any], headline: str) -> Table:
     over_all = [f"wordings/{headline}/spread"] + ["wordings/consistency"] * (headline != LIKELIHOOD)
     paths += [p for p in over_all if p in document["base_values"]]
     view = plain_table(
-        f"{document['name']} · {headline}",
+        escape(f"{document['name']} · {headline}"),
         f"means over seeds {document['seeds']} ± half of the interval ({document['interval']}); "
         f"~ not separable from {document['reference']}",
     )
     view.add_column("arm", overflow="fold", min_width=8)
     view.add_column("equal", no_wrap=True)
     for heading in [*groups, *(p.removeprefix("wordings/").replace(f"{headline}/", "") for p in paths[len(groups) :])]:
-        view.add_column(heading, justify="right", overflow="fold", min_width=NARROWEST)
+        view.add_column(escape(heading), justify="right", overflow="fold", min_width=NARROWEST)
     view.add_row("base", "–", *(_number(document["base_values"][path]) for path in paths), end_section=True)
     for row in document["arms"]:
         view.add_row(row["name"], row["budget"], *(_cell(row, path) for path in paths))
@@ -76,7 +77,7 @@ def _differences(document: Mapping[str, Any]) -> Table:
     view.add_column("equal", no_wrap=True)
     paths = compared_paths(document["headlines"], document["base_values"])
     for path in paths:
-        view.add_column(path.replace("/", "/\n", 1), justify="right", overflow="fold", min_width=NARROWEST)
+        view.add_column(escape(path.replace("/", "/\n", 1)), justify="right", overflow="fold", min_width=NARROWEST)
     for row in document["arms"]:
         if row["against_reference"]:
             found = [row["against_reference"].get(path) for path in paths]
@@ -88,7 +89,7 @@ def _difference(found: Mapping[str, Any] | None) -> str:
     if found is None or found["difference"]["mean"] is None:
         return "–"
     interval = found["difference"]["ci95_bootstrap"]
-    return f"{found['difference']['mean']:+.3f}" + (f"\n[{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else "")
+    return f"{found['difference']['mean']:+.3f}" + (f"\n[{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else "")
 
 
 def _curve(curves: Mapping[str, Any]) -> Table:
@@ -103,7 +104,8 @@ def _curve(curves: Mapping[str, Any]) -> Table:
     for path, curve in curves.items():
         means = [f"{sum(curve['values'][str(n)]) / len(curve['values'][str(n)]):.3f}" for n in counts]
         fit = [_fitted(curve, name) for name in "abc"] if curve["fit"] else ["no fit", "–", "–"]
-        view.add_row(path, *means, *fit, _number(curve["r2"]), _number(curve["p"]))
+        chance = "–" if curve["p"] is None else f"{curve['p']:.2g}"
+        view.add_row(escape(path), *means, *fit, _number(curve["r2"]), chance)
     return view
 
 

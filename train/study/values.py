@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from kvopt.train.evaluation.document import Measured
-from kvopt.train.evaluation.metrics import Ratio
-from kvopt.train.evaluation.statistics import redrawn, row_draws
+from kvopt.train.evaluation.statistics import Ratios, redrawn, row_draws
+
+Groups = Mapping[str, Sequence[str]]
 
 
 def by_path(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
@@ -36,28 +37,30 @@ def by_path(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def draws_by_path(found: Measured, *, seed: int, resamples: int) -> dict[str, np.ndarray]:
-    """What each path is in every draw of rows, [resamples], float64, NaN where a draw has no value.
+    """What each path is in every draw of rows, [resamples], float64, NaN where a draw has no value; without the paths
+    of a single row, which says nothing about other rows.
 
     Draw i takes the same rows for every model that was evaluated on the same ones.
     """
+
+    def drawn(ratios: Ratios, groups: Groups) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+        examples = len(next(iter(ratios.values())))
+        return redrawn(ratios, groups, row_draws(examples, seed, resamples)) if examples > 1 else {}
+
     draws: dict[str, np.ndarray] = {}
     for ratios in (found.answered, found.scored):
-        examples = len(next(iter(ratios.values())))
-        for group, quantities in redrawn(ratios, found.groups, row_draws(examples, seed, resamples)).items():
+        for group, quantities in drawn(ratios, found.groups).items():
             for quantity, (mean, spread) in quantities.items():
                 draws[f"{group}/{quantity}"] = mean
-                draws[f"{group}/{quantity}/spread"] = spread
-
-    def of_rows(rows: Sequence[Mapping[str, Ratio]]) -> dict[str, np.ndarray]:
-        quantities = redrawn({"": rows}, {"": [""]}, row_draws(len(rows), seed, resamples))[""]
-        return {quantity: mean for quantity, (mean, _) in quantities.items()}
-
-    for group, agreeing in found.consistency.items():
-        draws[f"{group}/consistency"] = of_rows([{"": row} for row in agreeing])[""]
-    for name, rows in (
-        ("frozen_prompt", found.frozen_by_row),
-        ("no_context", found.bare),
-        ("forgetting", found.probes),
-    ):
-        draws |= {f"{name}/{quantity}": values for quantity, values in of_rows(rows).items()} if rows else {}
+                if len(found.groups[group]) > 1:
+                    draws[f"{group}/{quantity}/spread"] = spread
+    single = {
+        **{group: [{"consistency": ratio} for ratio in rows] for group, rows in found.consistency.items()},
+        "frozen_prompt": found.frozen_by_row,
+        "no_context": found.bare,
+        "forgetting": found.probes,
+    }
+    for name, rows in single.items():
+        for quantity, (mean, _) in (drawn({name: rows}, {name: [name]}).get(name, {}) if rows else {}).items():
+            draws[f"{name}/{quantity}"] = mean
     return draws
