@@ -85,22 +85,15 @@ def diverse_order(original: Template, ranked: Sequence[tuple[str, Template]], co
         ranked: (name, template) by forward KL, lowest first; of equal distances the earlier one is taken.
     """
     better = ranked[: (len(ranked) + 1) // 2]
-    pairs = [word_pairs(template) for _, template in better]
-    nearest = [_distance(own, word_pairs(original)) for own in pairs]  # to the original or what is chosen
+    pairs, first = [word_pairs(template) for _, template in better], word_pairs(original)
+    nearest = [text_distance(own, first) for own in pairs]  # to the original or what is chosen
     chosen: list[int] = []
     while len(chosen) < min(count, len(better)):
         farthest = max((i for i in range(len(better)) if i not in chosen), key=lambda i: nearest[i])
         chosen.append(farthest)
-        nearest = [min(d, _distance(own, pairs[farthest])) for d, own in zip(nearest, pairs, strict=True)]
+        nearest = [min(d, text_distance(own, pairs[farthest])) for d, own in zip(nearest, pairs, strict=True)]
     others = [name for name, _ in ranked[len(better) :]]
     return [better[i][0] for i in chosen] + others[: max(0, count - len(chosen))]
-
-
-def text_distance(a: Template, b: Template) -> float:
-    """1 − resemblance of two wordings (Broder, 1997, with pairs of words as shingles): the share of their different
-    word pairs that only one of them has. 0 for the same words in the same order, 1 for no pair in common; a metric.
-    """
-    return _distance(word_pairs(a), word_pairs(b))
 
 
 def word_pairs(template: Template) -> frozenset[tuple[str, str]]:
@@ -112,5 +105,9 @@ def word_pairs(template: Template) -> frozenset[tuple[str, str]]:
     return frozenset(found)
 
 
-def _distance(a: frozenset[tuple[str, str]], b: frozenset[tuple[str, str]]) -> float:
+def text_distance(a: frozenset[tuple[str, str]], b: frozenset[tuple[str, str]]) -> float:
+    """1 − resemblance of two wordings by their :func:`word_pairs` (Broder, 1997, with pairs of words as shingles): the
+    share of their different pairs that only one of them has. 0 for the same words in the same order, 1 for no pair in
+    common; a metric.
+    """
     return 1 - len(a & b) / len(a | b) if a or b else 0.0

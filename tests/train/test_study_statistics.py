@@ -42,7 +42,7 @@ def test_a_paired_difference_takes_each_seeds_own():
 
 def test_the_bootstrap_over_rows_and_seeds_holds_the_variance_of_both():
     draws = np.random.default_rng(0).normal(size=(2, 4000)) * 0.1 + [[1.0], [3.0]]
-    low, high = over_rows_and_seeds(list(draws), seed=0)
+    low, high = over_rows_and_seeds([{"x": one} for one in draws], seed=0)["x"]
     # half of the draws take both seeds (mean 2), a quarter one seed twice: percentiles lie in those quarters
     assert low == pytest.approx(1 - 1.2816 * 0.1, abs=0.02)  # the 10th percentile of a quarter is the 2.5th of all
     assert high == pytest.approx(3 + 1.2816 * 0.1, abs=0.02)
@@ -50,11 +50,12 @@ def test_the_bootstrap_over_rows_and_seeds_holds_the_variance_of_both():
 
 def test_of_one_seed_the_bootstrap_is_over_rows_alone():
     draws = np.random.default_rng(0).normal(size=1000)
-    assert over_rows_and_seeds([draws], seed=3) == pytest.approx(list(np.percentile(draws, [2.5, 97.5])))
+    assert over_rows_and_seeds([{"x": draws}], seed=3)["x"] == pytest.approx(list(np.percentile(draws, [2.5, 97.5])))
 
 
 def test_a_draw_without_a_value_gives_no_interval():
-    assert over_rows_and_seeds([np.array([1.0, np.nan]), np.array([1.0, 2.0])], seed=0) is None
+    draws = [{"x": np.array([1.0, np.nan])}, {"x": np.array([1.0, 2.0])}]
+    assert over_rows_and_seeds(draws, seed=0)["x"] is None
 
 
 def test_a_single_row_is_not_drawn_again():

@@ -73,7 +73,7 @@ def measured(
             if len(members) > 1
         },
         _bare(conditions, rows, count),
-        [_frozen(found, rows["original"]) for found in frozen] if frozen is not None else None,
+        [_likeness(found, rows["original"]) for found in frozen] if frozen is not None else None,
         [_probed(row, base) for row, base in zip(probes, base_probes, strict=True)] if probes and base_probes else None,
     )
 
@@ -167,10 +167,10 @@ def _bare(conditions: Sequence[Condition], rows: Mapping[str, Rows], count: int)
     names = {condition.group: condition.name for condition in conditions}
     if not {"original", "none"} <= names.keys():
         return None
-    return _frozen([row["answer"] for row in rows[names["none"]][:count]], rows[names["original"]])
+    return _likeness([row["answer"] for row in rows[names["none"]][:count]], rows[names["original"]])
 
 
-def _frozen(answers: Sequence[str], original: Rows) -> list[dict[str, Ratio]]:
+def _likeness(answers: Sequence[str], original: Rows) -> list[dict[str, Ratio]]:
     """How far answers that should have left the task are those of the first rows under the original."""
     same_rows = original[: len(answers)]
     json_task = _is_json_task(same_rows)
@@ -196,10 +196,9 @@ def _sum(likeness: Sequence[Mapping[str, Ratio]]) -> dict[str, Ratio]:
 
 
 def _probed(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Ratio]:
-    tokens = float(row["gold_tokens"])
     return _scored(row) | {
         "base_gold_nll": (base["nll"], float(base["gold_tokens"])),
-        "gold_nll_change": (row["nll"] - base["nll"], tokens),
+        "gold_nll_change": (row["nll"] - base["nll"], float(row["gold_tokens"])),
     }
 
 

@@ -37,13 +37,11 @@ def summarize(
     def statistic(counts: np.ndarray) -> np.ndarray:
         """[outputs, draws] for counts [draws, examples] of how often each example was drawn."""
         values = _drawn_values(pairs, counts)
-        spreads = [values[m].max(0) - values[m].min(0) for m in members.values()]
-        return np.concatenate([*values, *(values[m].mean(0) for m in members.values()), *spreads])
+        over = [_mean_and_spread(values[m]) for m in members.values()]
+        return np.concatenate([*values, *(mean for mean, _ in over), *(spread for _, spread in over)])
 
     low, high = _interval(statistic, pairs.shape[2], seed, resamples)
-    sums = pairs.sum(2)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        values = np.where(sums[..., 1] == 0, np.nan, sums[..., 0] / sums[..., 1])  # [contexts, quantities]
+    values = _quotients(np.moveaxis(pairs.sum(2), -1, 0))  # [contexts, quantities]
     shape = (-1, len(quantities))
     low, high = low.reshape(shape), high.reshape(shape)
     by_context = {
@@ -92,8 +90,7 @@ def redrawn(
     values = _drawn_values(pairs, draws)
     found = {}
     for group, chosen in groups.items():
-        of_group = values[[names.index(name) for name in chosen]]
-        means, spreads = of_group.mean(0), of_group.max(0) - of_group.min(0)
+        means, spreads = _mean_and_spread(values[[names.index(name) for name in chosen]])
         found[group] = {q: (means[i], spreads[i]) for i, q in enumerate(quantities)}
     return found
 
@@ -119,9 +116,18 @@ def _arranged(ratios: Ratios) -> tuple[list[str], list[str], np.ndarray]:
 
 def _drawn_values(pairs: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Quotients of sums [contexts, quantities, draws] for counts [draws, examples] of how often each was drawn."""
-    sums = np.einsum("cqik,ri->kcqr", pairs, counts)
+    return _quotients(np.einsum("cqik,ri->kcqr", pairs, counts))
+
+
+def _quotients(sums: np.ndarray) -> np.ndarray:
+    """[...] for numerators and denominators [2, ...]; NaN over 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(sums[1] == 0, np.nan, sums[0] / sums[1])
+
+
+def _mean_and_spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Over the contexts, the first axis."""
+    return values.mean(0), values.max(0) - values.min(0)
 
 
 def _interval(

@@ -69,11 +69,11 @@ def forgetting_table(documents: Sequence[Mapping[str, Any]]) -> Table:
     return view
 
 
-def with_interval(value: Mapping[str, Any], digits: int = 3) -> str:
-    """``0.461±0.042``; a dash for what does not exist."""
+def with_interval(value: Mapping[str, Any], digits: int = 3, *, between: str = "") -> str:
+    """``0.461±0.042``, with ``between`` before the ±; a dash for what does not exist."""
     if value["mean"] is None:
         return "–"
-    half = f"±{(value['ci95'][1] - value['ci95'][0]) / 2:.{digits}f}" if value["ci95"] else ""
+    half = f"{between}±{(value['ci95'][1] - value['ci95'][0]) / 2:.{digits}f}" if value["ci95"] else ""
     return f"{value['mean']:.{digits}f}{half}"
 
 

@@ -115,6 +115,7 @@ def _arm(arm: Arm, results: Sequence[Result], seed: int) -> dict[str, Any]:
         for r in results
     ]
     paths = runs[0]["values"] if runs else {}
+    intervals = over_rows_and_seeds([r.draws for r in results], seed=seed)
     return {
         "name": arm.name,
         "budget": arm.budget,
@@ -123,8 +124,7 @@ def _arm(arm: Arm, results: Sequence[Result], seed: int) -> dict[str, Any]:
         "runs": runs,
         **{q: over_seeds([r[q] for r in runs])["mean"] for q in ("steps", "tokens", "seconds")},
         "values": {
-            path: over_seeds([r["values"].get(path) for r in runs])
-            | {"ci95_bootstrap": _bootstrap([r.draws.get(path) for r in results], seed)}
+            path: over_seeds([r["values"].get(path) for r in runs]) | {"ci95_bootstrap": intervals.get(path)}
             for path in paths
         },
     }
@@ -137,18 +137,13 @@ def _spelled(choice: Any) -> str:
 def _against(
     row: Mapping[str, Any], reference: Mapping[str, Any], pairs: Sequence[tuple[Result, Result]], seed: int
 ) -> dict[str, Any]:
+    differences = [{path: a.draws[path] - b.draws[path] for path in a.draws if path in b.draws} for a, b in pairs]
+    intervals = over_rows_and_seeds(differences, seed=seed)
     found = {}
     for path in (path for path in row["values"] if path in reference["values"]):
         found[path] = compared(row["values"][path], reference["values"][path])
-        draws = [(a.draws.get(path), b.draws.get(path)) for a, b in pairs]
-        differences = [None if a is None or b is None else a - b for a, b in draws]
-        found[path]["difference"]["ci95_bootstrap"] = _bootstrap(differences, seed)
+        found[path]["difference"]["ci95_bootstrap"] = intervals.get(path)
     return found
-
-
-def _bootstrap(draws: Sequence[np.ndarray | None], seed: int) -> list[float] | None:
-    known = [one for one in draws if one is not None]
-    return over_rows_and_seeds(known, seed=seed) if known and len(known) == len(draws) else None
 
 
 def _curves(config: Config, rows: Sequence[Mapping[str, Any]], headline: str) -> dict[str, Any] | None:

@@ -32,20 +32,23 @@ def over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
     return {"mean": mean, "ci95": [mean - half, mean + half], "std": std, "seeds": known}
 
 
-def over_rows_and_seeds(draws: Sequence[np.ndarray], *, seed: int) -> list[float] | None:
-    """[low, high] of the mean over seeds; None where a draw of rows leaves a seed without a value.
+def over_rows_and_seeds(draws: Sequence[Mapping[str, np.ndarray]], *, seed: int) -> dict[str, list[float] | None]:
+    """[low, high] of the mean over seeds for each quantity that all seeds have; None where a draw of rows leaves a seed
+    without a value.
 
     Args:
-        draws: for each seed the value in every draw of rows, [resamples], the same rows in the same draw.
+        draws: for each seed the quantities in every draw of rows, [resamples], the same rows in the same draw.
         seed: of the draws of seeds, which are not those of the rows with the same seed.
     """
-    values = np.stack(draws, axis=1)  # [resamples, seeds]
-    if not np.isfinite(values).all():
-        return None
-    chosen = np.random.default_rng([seed, 1]).integers(values.shape[1], size=values.shape)
-    means = np.take_along_axis(values, chosen, axis=1).mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return [float(low), float(high)]
+    shared = [name for name in draws[0] if all(name in one for one in draws)]
+    if not shared:
+        return {}
+    values = np.stack([[one[name] for name in shared] for one in draws], axis=-1)  # [quantities, resamples, seeds]
+    chosen = np.random.default_rng([seed, 1]).integers(len(draws), size=values.shape[1:])
+    means = np.take_along_axis(values, chosen[None], axis=-1).mean(-1)
+    bounds = np.percentile(means, [2.5, 97.5], axis=-1).T
+    known = np.isfinite(values).all((1, 2))
+    return {name: bounds[i].tolist() if known[i] else None for i, name in enumerate(shared)}
 
 
 def compared(arm: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:

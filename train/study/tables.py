@@ -131,9 +131,8 @@ def _cell(row: Mapping[str, Any], path: str) -> str:
     if value is None:
         return "–"
     against = (row["against_reference"] or {}).get(path)
-    number, *half = with_interval(value).partition("±")
-    alike = "~" if against is not None and against["separable"] is False else ""
-    return f"{number}{alike} {''.join(half)}".rstrip()
+    alike = against is not None and against["separable"] is False
+    return with_interval(value, between="~ " if alike else " ")
 
 
 def _number(value: float | None) -> str:

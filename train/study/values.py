@@ -14,8 +14,6 @@ import numpy as np
 from kvopt.train.evaluation.document import Measured
 from kvopt.train.evaluation.statistics import Ratios, redrawn, row_draws
 
-Groups = Mapping[str, Sequence[str]]
-
 
 def by_path(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
     """The numbers of ``evaluation.json``."""
@@ -42,25 +40,25 @@ def draws_by_path(found: Measured, *, seed: int, resamples: int) -> dict[str, np
 
     Draw i takes the same rows for every model that was evaluated on the same ones.
     """
-
-    def drawn(ratios: Ratios, groups: Groups) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-        examples = len(next(iter(ratios.values())))
-        return redrawn(ratios, groups, row_draws(examples, seed, resamples)) if examples > 1 else {}
-
-    draws: dict[str, np.ndarray] = {}
-    for ratios in (found.answered, found.scored):
-        for group, quantities in drawn(ratios, found.groups).items():
-            for quantity, (mean, spread) in quantities.items():
-                draws[f"{group}/{quantity}"] = mean
-                if len(found.groups[group]) > 1:
-                    draws[f"{group}/{quantity}/spread"] = spread
-    single = {
+    of_rows = {
         **{group: [{"consistency": ratio} for ratio in rows] for group, rows in found.consistency.items()},
         "frozen_prompt": found.frozen_by_row,
         "no_context": found.bare,
         "forgetting": found.probes,
     }
-    for name, rows in single.items():
-        for quantity, (mean, _) in (drawn({name: rows}, {name: [name]}).get(name, {}) if rows else {}).items():
-            draws[f"{name}/{quantity}"] = mean
+    parts: list[tuple[Ratios, Mapping[str, Sequence[str]]]] = [
+        (found.answered, found.groups),
+        (found.scored, found.groups),
+        *(({name: rows}, {name: [name]}) for name, rows in of_rows.items() if rows),
+    ]
+    draws: dict[str, np.ndarray] = {}
+    for ratios, groups in parts:
+        examples = len(next(iter(ratios.values())))
+        if examples < 2:
+            continue
+        for group, quantities in redrawn(ratios, groups, row_draws(examples, seed, resamples)).items():
+            for quantity, (mean, spread) in quantities.items():
+                draws[f"{group}/{quantity}"] = mean
+                if len(groups[group]) > 1:
+                    draws[f"{group}/{quantity}/spread"] = spread
     return draws
