@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kvopt.version import VERSION as __version__
+
 if TYPE_CHECKING:
     from kvopt.api import Comparison, LearnedContext, compare_contexts, export_context, optimize_context
 
-__version__ = "0.1.0"
+
 __all__ = ["Comparison", "LearnedContext", "__version__", "compare_contexts", "export_context", "optimize_context"]
 
 

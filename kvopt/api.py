@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
-from kvopt.config import load_config
+from kvopt.config.document import load_config
 from kvopt.errors import InputError
 from kvopt.export import Options, export
-from kvopt.files import write_jsonl, write_text
-from kvopt.run import Run
+from kvopt.run.run import Run
+from kvopt.storage.files import write_jsonl, write_text
 
 __all__ = ["Comparison", "LearnedContext", "compare_contexts", "export_context", "optimize_context"]
 

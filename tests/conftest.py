@@ -17,7 +17,8 @@ import torch
 from hypothesis import settings
 
 from kvopt import cli
-from kvopt.model import Base, ModelConfig, load_base
+from kvopt.base.loading import Base, load_base
+from kvopt.config.model import ModelConfig
 from tests.tiny import MODELS, TOKENIZERS, tiny_base, tiny_tokenizer
 
 settings.register_profile("kvopt", derandomize=True, deadline=None, print_blob=False)

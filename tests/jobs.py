@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from kvopt.config import load_config
-from kvopt.run import Run
+from kvopt.config.document import load_config
+from kvopt.run.run import Run
 from tests.tiny import tiny_folder
 
 THINGS = ["rain", "snow", "a song", "two books", "the album", "a table", "wind", "six points", "a novel", "the list"]

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from kvopt.base.loading import Base
 from kvopt.contexts import TextContext
-from kvopt.dataset import Example
-from kvopt.encoding import Encoded, Encoder
-from kvopt.model import Base
-from kvopt.reference import Reference, build_reference
-from kvopt.template import Template
+from kvopt.measure.reference import Reference, build_reference
+from kvopt.task.examples import Example
+from kvopt.task.seam import Encoded, Encoder
+from kvopt.task.template import Template
 
 WORDS = [
     "rain",

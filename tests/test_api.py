@@ -12,8 +12,8 @@ import pytest
 
 import kvopt
 from kvopt.api import _config
+from kvopt.cli.starter import write_starter
 from kvopt.errors import InputError
-from kvopt.starter import write_starter
 from tests.jobs import SYSTEM, rows, stages_in, write_rows
 from tests.tiny import tiny_folder
 

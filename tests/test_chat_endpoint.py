@@ -7,8 +7,8 @@ import contextlib
 import httpx
 import pytest
 
-from kvopt.chat_endpoint import GIVEN_UP_AFTER, ChatEndpoint, ChatFailure
-from kvopt.mutate.config import EndpointSettings
+from kvopt.base.chat_endpoint import GIVEN_UP_AFTER, ChatEndpoint, ChatFailure
+from kvopt.config.mutations import EndpointSettings
 
 
 class Server:

@@ -205,7 +205,7 @@ def test_ctrl_c_says_how_to_go_on(kvopt, job, monkeypatch):
     def interrupt(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvopt.run.Run.run", interrupt)
+    monkeypatch.setattr("kvopt.run.run.Run.run", interrupt)
     code, out, err = kvopt("run", job)
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == "interrupted; finished work is kept: run the same command again to go on"
@@ -219,7 +219,7 @@ def test_ctrl_c_that_native_code_turns_into_an_error_is_still_ctrl_c(kvopt, job,
         except KeyboardInterrupt:
             raise ValueError("could not determine the shape of an object") from None
 
-    monkeypatch.setattr("kvopt.run.Run.run", swallow)
+    monkeypatch.setattr("kvopt.run.run.Run.run", swallow)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code, _, err = kvopt("run", job)
@@ -234,7 +234,7 @@ def test_an_error_without_ctrl_c_is_not_hidden(kvopt, job, monkeypatch):
     def fail(self):
         raise ValueError("a fault of ours")
 
-    monkeypatch.setattr("kvopt.run.Run.run", fail)
+    monkeypatch.setattr("kvopt.run.run.Run.run", fail)
     monkeypatch.setattr("sys.argv", ["kvopt", "run", str(job)])
     with pytest.raises(ValueError, match="a fault of ours"):
         cli.main()

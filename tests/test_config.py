@@ -3,8 +3,9 @@
 import pytest
 import yaml
 
-from kvopt.config import Config, load_config
+from kvopt.config.document import Config, load_config
 from kvopt.errors import InputError
+from kvopt.task.template_files import configured_template
 from tests.jobs import settings
 
 
@@ -172,7 +173,7 @@ def test_paths_are_relative_to_the_config_file(tmp_path, monkeypatch):
     loaded, base_dir = load_config((folder / "job.yaml").relative_to(tmp_path))
     assert base_dir == folder
     assert loaded.model.base == str(folder / "models" / "tiny")
-    assert loaded.template.build(base_dir).slots == ("text",)
+    assert configured_template(loaded.template, base_dir)[0].slots == ("text",)
 
 
 def test_the_builtin_base_and_hub_names_stay_as_they_are(load, tmp_path):

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from kvopt.config import Config
-from kvopt.config_reference import reference
+from kvopt.config.document import Config
+from kvopt.config.reference_page import reference
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 

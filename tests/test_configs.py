@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvopt.dataset import DataConfig, load_dataset
-from kvopt.template import Template
+from kvopt.config.data import DataConfig
+from kvopt.task.examples import load_dataset
+from kvopt.task.template import Template
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

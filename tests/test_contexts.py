@@ -14,13 +14,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kvopt.attention import Prefix, prefill, prefix_cache, run_bodies
+from kvopt.base.loading import Base
+from kvopt.base.prefix import Prefix, prefill, prefix_cache, run_bodies
+from kvopt.config.contexts import Init, known_starts
 from kvopt.contexts import KVContext, SoftContext, load_context, save_context
-from kvopt.contexts.initial import INITIALISERS, InitialTask, initial_tensor
-from kvopt.encoding import make_batch
 from kvopt.errors import InputError
-from kvopt.model import Base
-from kvopt.score import score_tokens
+from kvopt.learn.start_task import StartTask, initial_tensor
+from kvopt.measure.score import score_tokens
+from kvopt.task.seam import make_batch
 from tests.tasks import Task, make_task
 from tests.tiny import MODELS, tiny_base
 
@@ -32,7 +33,7 @@ def task(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def initial(task: Task, init: str, tokens: int, kind: Literal["kv", "soft"] = "kv", seed: int = 0) -> Tensor:
     ids = task.encoded.prefix
-    return initial_tensor(init, InitialTask(task.base, "c", kind, tokens, ids, task.encoded.rows, None, seed))
+    return initial_tensor(Init(init).start, StartTask(task.base, "c", kind, tokens, ids, task.encoded.rows, None, seed))
 
 
 def as_context(kind: str, tensor: Tensor) -> KVContext | SoftContext:
@@ -227,7 +228,7 @@ def test_a_foreign_peft_adapter_without_our_record_can_be_read(folder: Path, lla
 
 
 def test_every_initialiser_of_the_table_is_named_in_the_config_help() -> None:
-    from kvopt.optimize import ContextConfig
+    from kvopt.config.contexts import ContextConfig
 
     text = ContextConfig.model_fields["init"].description or ""
-    assert all(name in text for name in INITIALISERS)
+    assert all(name in text for name in known_starts())

@@ -6,9 +6,10 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from kvopt.dataset import DataConfig, load_dataset
+from kvopt.config.data import DataConfig
 from kvopt.errors import InputError
-from kvopt.template import Template
+from kvopt.task.examples import load_dataset
+from kvopt.task.template import Template
 
 QUESTION = Template.from_text("Q: {{question}}\nA:")
 TWO = Template.from_text("{{context}}\n{{question}}")

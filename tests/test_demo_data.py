@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from kvopt.demo_data import MAX_LINES, MAX_PER_MODULE, stdlib_docstrings
 from kvopt.errors import InputError
+from kvopt.task.builtin_data import MAX_LINES, MAX_PER_MODULE, stdlib_docstrings
 
 
 @pytest.fixture(scope="module")

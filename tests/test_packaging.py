@@ -54,9 +54,7 @@ def test_this_installation_shows_only_kvopt_from_another_folder(tmp_path: Path) 
 
 
 def test_kvopt_imports_without_triton(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['triton'] = None\nimport kvopt.kernels, kvopt.train, kvopt.cli, kvopt.model, kvopt.run"
-    )
+    code = "import sys; sys.modules['triton'] = None\nimport kvopt.kernels, kvopt.train, kvopt.cli, kvopt.run.run"
     python(code, tmp_path)
 
 

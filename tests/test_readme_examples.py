@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from kvopt.config.contexts import Init
 from kvopt.contexts import KVContext, save_context
-from kvopt.contexts.initial import InitialTask, initial_tensor
+from kvopt.learn.start_task import StartTask, initial_tensor
 from tests.jobs import SYSTEM, rows
 from tests.tiny import tiny_base, tiny_folder
 
@@ -73,7 +74,7 @@ def test_compare_learned_with_sampled(here: Path, capsys: pytest.CaptureFixture[
 def test_every_other_block_runs_too(here: Path) -> None:
     """Those that load a context of a run get one."""
     base = tiny_base("llama")
-    tensor = initial_tensor("template", InitialTask(base, "kv-64", "kv", 4, tuple(range(20, 30))))
+    tensor = initial_tensor(Init("template").start, StartTask(base, "kv-64", "kv", 4, tuple(range(20, 30))))
     save_context(KVContext("kv-64", tensor), here / "runs/my-task/contexts/kv-64", base)
     for code in BLOCKS:
         if code not in USES.values():

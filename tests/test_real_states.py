@@ -1,11 +1,11 @@
 import pytest
 import torch
 
+from kvopt.base.loading import Base
+from kvopt.bench.real_states import real_states
 from kvopt.cli.bench import bench_kl
 from kvopt.errors import InputError
 from kvopt.kernels import linear_kl
-from kvopt.model import Base
-from kvopt.real_states import real_states
 
 
 def test_states_are_repeatable_and_ordered_from_near_to_far(llama: Base) -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kvopt.errors import InputError
-from kvopt.records import read_records
+from kvopt.task.readers import read_records
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from kvopt.config import Config, load_config
+from kvopt.config.document import Config, load_config
 from kvopt.errors import InputError
-from kvopt.mutate.record import read_mutations
-from kvopt.run import Run
+from kvopt.mutate.mutation import read_mutations
+from kvopt.run.run import Run
 from tests.jobs import artefacts, run_job, stages_in, write_job, write_rows
 
 SCORED = ("kv-8", "kv-best", "soft-6", "original", "none")
@@ -220,7 +220,7 @@ def test_with_scope_all_the_bodies_of_learned_contexts_are_the_slots_alone(tmp_p
     config = write_job(tmp_path, lambda c: (c["template"].update(scope="all"), c.update(contexts=c["contexts"][:1])))
     config_, base_dir = load_config(config)
     with Run(config_, base_dir, tmp_path / "out", say=lambda line: None, bars=False).opened() as run:
-        longer, bare = run.rows("train").rows, run.behind("train").rows
+        longer, bare = run.task().rows("train").rows, run.task().bare_rows("train").rows
         board = run.run()
     assert all(len(b.body) <= len(a.body) for a, b in zip(longer, bare, strict=True))
     assert [b.gold for b in bare] == [a.gold for a in longer]

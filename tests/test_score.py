@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvopt.attention import gold_hidden, prefill
+from kvopt.base.loading import Base
+from kvopt.base.prefix import gold_hidden, prefill
 from kvopt.contexts import KVContext, NoContext, SoftContext
-from kvopt.encoding import Encoded, make_batch
 from kvopt.kernels import KLOptions, reference_facts
-from kvopt.model import Base
-from kvopt.reference import open_reference
-from kvopt.score import TokenScores, naive_logits, naive_scores, score_prefix, score_tokens, summarize
+from kvopt.measure.reference import open_reference
+from kvopt.measure.score import TokenScores, naive_logits, naive_scores, score_prefix, score_tokens, summarize
+from kvopt.task.seam import Encoded, make_batch
 from tests.tasks import OTHER, Task, make_task, template_for
 from tests.tiny import MODELS, tiny_base
 
@@ -127,7 +127,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 
 def test_reference_refuses_another_key_and_is_resumed_shard_by_shard(tmp_path: Path, llama: Base) -> None:
     from kvopt.errors import InputError
-    from kvopt.reference import build_reference, open_reference, shard_name
+    from kvopt.measure.reference import build_reference, open_reference, shard_name
 
     task = make_task(llama, tmp_path)
     shard = tmp_path / shard_name(0)
@@ -147,7 +147,7 @@ def test_reference_refuses_another_key_and_is_resumed_shard_by_shard(tmp_path: P
 def test_facts_of_the_reference_are_computed_once_and_do_not_depend_on_what_was_scored_first(
     tmp_path: Path, llama: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvopt import reference as module
+    from kvopt.measure import reference as module
 
     monkeypatch.setattr(module, "FACTS_ROWS", 5)
     calls = []

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvopt.config.names import ORDERS, ContextName
 from kvopt.errors import InputError
-from kvopt.select import ORDERS, diverse_order, first_mutations, split_count, text_distance, word_pairs
-from kvopt.template import Template
+from kvopt.mutate.orders import diverse_order, first_mutations, text_distance, word_pairs
+from kvopt.task.template import Template
 
 ORIGINAL = Template.from_text("Name the intent of the request: {{text}}")
 WORDS = st.lists(st.sampled_from(["a", "b", "c", ".", "\n"]), max_size=8).map(" ".join)
@@ -95,9 +96,10 @@ def test_too_few_mutations_are_named():
 
 
 def test_specs_with_a_number():
-    assert split_count("diverse-mutations:12", "here") == ("diverse", 12)
-    assert split_count("original", "here") is None
-    assert split_count("text:best-mutations", "here") is None
+    name = ContextName.parse("diverse-mutations:12", "here")
+    assert (name.form, name.order, name.count) == ("counted", "diverse", 12)
+    assert ContextName.parse("original", "here").form == "original"
+    assert ContextName.parse("text:best-mutations", "here").form == "text"
     for spec in ("best-mutations", "random-mutations:", "diverse-mutations:0", "best-mutations:x", "best-mutations:²"):
         with pytest.raises(InputError, match="needs a number"):
-            split_count(spec, "here")
+            ContextName.parse(spec, "here")

@@ -9,15 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvopt import run as run_module
-from kvopt import stored_moments
-from kvopt.attention import prefill
-from kvopt.config import load_config
+from kvopt.base.loading import Base
+from kvopt.base.prefix import prefill
+from kvopt.config.document import load_config
 from kvopt.errors import InputError
-from kvopt.model import Base
-from kvopt.optimize import context_loss
-from kvopt.run import Run
-from kvopt.stored_moments import StoredMoments
+from kvopt.learn.descent import context_loss
+from kvopt.measure import moments as stored_moments
+from kvopt.measure.moments import StoredMoments
+from kvopt.run import stages
+from kvopt.run.run import Run
 from tests.jobs import artefacts, run_job, stages_in, write_job
 from tests.tasks import Task, make_task
 
@@ -103,7 +103,7 @@ def test_a_base_that_caps_its_logits_is_refused_before_any_work(tmp_path: Path, 
     config, base_dir = load_config(write_job(tmp_path / "job"), MOMENTS)
     capped = SimpleNamespace(head=replace(llama.head, softcap=30.0), identity=llama.identity, dtype=llama.dtype)
     run = Run(config, base_dir, tmp_path / "out", say=lambda line: None, bars=False)
-    monkeypatch.setattr(run_module, "reference_key", lambda *args: pytest.fail("work was begun"))
-    run.__dict__["base"] = capped
+    monkeypatch.setattr(stages, "reference_key", lambda *args: pytest.fail("work was begun"))
+    task = SimpleNamespace(base=capped, config=config)
     with pytest.raises(InputError, match=r"softcap.*storage: hidden"):
-        _ = run.reference
+        stages.make_reference(task, run.at)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvopt.errors import InputError
-from kvopt.template import Slot, Static, Template, escape, fill_source, parse, unparse
+from kvopt.task.template import Slot, Static, Template, escape, fill_source, parse, unparse
 
 PIECES = ["{", "}", "\\", "a", " ", "\r\n", "%", "$", "é", "{{a}}", "{{", "}}", "\\{{b}}"]
 AWKWARD = st.lists(st.sampled_from(PIECES), max_size=8).map("".join)

@@ -30,7 +30,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from kvopt.model import Base, ModelConfig, load_base
+from kvopt.base.loading import Base, load_base
+from kvopt.config.model import ModelConfig
 
 MODELS = ("llama", "qwen3", "gemma3")
 TOKENIZERS = ("chatml", "llama2", "gemma", "plain")

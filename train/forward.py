@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from kvopt.attention import Prefix, empty_prefix, gold_hidden, prefill
+from kvopt.base.loading import Base
+from kvopt.base.prefix import Prefix, empty_prefix, gold_hidden, prefill
 from kvopt.contexts import SoftContext
-from kvopt.encoding import Row, make_batch
 from kvopt.errors import KvoptError
-from kvopt.model import Base
-from kvopt.reference import Reference
+from kvopt.measure.reference import Reference
+from kvopt.task.seam import Row, make_batch
 from kvopt.train.losses import Gold, Loss
 from kvopt.train.pool import Pool, PoolContext
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvopt.attention import gold_states
+from kvopt.base.loading import Base
+from kvopt.base.prefix import gold_states
 from kvopt.contexts import Context
-from kvopt.encoding import Encoded
 from kvopt.kernels import linear_scores
-from kvopt.model import Base
+from kvopt.task.seam import Encoded
 
 
 @dataclass(frozen=True)

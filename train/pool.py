@@ -7,20 +7,20 @@ are.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
-from kvopt.contexts import Context, NoContext, TextContext, load_context
-from kvopt.encoding import Encoded, Row, SeamError
+from kvopt.config.names import ContextName, unknown_context
+from kvopt.config.students import StudentConfig
+from kvopt.contexts import Context, NoContext, TextContext
 from kvopt.errors import InputError
-from kvopt.files import sha256_json
-from kvopt.run import Run
-from kvopt.select import ORDERS, SUFFIX, first_mutations, split_count
-from kvopt.textfile import template_from_file
-from kvopt.train.config import ContextChoice, StudentConfig
+from kvopt.run.catalogue import Catalogue
+from kvopt.run.encoded_task import EncodedTask
+from kvopt.run.inputs import Inputs
+from kvopt.storage.files import sha256_json
+from kvopt.task.seam import Encoded, Row, SeamError
+from kvopt.task.template_files import template_from_file
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,12 @@ class Pool:
         return sha256_json([self.facts(), rows])
 
 
-def build_pool(run: Run, config: StudentConfig) -> Pool:
-    """The contexts of ``config``; mutations and learned contexts that are not there yet are made by the run.
+def build_pool(catalogue: Catalogue, config: StudentConfig, seed: int) -> Pool:
+    """The contexts of ``config``.
+
+    Args:
+        catalogue: must hold what :func:`names_of` says.
+        seed: of mutations that are taken by chance.
 
     Raises:
         InputError: a context that does not exist or stands twice, too few mutations, a row that is too long (or all of
@@ -119,89 +123,55 @@ def build_pool(run: Run, config: StudentConfig) -> Pool:
     chosen: list[tuple[Context, float]] = []
     for choice in config.contexts:
         taken = {context.name for context, _ in chosen}
-        for context in resolve(run, choice, config.seed if config.seed is not None else run.config.seed, taken, where):
+        name = ContextName.parse(choice.context, where)
+        for context in catalogue.named(name, where, seed=seed, taken=taken):
             if context.name in taken:
                 raise InputError(f"{context.name!r} stands twice", where=where, mend="give it once, with a weight")
             taken.add(context.name)
             chosen.append((context, choice.weight))
-    contexts = [in_front_of_rows(run, context, weight) for context, weight in chosen]
-    return _fitting(contexts, config, run.base.geometry.window)
+    contexts = [in_front_of_rows(catalogue.task, context, weight) for context, weight in chosen]
+    return _fitting(contexts, config, catalogue.task.base.geometry.window)
 
 
-def check_choices(run: Run, config: StudentConfig) -> None:
+def names_of(config: StudentConfig) -> list[ContextName]:
+    """The contexts that a student's section names."""
+    return [ContextName.parse(choice.context, f"students.{config.name}.contexts") for choice in config.contexts]
+
+
+def check_choices(inputs: Inputs, config: StudentConfig) -> None:
     """Refuse, before any work, contexts that cannot be there. Raises InputError."""
     for choice in config.contexts:
-        check_choice(run, choice.context, f"students.{config.name}.contexts")
+        check_choice(inputs, choice.context, f"students.{config.name}.contexts")
 
 
-def check_choice(run: Run, spec: str, where: str) -> None:
+def check_choice(inputs: Inputs, spec: str, where: str) -> None:
     """As :func:`check_choices`, for one of them."""
-    names = ["original", "none", *(context.name for context in run.config.contexts)]
-    kind, _, argument = spec.partition(":")
-    if counted := split_count(spec, where):
-        if counted[1] > run.config.mutations.count:
-            what = f"{spec!r} wants more mutations than mutations.count ({run.config.mutations.count})"
-            raise InputError(what, where=where, mend="raise mutations.count")
-    elif kind == "text":
-        template_from_file(run.base_dir / argument, run.template)
-    elif spec not in names and not is_mutation(run, spec):
-        _check_folder(run, spec, names, where)
+    name, count = ContextName.parse(spec, where), inputs.config.mutations.count
+    if name.form == "counted" and name.count > count:
+        what = f"{spec!r} wants more mutations than mutations.count ({count})"
+        raise InputError(what, where=where, mend="raise mutations.count")
+    if name.form == "text":
+        template_from_file(inputs.base_dir / name.argument, inputs.template)
+    elif (
+        (name.form in ("plain", "context") or (name.form == "mutation" and count == 0))
+        and name.argument not in inputs.context_names
+        and not (inputs.base_dir / name.argument).is_dir()
+    ):
+        known = ["original", "none", *inputs.context_names]
+        raise unknown_context(spec, where, known, ("counted", "text", "plain"))
 
 
-def _check_folder(run: Run, spec: str, names: Sequence[str], where: str) -> None:
-    if not (run.base_dir / spec).is_dir():
-        counted = ", ".join(f"{order}{SUFFIX}:K" for order in ORDERS)
-        mend = f"known: {', '.join(names)}; or {counted}, text:FILE, a context folder"
-        raise InputError(f"no context {spec!r}", where=where, mend=mend)
-
-
-def is_mutation(run: Run, name: str) -> bool:
-    """Whether a name has the form of a mutation's, in a run that has mutations."""
-    return run.config.mutations.count > 0 and re.fullmatch(r"m\d{3,}", name) is not None
-
-
-def resolve(run: Run, choice: ContextChoice, seed: int, taken: set[str], where: str) -> Sequence[Context]:
-    """The contexts that one entry names; ``seed`` and ``taken`` as in :func:`kvopt.select.first_mutations`."""
-    spec = choice.context
-    kind, _, argument = spec.partition(":")
-    if counted := split_count(spec, where):
-        contexts = {context.name: context for context in run.mutation_contexts}
-        names = first_mutations(
-            *counted,
-            {name: context.template for name, context in contexts.items()},
-            lambda: [context.name for context, _ in run.ranked_mutations],
-            run.template,
-            seed=seed,
-            taken=taken,
-            where=f"{where} {spec}",
-        )
-        return [contexts[name] for name in names]
-    if kind == "text":
-        template = template_from_file(run.base_dir / argument, run.template)
-        return [run.text_context(Path(argument).stem, template)]
-    if spec in {context.name for context in run.config.contexts}:
-        return run.learned([spec])
-    if spec in ("original", "none"):
-        return run.named_context(spec)
-    if is_mutation(run, spec):
-        found = [mutation for mutation in run.mutation_contexts if mutation.name == spec]
-        if not found:
-            raise InputError(f"no accepted mutation {spec!r}", where=where, mend="see mutations.jsonl for names")
-        return found
-    return [load_context(run.base_dir / spec, run.base)]
-
-
-def in_front_of_rows(run: Run, context: Context, weight: float) -> PoolContext:
-    """A context with the training rows behind it."""
+def in_front_of_rows(task: EncodedTask, context: Context, weight: float) -> PoolContext:
+    """The context with the training rows behind it. Raises InputError when gold ids change under a text."""
     if isinstance(context, TextContext):
         try:
-            context = run.for_training(context)
+            context = task.for_training(context)
         except SeamError as error:
             where = f"{context.name}, {error.where}"
             raise InputError(error.what, where=where, mend="leave this context out") from None
         return PoolContext(context, weight, context.encoded)
     prefix = tuple(context.bos) if isinstance(context, NoContext) else ()
-    return PoolContext(context, weight, Encoded(prefix, run.behind("train").rows))
+    return PoolContext(context, weight, Encoded(prefix, task.bare_rows("train").rows))
 
 
 def _fitting(contexts: Sequence[PoolContext], config: StudentConfig, window: int) -> Pool:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
+from kvopt.base.loading import DTYPES, Base
+from kvopt.config.students import StudentConfig
 from kvopt.errors import InputError
-from kvopt.model import DTYPES, Base
-from kvopt.train.config import StudentConfig
-
-if TYPE_CHECKING:
-    from kvopt.train.student import Student
-    from kvopt.train.trainer import Job
+from kvopt.train.job import Job
+from kvopt.train.student import Student
 
 SECONDS_TO_WAIT = 7 * 24 * 3600  # of the other processes of a launch, while the first learns contexts
 

@@ -11,18 +11,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kvopt.config.names import ContextName
+from kvopt.config.students import StudentConfig
 from kvopt.errors import InputError
-from kvopt.files import sha256_json
-from kvopt.reference import Reference
-from kvopt.run import Run
-from kvopt.train.config import StudentConfig
+from kvopt.measure.reference import Reference
+from kvopt.run.catalogue import Catalogue
+from kvopt.run.encoded_task import EncodedTask
+from kvopt.run.inputs import Inputs
+from kvopt.run.workspace import Workspace
+from kvopt.storage.files import sha256_json
 from kvopt.train.distill.own_answers import check_own_answers, with_own_answers
-from kvopt.train.distill.teacher import Teacher, check_teacher, load_teacher
+from kvopt.train.distill.teacher import Teacher, check_teacher, load_teacher, teacher_name
+from kvopt.train.job import Job, Trained
 from kvopt.train.launch import Launch
 from kvopt.train.losses import build_loss
-from kvopt.train.pool import Pool, PoolContext, build_pool, check_choices
+from kvopt.train.pool import Pool, PoolContext, build_pool, check_choices, names_of
 from kvopt.train.student import read_student_record, save_student, weights_of
-from kvopt.train.trainer import Job, Trained, train_student
+from kvopt.train.trainer import train_student
 
 UNRELATED = {
     "name", "contexts", "start", "accumulation", "gradient_checkpointing", "checkpoint_every", "log_every", "report_to"
@@ -31,8 +36,8 @@ UNRELATED = {
 
 
 @dataclass(frozen=True)
-class _Order:
-    """What the first process sends to the others."""
+class Order:
+    """One student to train: what the first process of a launch sends to the others."""
 
     config: StudentConfig
     pool: Pool
@@ -43,81 +48,93 @@ class _Order:
     start: Path | None = None
 
 
-def train_students(run: Run, only: Sequence[str] = ()) -> list[dict[str, Any]] | None:
-    """Train the config's students (or those in ``only``) in order; returns the record of each.
-
-    Under ``accelerate launch`` every process calls it; only the first locks and writes the run directory, and the
-    others return None.
-
-    Raises:
-        InputError: an unknown student or context, settings that do not fit. KvoptError: a student diverged.
-    """
-    configs = chosen(run, only)
-    if not configs:
-        raise InputError("the config has none", where="students", mend="kvopt config prints an example")
-    launch = Launch(run.config.model.device)
-    if launch.is_first:
-        with run.opened():
-            records = students(run, configs, launch)
-        launch.share(None)
-        return records
-    run.say = lambda line: None  # the first process speaks for all
-    while (order := launch.share()) is not None:
-        train_student(_job(run, order))
-    return None
-
-
-def students(run: Run, configs: Sequence[StudentConfig], launch: Launch | None = None) -> list[dict[str, Any]]:
-    """As :func:`train_students`, in a run that is open; ``configs`` from :func:`chosen`."""
-    launch = launch or Launch(run.config.model.device)
-    return [_student(run, config, launch) for config in configs]
-
-
-def chosen(run: Run, only: Sequence[str] = ()) -> list[StudentConfig]:
+def chosen(inputs: Inputs, only: Sequence[str] = ()) -> list[StudentConfig]:
     """The students to train, checked. Raises InputError."""
-    known = {student.name: student for student in run.config.students}
+    known = {student.name: student for student in inputs.config.students}
     for name in only:
         if name not in known:
             raise InputError(f"no student {name!r} in the config", mend="known: " + (", ".join(known) or "none"))
-    configs = [student for student in run.config.students if not only or student.name in only]
+    configs = [student for student in inputs.config.students if not only or student.name in only]
     for config in configs:
-        check_student(run, config)
+        check_student(inputs, config)
     return configs
 
 
-def check_student(run: Run, config: StudentConfig) -> None:
+def check_student(inputs: Inputs, config: StudentConfig) -> None:
     """Refuse, before any work, contexts, a teacher, checks or a start that cannot be. Raises InputError."""
-    check_choices(run, config)
-    check_teacher(run, config)
-    check_own_answers(run, config)
+    check_choices(inputs, config)
+    check_teacher(inputs, config)
+    check_own_answers(inputs, config)
     if config.start is not None:
-        weights_of(run.base_dir / config.start)
+        weights_of(inputs.base_dir / config.start)
 
 
-def _student(run: Run, config: StudentConfig, launch: Launch) -> dict[str, Any]:
+def contexts_of(inputs: Inputs, configs: Sequence[StudentConfig]) -> list[ContextName]:
+    """Every context that these students need to be in the catalogue: their own and their teachers'."""
+    names = [name for config in configs for name in names_of(config)]
+    return names + [name for config in configs if (name := teacher_name(inputs, config)) is not None]
+
+
+def needs_reference(configs: Sequence[StudentConfig]) -> bool:
+    """Whether a loss of one of them is anchored in the original template."""
+    return any(build_loss(config.loss).anchor == "original" for config in configs)
+
+
+def make_students(
+    catalogue: Catalogue,
+    configs: Sequence[StudentConfig],
+    reference: Reference | None,
+    at: Workspace,
+    launch: Launch | None = None,
+) -> list[dict[str, Any]]:
+    """Train students in order; returns the record of each.
+
+    Args:
+        catalogue: holds what :func:`contexts_of` says.
+        configs: from :func:`chosen`.
+        reference: where :func:`needs_reference` says so.
+        launch: the processes that train together; default: this one alone.
+
+    Raises:
+        InputError: settings that do not fit. KvoptError: a student diverged.
+    """
+    launch = launch or Launch(catalogue.task.config.model.device)
+    return [_student(catalogue, config, reference, at, launch) for config in configs]
+
+
+def train_ordered(task: EncodedTask, at: Workspace, launch: Launch) -> None:
+    """Train along with the first process of a launch, until it has no more students."""
+    while (order := launch.share()) is not None:
+        train_student(_job(task, order, at))
+
+
+def _student(
+    catalogue: Catalogue, config: StudentConfig, reference: Reference | None, at: Workspace, launch: Launch
+) -> dict[str, Any]:
     """One student, from its folder or trained."""
-    seed = run.config.seed if config.seed is None else config.seed
-    pool = with_own_answers(run, config, build_pool(run, config))
-    reference = run.reference if build_loss(config.loss).anchor == "original" else None
-    teacher = load_teacher(run, config)
-    start = None if config.start is None else run.base_dir / config.start
+    task = catalogue.task
+    seed = task.config.seed if config.seed is None else config.seed
+    pool = with_own_answers(task, config, build_pool(catalogue, config, seed), at)
+    anchor = reference if build_loss(config.loss).anchor == "original" else None
+    teacher = load_teacher(catalogue, config)
+    start = None if config.start is None else task.inputs.base_dir / config.start
     more = [*(teacher.identity() if teacher else []), *([weights_of(start)] if start else [])]
-    key = student_key(run, config, pool, seed, reference, more)
-    folder = run.directory / "students" / config.name
+    key = student_key(task, config, pool, seed, anchor, more)
+    folder = at.directory / "students" / config.name
     record = read_student_record(folder) if folder.is_dir() else None
     if record is not None and record.get("key") == key and _is_whole(folder, record):
-        run.say(f"student {config.name}: as it was trained")
+        at.say(f"student {config.name}: as it was trained")
         return record
     stage = f"students/{config.name}"
-    run.directory.begin(stage, key, stage, f".training/{config.name}", f"logs/{config.name}")
-    unread = replace(reference) if reference else None  # open files cannot be sent
-    order = launch.share(_Order(config, pool, seed, key, unread, teacher.context if teacher else None, start))
-    with run.directory.ledger(stage, processes=launch.processes) as entry:
-        trained = _train(run, order, teacher)
+    at.directory.begin(stage, key, stage, f".training/{config.name}", f"logs/{config.name}")
+    unread = replace(anchor) if anchor else None  # open files cannot be sent
+    order = launch.share(Order(config, pool, seed, key, unread, teacher.context if teacher else None, start))
+    with at.directory.ledger(stage, processes=launch.processes) as entry:
+        trained = _train(task, order, teacher, at)
         entry |= {"steps": trained.steps, "tokens_in": trained.tokens, "gold_tokens": trained.gold_tokens}
         entry |= {"resumed_from": trained.resumed} if trained.resumed else {}
-        save_student(trained.student, folder, run.base, record_of(run, order, trained))
-    shutil.rmtree(run.directory / ".training" / config.name, ignore_errors=True)
+        save_student(trained.student, folder, task.base, record_of(task, order, trained))
+    shutil.rmtree(at.directory / ".training" / config.name, ignore_errors=True)
     del trained
     gc.collect()  # a trainer refers to itself: without this, students pile up in memory until some later collection
     return read_student_record(folder) or {}
@@ -130,13 +147,13 @@ def _is_whole(folder: Path, record: dict[str, Any]) -> bool:
         return False
 
 
-def _train(run: Run, order: _Order, teacher: Teacher | None) -> Trained:
-    job = _job(run, order, teacher)
+def _train(task: EncodedTask, order: Order, teacher: Teacher | None, at: Workspace) -> Trained:
+    job = _job(task, order, at, teacher)
     name, steps = order.config.name, job.plan.steps
     dropped = f", {order.pool.dropped} rows too long" if order.pool.dropped else ""
     contexts = ", ".join(item.name for item in order.pool.contexts)
-    run.say(f"student {name}: {steps} steps of {order.config.batch_size} rows under {contexts}{dropped}")
-    with run.progress.bar(name, steps, unit="step") as bar:
+    at.say(f"student {name}: {steps} steps of {order.config.batch_size} rows under {contexts}{dropped}")
+    with at.progress.bar(name, steps, unit="step") as bar:
 
         def report(step: int, loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.4f}")
@@ -146,31 +163,37 @@ def _train(run: Run, order: _Order, teacher: Teacher | None) -> Trained:
         return train_student(job)
 
 
-def _job(run: Run, order: _Order, teacher: Teacher | None = None) -> Job:
+def _job(task: EncodedTask, order: Order, at: Workspace, teacher: Teacher | None = None) -> Job:
     name = order.config.name
-    teacher = teacher or load_teacher(run, order.config, order.teacher)
-    folder: Path = run.directory / ".training" / name
-    logs: Path = run.directory / "logs" / name
-    job = Job(run.base, order.config, order.pool, order.seed, order.key, folder, logs, order.reference)
+    if teacher is None and order.teacher is not None:
+        teacher = load_teacher(Catalogue(task, say=at.say), order.config, order.teacher)
+    folder: Path = at.directory / ".training" / name
+    logs: Path = at.directory / "logs" / name
+    job = Job(task.base, order.config, order.pool, order.seed, order.key, folder, logs, order.reference)
     job.teacher, job.start = teacher, order.start
     return job
 
 
 def student_key(
-    run: Run, config: StudentConfig, pool: Pool, seed: int, reference: Reference | None, more: Sequence[Any] = ()
+    task: EncodedTask,
+    config: StudentConfig,
+    pool: Pool,
+    seed: int,
+    reference: Reference | None,
+    more: Sequence[Any] = (),
 ) -> str:
     """Identity of all that a student depends on: base, contexts, rows, settings, seed, and ``more``: teacher, start."""
     settings = config.model_dump(mode="json", exclude=UNRELATED)
     anchor = reference.key if reference else None
-    return sha256_json([settings, pool.sha256(), run.base.identity, str(run.base.dtype), seed, anchor, *more])
+    return sha256_json([settings, pool.sha256(), task.base.identity, str(task.base.dtype), seed, anchor, *more])
 
 
-def record_of(run: Run, order: _Order, trained: Trained) -> dict[str, Any]:
+def record_of(task: EncodedTask, order: Order, trained: Trained) -> dict[str, Any]:
     """What ``kvopt-student.json`` says beside the identity of base and weights."""
     return {
         "key": order.key,
-        "template_sha256": run.template.sha256,
-        "data_sha256": run.dataset.sha256,
+        "template_sha256": task.template.sha256,
+        "data_sha256": task.dataset.sha256,
         "contexts": order.pool.facts(),
         "rows": order.pool.rows,
         "rows_dropped": order.pool.dropped,

@@ -1,5 +1,5 @@
-"""Students: a base's own module tree with LoRA injected, or a full copy of it, as a :class:`kvopt.model.Base` that can
-stand wherever a base can.
+"""Students: a base's own module tree with LoRA injected, or a full copy of it, as a
+:class:`kvopt.base.loading.Base` that can stand wherever a base can.
 
 A student folder ``students/NAME/`` is a PEFT adapter (LoRA) or a transformers model folder with its tokenizer (full),
 plus ``kvopt-student.json`` for what neither has a field for and neither checks.
@@ -25,12 +25,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import kvopt
+from kvopt.base.hub import weight_files
+from kvopt.base.identity import check_base, weights_sha256
+from kvopt.base.loading import Base, quiet
 from kvopt.errors import InputError, KvoptError
-from kvopt.files import read_json, read_record_file, replacing_directory, write_json
-from kvopt.hub import weight_files
-from kvopt.identity import check_base, weights_sha256
-from kvopt.model import Base, quiet
+from kvopt.storage.files import read_json, read_record_file, replacing_directory, write_json
+from kvopt.version import VERSION
 
 FORMAT_VERSION = 1
 RECORD = "kvopt-student.json"
@@ -163,7 +163,7 @@ def write_student_folder(
         files = [place / ADAPTER] if method == "lora" else weight_files(place)
         facts = {
             "format_version": FORMAT_VERSION,
-            "kvopt_version": kvopt.__version__,
+            "kvopt_version": VERSION,
             "name": name,
             "method": method,
             "weights_sha256": weights_sha256(files),

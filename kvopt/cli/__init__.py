@@ -14,11 +14,11 @@ from typing import Annotated, Any
 
 import typer
 
-import kvopt
 from kvopt.cli import bench as benchmarks
 from kvopt.cli import contexts, evaluation, exporting, merging, report, sequence, starting, students
 from kvopt.errors import InputError, KvoptError
-from kvopt.files import write_error
+from kvopt.storage.files import write_error
+from kvopt.version import VERSION
 
 INTERRUPTED = 130
 
@@ -136,7 +136,7 @@ def _interrupted() -> None:
 
 def _version(value: bool) -> None:
     if value:
-        print(f"kvopt {kvopt.__version__}")
+        print(f"kvopt {VERSION}")
         raise typer.Exit
 
 

@@ -40,7 +40,7 @@ def bench_kl(
     elif write_table:
         result = run_table(out=out)
     elif real:
-        from kvopt.real_states import real_states
+        from kvopt.bench.real_states import real_states
 
         states = real_states(REAL_TOKENS)
         timed = list(states.candidates)[2]
@@ -54,8 +54,8 @@ def bench_kl(
 
 def bench_step(config: ConfigPath, sets: Sets = None, as_json: Json = False) -> None:
     """One optimization step against PEFT's CARTRIDGE with a plain full-logits KL: time and peak memory."""
-    from kvopt import benchmark
-    from kvopt.config import load_config
+    from kvopt.bench import steps as benchmark
+    from kvopt.config.document import load_config
 
     settings, base_dir = load_config(config, sets or ())
     show_bench(benchmark.as_json("step", benchmark.bench_step(settings, base_dir)), as_json)
@@ -69,8 +69,8 @@ def bench_score(
     as_json: Json = False,
 ) -> None:
     """Scoring mutations behind a shared prefix against full prompts for each pair: wall-clock ratio."""
-    from kvopt import benchmark
-    from kvopt.config import load_config
+    from kvopt.bench import steps as benchmark
+    from kvopt.config.document import load_config
 
     settings, base_dir = load_config(config, sets or ())
     variants = benchmark.bench_score(settings, base_dir, mutations=mutations, rows=rows)

@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvopt.run import Run
+    from kvopt.run.run import Run
 
 WIDTH_OF_FILES = 120  # columns of a table that goes to a file or a pipe
 
@@ -31,8 +31,8 @@ def say(line: str) -> None:
 
 
 def open_run(config: Path, sets: list[str] | None, out: Path | None) -> Run:
-    from kvopt.config import load_config
-    from kvopt.run import Run
+    from kvopt.config.document import load_config
+    from kvopt.run.run import Run
 
     settings, base_dir = load_config(config, sets or ())
     return Run(settings, base_dir, out or Path("runs") / settings.name, say=say)
@@ -51,10 +51,10 @@ def console() -> Console:
 
 
 def show_board(board: dict[str, Any], folder: Path, as_json: bool) -> None:
-    from kvopt.report.leaderboard import table
+    from kvopt.report.board_table import board_table
 
     if as_json:
         print_json(board)
     else:
-        console().print(table(board))
+        console().print(board_table(board))
         print(f"run directory: {folder}")

@@ -31,8 +31,8 @@ def mutate(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json
     """Sample text mutations of the template; writes mutations.jsonl with every candidate and why it was rejected."""
     run = open_run(config, sets, out)
     with run.opened():
-        found = run.mutations
-    from kvopt.mutate.record import counts_by_reason
+        found = run.mutations()
+    from kvopt.mutate.mutation import counts_by_reason
 
     counts = counts_by_reason(found)
     if as_json:
@@ -56,13 +56,13 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Score contexts on the validation rows: forward KL, gold NLL (= pre-update loss), top-1 agreement."""
-    from kvopt.report.leaderboard import Entry, build_leaderboard
+    from kvopt.run.leaderboard import Entry, board_facts, build_leaderboard
 
     run = open_run(config, sets, out)
     with run.opened():
-        contexts = [c for spec in context or ["original", "none"] for c in run.named_context(spec)]
+        contexts = [c for spec in context or ["original", "none"] for c in run.stored_contexts(spec)]
         entries = [Entry.of(c, run.score(c)) for c in contexts]
-        board = build_leaderboard(entries, [], run.noise_floor(), run.facts())
+        board = build_leaderboard(entries, [], run.noise_floor(), board_facts(run.task()))
     if as_json:
         print_json({**board, "contexts": [entry.to_json() for entry in entries]})
     else:
@@ -79,11 +79,19 @@ def optimize(
     as_json: Json = False,
 ) -> None:
     """Learn the config's soft prompts and KV caches by gradient descent on the KL."""
+    from kvopt.run.stages import learning_history
+
     run = open_run(config, sets, out)
     with run.opened():
         learned = run.learned(only or ())
         rows = [
-            {"name": c.name, "kind": c.kind, "tokens": c.tokens, **run.score(c).to_json(), "history": run.history(c)}
+            {
+                "name": c.name,
+                "kind": c.kind,
+                "tokens": c.tokens,
+                **run.score(c).to_json(),
+                "history": learning_history(c.name, run.at),
+            }
             for c in learned
         ]
     if as_json:
@@ -101,7 +109,7 @@ def inspect(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A learned context.")], as_json: Json = False
 ) -> None:
     """Say what a context folder is, for which base, how good, and how to use it."""
-    from kvopt.contexts.inspection import describe, describe_text
+    from kvopt.export.inspection import describe, describe_text
 
     facts = describe(folder)
     if as_json:

@@ -36,7 +36,7 @@ def evaluate(
     to go on after an interruption.
     """
     run = open_run(config, sets, out)
-    from kvopt.train.evaluation.evaluate import evaluate_all
+    from kvopt.train.commands import evaluate_all
     from kvopt.train.evaluation.tables import tables
     from kvopt.train.launch import one_process
 
@@ -56,19 +56,20 @@ def study(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json 
     leaderboard of their contexts and the page. Run it again to go on after an interruption.
     """
     run = open_run(config, sets, out)
+    from kvopt.train.arms import study_arms
+    from kvopt.train.commands import conduct_study
     from kvopt.train.launch import one_process
-    from kvopt.train.study.arms import study_arms
-    from kvopt.train.study.study import Study
+    from kvopt.train.stages import check_student
     from kvopt.train.study.tables import tables
-    from kvopt.train.validation import check_evaluation
+    from kvopt.train.validate import check_evaluation
 
     one_process("a study")
-    study_arms(run.config)  # a fault in the grid is told before a model is loaded
-    check_evaluation(run)
+    for arm in study_arms(run.config):  # a fault in the grid is told before a model is loaded
+        check_student(run.inputs, arm.config)
+    check_evaluation(run.inputs)
     with run.opened():
-        made = Study(run)  # checks its arms before any work
         run.run()  # the leaderboard of the contexts, which the page of a study shows too
-        document = made.conduct()
+        document = conduct_study(run)
     leave_page(run.directory.path)
     if as_json:
         print_json(document)

@@ -55,7 +55,7 @@ def export(
     """Write a context for another tool: an adapter, embeddings, a cache, its text, a data set, or for vLLM."""
     from kvopt.export import Options
     from kvopt.export import export as write
-    from kvopt.export.hub import check_repository, push
+    from kvopt.export.upload import check_repository, push
 
     _refuse_options_of_others(
         to, {"--peft-type": peft_type, "--block-size": block_size, "--partial-block": partial_block, "--config": config}
@@ -93,7 +93,7 @@ def move(
     as_json: Json = False,
 ) -> None:
     """Rotate a KV context's keys to other positions: its bodies then start behind its last slot there."""
-    from kvopt.derive import move as make
+    from kvopt.export.derive import move as make
 
     _show(make(context, offset, out, base=base), as_json)
 
@@ -112,7 +112,7 @@ def compose(
     as_json: Json = False,
 ) -> None:
     """Put one learned context behind another, re-rotated; with --config, say the KL of each and of the pair."""
-    from kvopt.derive import compose as make
+    from kvopt.export.derive import compose as make
 
     _show(
         make(first, second, out, config=config, sets=sets or (), run_directory=run, base=base, name=name, say=say),
@@ -138,7 +138,7 @@ def truncate(
     as_json: Json = False,
 ) -> None:
     """Make a KV context shorter and say what that costs in KL."""
-    from kvopt.derive import truncate as make
+    from kvopt.export.derive import truncate as make
 
     _show(
         make(context, tokens, out, by=by, config=config, sets=sets or (), run_directory=run, base=base, say=say),

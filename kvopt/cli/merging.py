@@ -11,7 +11,7 @@ from kvopt.cli.common import Json, Sets, print_json, say
 from kvopt.errors import InputError
 
 if TYPE_CHECKING:
-    from kvopt.model import Base
+    from kvopt.base.loading import Base
 
 NewFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="The new student's folder.")]
 OfBase = Annotated[
@@ -72,7 +72,8 @@ def soup(
 
 def _base_of(students: list[Path], base: str | None) -> Base:
     """The base in float32, which keeps the masters of full students."""
-    from kvopt.model import ModelConfig, load_base
+    from kvopt.base.loading import load_base
+    from kvopt.config.model import ModelConfig
     from kvopt.train.student import read_student_record
 
     name = base
@@ -93,18 +94,18 @@ def _gold_nll_of(config: Path, sets: list[str] | None, context: str, base: Base)
     from kvopt.train.student import load_student
 
     run = open_run(config, sets, None)
+    task = run.task()
     for what, digest in base.identity.items():
-        if run.base.identity.get(what) != digest:
+        if task.base.identity.get(what) != digest:
             mend = "give the config that the students were trained with"
             raise InputError(f"its base differs from the students' in its {what}", where=str(config), mend=mend)
-    named = run.named_context(context)
+    named = run.stored_contexts(context)
     if len(named) != 1:
         raise InputError("names more than one context", where=f"--context {context}", mend="name one")
-    found = named[0]
-    rows = run.rows_for(found, "selection")
+    rows = task.rows_for(named[0], "selection")
 
     def measure(folder: Path) -> float:
-        value = gold_nll(load_student(folder, run.base), found, rows, batch_size=run.config.score.batch_size).mean
+        value = gold_nll(load_student(folder, task.base), named[0], rows, batch_size=run.config.score.batch_size).mean
         say(f"gold NLL {value:.4f}")
         return value
 

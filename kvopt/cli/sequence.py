@@ -22,7 +22,7 @@ def sequence(
     to go on after an interruption.
     """
     from kvopt.cli.evaluation import show
-    from kvopt.train.sequence.config import load_sequence
+    from kvopt.config.sequence import load_sequence
     from kvopt.train.sequence.sequence import conduct
     from kvopt.train.sequence.tables import tables
     from kvopt.train.sequence.tasks import load_tasks

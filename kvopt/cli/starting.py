@@ -36,7 +36,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
 ) -> None:
     """Write a starter config, or one whose template and data are recovered from rendered prompts."""
-    from kvopt.starter import write_inferred, write_starter
+    from kvopt.cli.starter import write_inferred, write_starter
 
     written = write_inferred(infer, folder, force) if infer else write_starter(folder, force)
     for path in written:
@@ -46,16 +46,16 @@ def init(
 
 def validate(config: ConfigPath, sets: Sets = None, as_json: Json = False) -> None:
     """Check config, template, data and the token seam, without loading the model's weights."""
-    from kvopt.config import load_config
-    from kvopt.run import Run
-    from kvopt.train.validation import check_evaluation, check_students
-    from kvopt.validation import check
+    from kvopt.config.document import load_config
+    from kvopt.run.run import Run
+    from kvopt.run.validate import check
+    from kvopt.train.validate import check_evaluation, check_students
 
     settings, base_dir = load_config(config, sets or ())
     run = Run(settings, base_dir, Path("runs") / settings.name, say=lambda line: None)  # the report holds the warnings
-    report = check(run)
-    check_students(run)
-    check_evaluation(run)
+    report = check(run.inputs)
+    check_students(run.inputs)
+    check_evaluation(run.inputs)
     if as_json:
         print_json(report)
         return
@@ -74,11 +74,11 @@ def show_config(
 ) -> None:
     """Print the commented starter config, or the JSON schema of config files."""
     if as_reference:
-        from kvopt.config_reference import reference
+        from kvopt.config.reference_page import reference
 
         print(reference(), end="")
     elif schema:
-        from kvopt.config import Config
+        from kvopt.config.document import Config
 
         print_json(Config.model_json_schema())
     else:

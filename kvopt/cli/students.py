@@ -12,7 +12,7 @@ import typer
 from kvopt.cli.common import ConfigPath, Json, Out, Sets, open_run, print_json
 
 if TYPE_CHECKING:
-    from kvopt.run import Run
+    from kvopt.run.run import Run
 
 
 def train(
@@ -27,7 +27,7 @@ def train(
     """Train the config's students on its contexts. Run it again to go on after an interruption; under `accelerate
     launch -m kvopt train …` on several processes.
     """
-    from kvopt.train.stages import train_students
+    from kvopt.train.commands import train_students
 
     run = open_run(config, sets, out)
     records = train_students(run, only or ())
@@ -53,12 +53,12 @@ def export_data(
     as_json: Json = False,
 ) -> None:
     """Write the training rows under every text context as JSONL, which any SFT trainer reads. Calls no model."""
-    from kvopt.files import write_jsonl
-    from kvopt.train.export_data import choices_of, export_rows
+    from kvopt.export.rows import choices_of, export_rows
+    from kvopt.storage.files import write_jsonl
 
     run = open_run(config, sets, run_folder)
-    choices, seed = choices_of(run, student, context or ())
-    rows = list(export_rows(run, choices, seed, format))
+    choices, seed = choices_of(run.inputs, student, context or ())
+    rows = list(export_rows(run.inputs, run.directory.path, choices, seed, format))
     write_jsonl(file, rows)
     counts = Counter(row["context_id"] for row in rows)
     if as_json:
@@ -72,12 +72,13 @@ def prepared(run: Run) -> Callable[[], list[dict[str, Any]]]:
     """What trains the run's students once it is open; their contexts are checked now, before other work."""
     if not run.config.students:
         return list
+    from kvopt.train.commands import train_chosen
     from kvopt.train.launch import one_process
-    from kvopt.train.stages import chosen, students
+    from kvopt.train.stages import chosen
 
     one_process("kvopt run")
-    configs = chosen(run)
-    return lambda: students(run, configs)
+    configs = chosen(run.inputs)
+    return lambda: train_chosen(run, configs)
 
 
 def show_students(records: list[dict[str, Any]], folder: Path, as_json: bool) -> None:

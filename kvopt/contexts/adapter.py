@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvopt.contexts.record import check_record
+from kvopt.contexts.provenance import check_record
 from kvopt.errors import InputError
-from kvopt.files import read_json, read_record_file
+from kvopt.storage.files import read_json, read_record_file
 
 FORMAT_VERSION = 1
 RECORD = "kvopt.json"

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvopt.attention import Prefix, prefill
-from kvopt.encoding import Encoded
-from kvopt.files import sha256_bytes, sha256_json
-from kvopt.model import Base
-from kvopt.template import Template
+from kvopt.base.loading import Base
+from kvopt.base.prefix import Prefix, prefill
+from kvopt.storage.files import sha256_bytes, sha256_json
+from kvopt.task.seam import Encoded
+from kvopt.task.template import Template
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,11 @@ class SoftContext(Context):
     kind: ClassVar[str] = "soft"
 
     @property
+    def tensor(self) -> Tensor:
+        """What is learned: the embeddings."""
+        return self.embeddings
+
+    @property
     def tokens(self) -> int:
         return self.embeddings.shape[0]
 
@@ -113,6 +118,11 @@ class KVContext(Context):
 
     states: Tensor
     kind: ClassVar[str] = "kv"
+
+    @property
+    def tensor(self) -> Tensor:
+        """What is learned: the states."""
+        return self.states
 
     @property
     def tokens(self) -> int:

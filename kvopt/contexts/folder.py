@@ -17,7 +17,9 @@ from peft import CartridgeConfig, PrefixTuningConfig, PromptTuningConfig
 from safetensors.torch import save
 from torch import Tensor
 
-import kvopt
+from kvopt.base.identity import check_base
+from kvopt.base.loading import Base
+from kvopt.base.rope import Rope
 from kvopt.contexts.adapter import (
     FORMAT_VERSION,
     KV_TYPES,
@@ -31,18 +33,24 @@ from kvopt.contexts.adapter import (
 )
 from kvopt.contexts.context import KVContext, SoftContext
 from kvopt.errors import InputError
-from kvopt.files import replacing_directory, write_json
-from kvopt.identity import check_base
-from kvopt.model import Base
-from kvopt.rope import rotate_keys
+from kvopt.storage.files import replacing_directory, write_json
+from kvopt.version import VERSION
 
-__all__ = ["Learned", "adapter_config", "load_context", "read_record", "read_tensor", "save_context", "write_adapter"]
+__all__ = [
+    "TensorContext",
+    "adapter_config",
+    "load_context",
+    "read_record",
+    "read_tensor",
+    "save_context",
+    "write_adapter",
+]
 
-Learned = KVContext | SoftContext
+TensorContext = KVContext | SoftContext
 
 
 def save_context(
-    context: Learned,
+    context: TensorContext,
     folder: Path,
     base: Base,
     *,
@@ -81,7 +89,7 @@ def save_context(
             place / RECORD,
             {
                 "format_version": FORMAT_VERSION,
-                "kvopt_version": kvopt.__version__,
+                "kvopt_version": VERSION,
                 "name": context.name,
                 "kind": context.kind,
                 "tokens": context.tokens,
@@ -110,7 +118,7 @@ def write_adapter(place: Path, tensor: Tensor, fields: dict[str, Any]) -> None:
     (place / "adapter_model.safetensors").write_bytes(data)
 
 
-def load_context(folder: Path, base: Base, *, name: str | None = None) -> Learned:
+def load_context(folder: Path, base: Base, *, name: str | None = None) -> TensorContext:
     """Read and check a context folder; a KV context that was moved comes back at position 0.
 
     A PEFT adapter that kvopt did not write is accepted when its type and shape fit; its base cannot be checked then.
@@ -136,7 +144,7 @@ def load_context(folder: Path, base: Base, *, name: str | None = None) -> Learne
             f"{TENSOR} is {tensor.dtype}, kvopt writes float32", where=str(folder), mend="restore or rebuild it"
         )
     tensor = tensor.float()
-    context: Learned
+    context: TensorContext
     if kind == "kv":
         states = rearrange(tensor, "t (l two h d) -> t l two h d", l=g.layers, two=2, h=g.kv_heads, d=g.head_dim)
         context = KVContext(name, states.contiguous())
@@ -148,15 +156,15 @@ def load_context(folder: Path, base: Base, *, name: str | None = None) -> Learne
         )
     first = int(((record or {}).get("positions") or {}).get("first", 0))
     if first and isinstance(context, KVContext):
-        context = KVContext(name, rotated(context.states, -first, base))
+        context = KVContext(name, rotated(context.states, -first, base.rope))
     return context
 
 
-def rotated(states: Tensor, shift: int, base: Base) -> Tensor:
+def rotated(states: Tensor, shift: int, rope: Rope) -> Tensor:
     """States [T, L, 2, H, d] whose keys stand ``shift`` positions further on; values stay. fp32, exact to rounding."""
     layers = [
         torch.stack(
-            [rotate_keys(states[:, layer, 0].transpose(0, 1), shift, layer, base).transpose(0, 1), states[:, layer, 1]],
+            [rope.rotate(states[:, layer, 0].transpose(0, 1), shift, layer).transpose(0, 1), states[:, layer, 1]],
             dim=1,
         )
         for layer in range(states.shape[1])

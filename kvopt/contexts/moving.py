@@ -14,14 +14,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from kvopt.attention import Prefix, prefill
+from kvopt.base.loading import Base
+from kvopt.base.prefix import Prefix, prefill
+from kvopt.contexts.compaction import fewer_slots
 from kvopt.contexts.context import KVContext, SoftContext
-from kvopt.contexts.folder import Learned, rotated
-from kvopt.contexts.initial.matched import fewer_slots
-from kvopt.contexts.initial.task import InitialTask
-from kvopt.encoding import Row
+from kvopt.contexts.folder import TensorContext, rotated
 from kvopt.errors import InputError
-from kvopt.model import Base
+from kvopt.task.seam import Row
 
 Way = Literal["refitted", "attention", "first", "last"]
 """Which slots a shorter context keeps.
@@ -44,7 +43,7 @@ def moved(context: KVContext, offset: int, base: Base) -> KVContext:
     rotation that far out.
     """
     check_positions(base, offset, context.tokens, context.name)
-    return KVContext(context.name, rotated(context.states, offset, base))
+    return KVContext(context.name, rotated(context.states, offset, base.rope))
 
 
 def check_positions(base: Base, offset: int, tokens: int, name: str) -> None:
@@ -73,7 +72,7 @@ def rope_type(base: Base) -> str:
     return next((name for name in names if name in _CHANGING), sorted(names)[0])
 
 
-def joined(first: Learned, second: Learned, base: Base, name: str) -> Learned:
+def joined(first: TensorContext, second: TensorContext, base: Base, name: str) -> TensorContext:
     """``first``, then ``second`` behind it, as one context.
 
     Two soft prompts are put end to end, and the second will see the first. Otherwise both become KV caches (a soft
@@ -85,10 +84,10 @@ def joined(first: Learned, second: Learned, base: Base, name: str) -> Learned:
     if isinstance(first, SoftContext) and isinstance(second, SoftContext):
         return SoftContext(name, torch.cat([first.embeddings, second.embeddings]))
     head, tail = states_of(first, base), states_of(second, base)
-    return KVContext(name, torch.cat([head, rotated(tail, first.tokens, base)]))
+    return KVContext(name, torch.cat([head, rotated(tail, first.tokens, base.rope)]))
 
 
-def states_of(context: Learned, base: Base) -> Tensor:
+def states_of(context: TensorContext, base: Base) -> Tensor:
     """Keys and values [T, L, 2, H, d] in fp32 on the CPU: a KV context's own, or those that a soft prompt leaves."""
     if isinstance(context, KVContext):
         return context.states
@@ -119,9 +118,9 @@ def shortened(
         )
     if way in WITH_ROWS:
         prefix = Prefix.unstack(context.states.to(base.device), torch.float32)
-        task = InitialTask(base, name, "kv", tokens, (), rows)
-        return KVContext(name, fewer_slots(task, prefix, refit=way == "refitted").float().cpu())
+        slots = fewer_slots(base, prefix, tokens, rows, refit=way == "refitted")
+        return KVContext(name, slots.float().cpu())
     if way == "first":
         return KVContext(name, context.states[:tokens].clone())
     keep = torch.tensor([0, *range(context.tokens - tokens + 1, context.tokens)])
-    return KVContext(name, rotated(context.states[keep], tokens - context.tokens, base))
+    return KVContext(name, rotated(context.states[keep], tokens - context.tokens, base.rope))

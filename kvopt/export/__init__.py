@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import kvopt
 from kvopt.errors import InputError
 from kvopt.export import hf_cache, peft_adapter, prompt_embeds, text, trl_dataset, vllm
 from kvopt.export.card import card
 from kvopt.export.exporter import Exporter, Options, Written, refuse_kind
 from kvopt.export.source import Source, open_source
-from kvopt.files import replacing_directory, write_json, write_text
+from kvopt.storage.files import replacing_directory, write_json, write_text
+from kvopt.version import VERSION
 
 RECORD = "kvopt-export.json"
 FORMAT_VERSION = 1
@@ -78,7 +78,7 @@ def _facts(source: Source, to: str, written: Written) -> dict[str, Any]:
     record = source.record or {}
     return {
         "format_version": FORMAT_VERSION,
-        "kvopt_version": kvopt.__version__,
+        "kvopt_version": VERSION,
         "to": to,
         "name": source.name,
         "kind": source.kind,

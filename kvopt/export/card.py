@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import kvopt
-from kvopt.builtin_base import HUB_ID, NAME
+from kvopt.base.builtin import HUB_ID
+from kvopt.config.model import BUILTIN_BASE
 from kvopt.export.exporter import Written
 from kvopt.export.source import Source
+from kvopt.version import VERSION
 
 HASHES = ("weights", "config", "tokenizer", "chat_template")
 
@@ -21,13 +22,13 @@ def card(source: Source, to: str, written: Written) -> str:
         "## How good it is\n\n" + _metrics(source),
         f"## Use it\n\nFrom inside this folder:\n\n```python\n{written.snippet}```\n\n{_behind(source)}",
         "## Know\n\n" + "\n".join(f"- {note}" for note in written.notes),
-        f"Written by kvopt {kvopt.__version__} (`kvopt export --to {to}`).",
+        f"Written by kvopt {VERSION} (`kvopt export --to {to}`).",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _front_matter(source: Source, to: str, written: Written) -> str:
-    base = HUB_ID if source.base_name == NAME else source.base_name
+    base = HUB_ID if source.base_name == BUILTIN_BASE else source.base_name
     lines = ["---", f"library_name: {written.library}", f"base_model: {_quoted(base)}", "tags:"]
     lines += [f"- {tag}" for tag in ("kvopt", f"{source.kind}-context", to)]
     return "\n".join([*lines, "---"])

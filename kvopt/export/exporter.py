@@ -58,12 +58,12 @@ class Exporter:
 
 def base_lines(base: str) -> str:
     """Python that sets ``base`` to what ``from_pretrained`` reads: a hub id, a folder, the built-in base's folder."""
-    from kvopt.builtin_base import NAME
+    from kvopt.config.model import BUILTIN_BASE
 
-    if base == NAME:
-        return "from kvopt.builtin_base import builtin_folder\n\nbase = str(builtin_folder(print))  # the built-in base"
+    if base == BUILTIN_BASE:
+        return "from kvopt.base.builtin import builtin_folder\n\nbase = str(builtin_folder(print))  # the built-in base"
     if base.lower().endswith(".gguf"):
-        return f"from kvopt.model import locate\n\nbase = str(locate({base!r}, None, print))  # converted once"
+        return f"from kvopt.base.loading import locate\n\nbase = str(locate({base!r}, None, print))  # converted once"
     return f"base = {base!r}"
 
 

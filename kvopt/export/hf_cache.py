@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvopt.export.exporter import Options, Written, base_lines, body_line
 from kvopt.export.source import Source, fp32
-from kvopt.files import write_bytes
+from kvopt.storage.files import write_bytes
 
 SNIPPET = """\
 from generate import generate, load_prefix  # generate.py of this folder; it needs transformers alone

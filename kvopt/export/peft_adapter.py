@@ -15,7 +15,7 @@ from kvopt.contexts.folder import write_adapter
 from kvopt.errors import InputError
 from kvopt.export.exporter import Options, Written, base_lines, body_line
 from kvopt.export.source import Source
-from kvopt.files import write_json
+from kvopt.storage.files import write_json
 
 FITS = {"kv": KV_TYPES, "soft": ("PROMPT_TUNING",)}
 

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from kvopt.export.exporter import Options, Written, base_lines, body_line
 from kvopt.export.scripts.prompt_embeds import encode
 from kvopt.export.source import Source, fp32
-from kvopt.files import write_bytes, write_text
+from kvopt.storage.files import write_bytes, write_text
 
 PASSTHROUGH = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 

@@ -15,15 +15,17 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from kvopt.base.identity import check_base, config_sha256, tokenizer_sha256
+from kvopt.base.loading import Base, load_base, load_tokenizer, locate
+from kvopt.config.model import ModelConfig
 from kvopt.contexts.adapter import adapter_config, check_finite, kind_of, read_record, read_tensor
 from kvopt.errors import InputError
-from kvopt.files import read_json
-from kvopt.identity import check_base, config_sha256, tokenizer_sha256
-from kvopt.model import Base, ModelConfig, load_base, load_tokenizer, locate
-from kvopt.mutate.record import read_mutations
-from kvopt.rendering import Renderer
+from kvopt.mutate.mutation import read_mutations
 from kvopt.report.reading import read_board
-from kvopt.template import Template
+from kvopt.storage.files import read_json
+from kvopt.task.render import Renderer
+from kvopt.task.template import Template
+from kvopt.task.template_files import configured_template
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,7 @@ def read_run(folder: Path) -> RunFacts:
     """Template, base and leaderboard of a run directory. Raises InputError for a folder that is none, or a damaged
     file in it.
     """
-    from kvopt.config import load_config
+    from kvopt.config.document import load_config
 
     path = folder / "config.yaml"
     if not path.is_file():
@@ -256,7 +258,7 @@ def read_run(folder: Path) -> RunFacts:
     if (folder / "leaderboard.json").is_file():
         read_board(folder / "leaderboard.json")
         board = read_json(folder / "leaderboard.json")
-    template = config.template.build(base_dir)
+    template = configured_template(config.template, base_dir)[0]
     return RunFacts(folder, template, config.model.base, config.template.chat_kwargs, config.template.scope, board)
 
 

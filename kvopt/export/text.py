@@ -6,13 +6,13 @@ from pathlib import Path
 
 from kvopt.export.exporter import Options, Written
 from kvopt.export.source import Source
-from kvopt.files import write_json, write_text
+from kvopt.storage.files import write_json, write_text
 
 SNIPPET = """\
 import json
 from pathlib import Path
 
-from kvopt.template import Template
+from kvopt.task.template import Template
 
 template = Template.from_json(json.loads(Path("template.json").read_text("utf-8")))
 prompt = template.fill({values})  # {gives}

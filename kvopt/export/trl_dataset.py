@@ -8,7 +8,7 @@ from pathlib import Path
 from kvopt.errors import InputError
 from kvopt.export.exporter import Options, Written
 from kvopt.export.source import Source
-from kvopt.files import write_text
+from kvopt.storage.files import write_text
 
 FILE = "train.jsonl"
 
@@ -27,22 +27,22 @@ def write(source: Source, place: Path, options: Options) -> Written:
     Raises:
         InputError: the data are not where the config says, or are not those of the run.
     """
-    from kvopt.config import load_config
-    from kvopt.inputs import Inputs
-    from kvopt.train.config import ContextChoice
-    from kvopt.train.export_data import export_rows
+    from kvopt.config.document import load_config
+    from kvopt.config.students import ContextChoice
+    from kvopt.export.rows import export_rows
+    from kvopt.run.inputs import read_inputs
 
     if source.run is None:
         raise ValueError("a text context belongs to a run")
     path = options.config or source.run.path / "config.yaml"
     config, base_dir = load_config(path)
     try:
-        inputs = Inputs(config, base_dir, source.run.path, say=lambda line: None)
+        inputs = read_inputs(config, base_dir)
     except InputError as error:
         if options.config is not None:
             raise
         raise InputError(str(error), where=str(path), mend="give the run's own config with --config") from None
-    rows = list(export_rows(inputs, [ContextChoice(context=source.name)], config.seed))
+    rows = list(export_rows(inputs, source.run.path, [ContextChoice(context=source.name)], config.seed))
     write_text(place / FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return Written(
         summary=f"{len(rows)} training rows under the context {source.name}, as prompt and completion.",

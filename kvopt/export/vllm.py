@@ -7,13 +7,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from kvopt.base.loading import load_tokenizer
+from kvopt.config.model import ModelConfig
 from kvopt.errors import InputError
 from kvopt.export import hf_cache
 from kvopt.export.exporter import Options, Written, base_lines, body_line
 from kvopt.export.source import Source
 from kvopt.export.vllm_connector import check_blocks
-from kvopt.files import sha256_bytes, write_bytes, write_json
-from kvopt.model import ModelConfig, load_tokenizer
+from kvopt.storage.files import sha256_bytes, write_bytes, write_json
 
 SNIPPET = """\
 import json

@@ -1,1 +1,1 @@
-"""Text mutations of a template: operators, generators, validity, search."""
+"""Other wordings of the template: operators, generators, what makes a mutation valid, the search for them."""

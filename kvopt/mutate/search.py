@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from kvopt.files import sha256_json
-from kvopt.mutate.config import MutationsConfig
+from kvopt.config.mutations import FAMILIES, MutationsConfig
 from kvopt.mutate.generators.base import Generator, Proposal, Request
 from kvopt.mutate.generators.rules import compose
-from kvopt.mutate.operators import FAMILIES, RULE_FAMILIES, Operator, operators
-from kvopt.mutate.record import Journal, Mutation, counts_by_reason
+from kvopt.mutate.mutation import Journal, Mutation, counts_by_reason
+from kvopt.mutate.operator import RULE_FAMILIES, Operator, operators
 from kvopt.mutate.spans import compile_protect
 from kvopt.mutate.validity import Checker, Rejection, Scope, TokenIds
-from kvopt.template import Template
+from kvopt.storage.files import sha256_json
+from kvopt.task.template import Template
 
 RULES_VERSION = 1
 """Raise it when operators or the search change what a seed gives."""

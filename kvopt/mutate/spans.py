@@ -13,9 +13,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from kvopt.config.mutations import protected_pattern
 from kvopt.errors import InputError
 from kvopt.mutate.vocabulary import EMPHASIS, HEADINGS, SECTION_TAGS
-from kvopt.template import SLOT
+from kvopt.task.template import SLOT
 
 FIRST_MARK = 0xF0000
 LAST_MARK = 0xFFFFD
@@ -69,16 +70,10 @@ class Span:
 
 def compile_protect(protect: Sequence[str]) -> tuple[re.Pattern[str], ...]:
     """The user's literals (plain, or ``re:PATTERN``). Raises InputError for an empty one or a broken pattern."""
-    patterns = []
-    for entry in protect:
-        body = entry[3:] if entry.startswith("re:") else re.escape(entry)
-        if not body.strip():
-            raise InputError("an entry is empty", where="mutations.protect", mend="name the text that must not change")
-        try:
-            patterns.append(re.compile(body))
-        except re.error as error:
-            raise InputError(f"{entry!r} is not a regular expression: {error}", where="mutations.protect") from None
-    return tuple(patterns)
+    try:
+        return tuple(protected_pattern(entry) for entry in protect)
+    except ValueError as error:
+        raise InputError(str(error), where="mutations.protect", mend="name the text that must not change") from None
 
 
 def numbering(source: str) -> list[tuple[int, int]]:

@@ -27,7 +27,7 @@ from typing import Literal
 
 from kvopt.errors import InputError
 from kvopt.mutate.spans import find_spans, numbering
-from kvopt.template import SLOT, Slot, Template, parse
+from kvopt.task.template import SLOT, Slot, Template, parse
 
 Scope = Literal["leading", "all"]
 TokenIds = Callable[[Template], tuple[int, ...]]

@@ -34,9 +34,9 @@ def write_report(
 
     Returns the document of ``report.json`` and the files written. Raises InputError as :func:`report_of` does.
     """
-    from kvopt.files import write_json, write_text
     from kvopt.report.page import render
     from kvopt.report.tables import to_csv, to_markdown
+    from kvopt.storage.files import write_json, write_text
 
     report, runs = report_of(folders)
     written = []

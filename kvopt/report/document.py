@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import kvopt
-from kvopt.mutate.record import Mutation, counts_by_reason
+from kvopt.mutate.mutation import Mutation, counts_by_reason
 from kvopt.report.agreement import rank_agreements
 from kvopt.report.changes import compare_runs
 from kvopt.report.choice import advice, on_selection, pareto_front, rivals, share_kept
 from kvopt.report.costs import build_costs, stage_costs, total_costs
 from kvopt.report.reading import RunFiles
+from kvopt.version import VERSION
 
 FORMAT_VERSION = 1
 REJECTED_SHOWN = 4  # rejected candidates of each reason
@@ -22,7 +22,7 @@ def document(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """``report.json``: ``runs``, and ``changes`` where there are several."""
     found: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "kvopt_version": kvopt.__version__,
+        "kvopt_version": VERSION,
         "runs": [run_document(run) for run in runs],
     }
     return found | ({"changes": compare_runs(runs)} if len(runs) > 1 else {})

@@ -16,10 +16,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kvopt.errors import InputError
-from kvopt.mutate.record import Mutation, read_mutations
+from kvopt.mutate.mutation import Mutation, read_mutations
 from kvopt.report.evaluation import Evaluation, in_order
 from kvopt.report.study import Study
-from kvopt.template import Template
+from kvopt.task.template import Template
 
 AGAIN = "delete it and run kvopt run again"
 

@@ -10,8 +10,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from kvopt.console.tables import plain_table
 from kvopt.report.choice import number
-from kvopt.report.terminal import plain_table
 
 COLUMNS = (
     "run", "name", "kind", "tokens", "kl_forward", "kl_forward_low", "kl_forward_high", "kl_forward_p95", "gold_nll",

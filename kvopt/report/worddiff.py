@@ -8,7 +8,7 @@ from difflib import SequenceMatcher
 from itertools import pairwise
 from typing import Any, Literal
 
-from kvopt.template import Template
+from kvopt.task.template import Template
 
 WORD = re.compile(r"\{\{[^{}]*\}\}|\w+|[^\w\s]|[^\S\n]+|\n")
 AROUND = 16  # unchanged words kept beside a change in a long text

@@ -14,13 +14,14 @@ from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, get_peft_m
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from kvopt.config import load_config
+from kvopt.base.loading import Base
+from kvopt.config.document import load_config
 from kvopt.contexts import load_context
 from kvopt.contexts.adapter import read_tensor
-from kvopt.contexts.inspection import describe, describe_text
 from kvopt.errors import InputError
-from kvopt.model import Base
-from kvopt.run import Run
+from kvopt.export.inspection import describe, describe_text
+from kvopt.run.run import Run
+from kvopt.run.stages import learning_history
 from tests.adapters import CONFIGS, SLOTS, trained
 from tests.export.readers import BODIES, assert_same_logits, our_logits, right_padded
 from tests.jobs import run_job, write_job
@@ -59,10 +60,10 @@ def test_it_is_scored_beside_our_own_contexts_and_gone_on_with(how: str, tmp_pat
     settings, base_dir = load_config(config)
     said: list[str] = []
     with Run(settings, base_dir, tmp_path / "run", say=said.append, bars=False).opened() as run:
-        (theirs,) = run.named_context(str(adapter))
-        (more,) = run.named_context("more")
+        (theirs,) = run.stored_contexts(str(adapter))
+        (more,) = run.stored_contexts("more")
         kl = {c.name: run.score(c, "selection").kl_forward.mean for c in (theirs, more)}
-        history = run.history(more)
+        history = learning_history(more.name, run.at)
         score = run.score(theirs).kl_forward.mean
     rows = {row["name"]: row["kl_forward"]["mean"] for row in board["contexts"]}
     assert rows["theirs"] == pytest.approx(score, rel=1e-6), "with steps: 0 it stands on the leaderboard as it is"

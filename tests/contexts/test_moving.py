@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvopt.attention import Prefix, prefill, prefix_cache, run_bodies
+from kvopt.base.loading import Base, load_base
+from kvopt.base.prefix import Prefix, prefill, prefix_cache, run_bodies
+from kvopt.config.model import ModelConfig
 from kvopt.contexts import KVContext, SoftContext, load_context, save_context
 from kvopt.contexts.folder import rotated
 from kvopt.contexts.moving import WAYS, joined, moved, shortened
-from kvopt.encoding import make_batch
 from kvopt.errors import InputError
-from kvopt.model import Base, ModelConfig, load_base
-from kvopt.score import score_tokens
+from kvopt.measure.score import score_tokens
+from kvopt.task.seam import make_batch
 from tests.tasks import Task, make_task
 from tests.tiny import MODELS, save_tiny, tiny_base
 
@@ -112,7 +113,7 @@ def test_two_halves_computed_together_are_joined_to_the_whole(task: Task) -> Non
     """The second half's slots, moved to 0 and joined again, are the template itself."""
     whole = template_kv(task)
     half = whole.tokens // 2
-    second = KVContext("b", rotated(whole.states[half:], -half, task.base))
+    second = KVContext("b", rotated(whole.states[half:], -half, task.base.rope))
     pair = joined(KVContext("a", whole.states[:half]), second, task.base, "ab")
     assert pair.tokens == whole.tokens
     torch.testing.assert_close(pair.states, whole.states, rtol=1e-5, atol=2e-5)  # type: ignore[union-attr]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from kvopt.contexts import load_context
-from kvopt.contexts.inspection import describe
 from kvopt.errors import InputError
 from kvopt.export import export
+from kvopt.export.inspection import describe
 from tests.export.readers import saved
 from tests.tasks import make_task
 from tests.tiny import tiny_base

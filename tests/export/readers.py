@@ -12,13 +12,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvopt.attention import run_bodies
+from kvopt.base.generate import generate, stop_ids
+from kvopt.base.loading import Base
+from kvopt.base.prefix import run_bodies
+from kvopt.config.contexts import Init
 from kvopt.contexts import KVContext, SoftContext, save_context
-from kvopt.contexts.folder import Learned
-from kvopt.contexts.initial import InitialTask, initial_tensor
-from kvopt.encoding import Row, make_batch
-from kvopt.generate import generate, stop_ids
-from kvopt.model import Base
+from kvopt.contexts.folder import TensorContext
+from kvopt.learn.start_task import StartTask, initial_tensor
+from kvopt.task.seam import Row, make_batch
 from tests.tasks import Task
 
 Kind = Literal["kv", "soft"]
@@ -26,22 +27,22 @@ BODIES = [[40, 41, 42], [50], [60, 61, 62, 63, 64, 65, 66], [70, 71], [80, 81, 8
 NEW_TOKENS = 10
 
 
-def perturbed(task: Task, kind: Kind, tokens: int) -> Learned:
+def perturbed(task: Task, kind: Kind, tokens: int) -> TensorContext:
     """Slots spread over the template's text with some noise on them: no text has exactly these."""
     ids = task.encoded.prefix
-    start = initial_tensor("strided", InitialTask(task.base, "c", kind, tokens, ids, task.encoded.rows))
+    start = initial_tensor(Init("strided").start, StartTask(task.base, "c", kind, tokens, ids, task.encoded.rows))
     tensor = start + 0.05 * torch.randn(start.shape, generator=torch.Generator().manual_seed(tokens))
     return KVContext("c", tensor) if kind == "kv" else SoftContext("c", tensor)
 
 
-def saved(task: Task, kind: Kind, folder: Path, tokens: int = 6) -> Learned:
+def saved(task: Task, kind: Kind, folder: Path, tokens: int = 6) -> TensorContext:
     """A context of that kind in ``folder``."""
     context = perturbed(task, kind, tokens)
     save_context(context, folder, task.base, frozen=1, record={"template_tokens": len(task.encoded.prefix)})
     return context
 
 
-def our_logits(base: Base, context: Learned, bodies: Sequence[Sequence[int]]) -> list[Tensor]:
+def our_logits(base: Base, context: TensorContext, bodies: Sequence[Sequence[int]]) -> list[Tensor]:
     """Logits [tokens, vocabulary] of each body behind the context."""
     rows = [Row(str(i), tuple(body), (0,)) for i, body in enumerate(bodies)]
     with torch.no_grad():
@@ -49,7 +50,7 @@ def our_logits(base: Base, context: Learned, bodies: Sequence[Sequence[int]]) ->
         return [base.model.lm_head(hidden[i, : len(body)]) for i, body in enumerate(bodies)]
 
 
-def our_text(base: Base, context: Learned, bodies: Sequence[Sequence[int]]) -> list[list[int]]:
+def our_text(base: Base, context: TensorContext, bodies: Sequence[Sequence[int]]) -> list[list[int]]:
     """Greedy answers of kvopt's own generation."""
     return [list(a) for a in generate(base, context.prefix(base), bodies, max_new_tokens=NEW_TOKENS)]
 

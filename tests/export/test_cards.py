@@ -16,15 +16,15 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from kvopt.builtin_base import NAME
+from kvopt.base.generate import answer_text, generate, stop_ids
+from kvopt.config.model import BUILTIN_BASE
 from kvopt.contexts import load_context
-from kvopt.contexts.inspection import describe, describe_text
 from kvopt.errors import InputError, KvoptError
-from kvopt.export import EXPORTERS, Options, export, hub
+from kvopt.export import EXPORTERS, Options, export, upload
 from kvopt.export.exporter import base_lines
+from kvopt.export.inspection import describe, describe_text
 from kvopt.export.source import open_source
-from kvopt.generate import answer_text, generate, stop_ids
-from kvopt.template import Template
+from kvopt.task.template import Template
 from tests.jobs import run_job, write_job
 from tests.tiny import save_tiny, tiny_base, tiny_folder
 
@@ -182,7 +182,7 @@ def test_the_same_context_gives_the_same_bytes(run: Path, tmp_path: Path) -> Non
 
 
 def test_the_built_in_base_is_found_by_name_in_snippets() -> None:
-    assert "builtin_folder" in base_lines(NAME)
+    assert "builtin_folder" in base_lines(BUILTIN_BASE)
     assert base_lines("org/model") == "base = 'org/model'"
     assert "locate" in base_lines("model.gguf")
 
@@ -284,9 +284,9 @@ class _Api:
 
 
 def test_the_whole_folder_is_pushed_and_private_unless_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(hub, "HfApi", _Api)
+    monkeypatch.setattr(upload, "HfApi", _Api)
     _Api.calls, _Api.fault = [], None
-    assert hub.push(tmp_path, "me/context", private=True) == "https://huggingface.co/me/context"
+    assert upload.push(tmp_path, "me/context", private=True) == "https://huggingface.co/me/context"
     (_, created), (_, uploaded) = _Api.calls
     assert created == {"repo_id": "me/context", "private": True, "exist_ok": True}
     assert uploaded["repo_id"] == "me/context"
@@ -296,13 +296,13 @@ def test_the_whole_folder_is_pushed_and_private_unless_told(monkeypatch: pytest.
 def test_a_hub_that_cannot_be_reached_is_one_line_and_the_export_stays(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(hub, "HfApi", _Api)
+    monkeypatch.setattr(upload, "HfApi", _Api)
     monkeypatch.setattr(_Api, "fault", OSError("no route\nto host"))
     with pytest.raises(KvoptError, match="cannot be pushed: no route to host; the export stays in") as caught:
-        hub.push(tmp_path, "me/context", private=True)
+        upload.push(tmp_path, "me/context", private=True)
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="give USER/NAME"):
-        hub.push(tmp_path, "context", private=True)
+        upload.push(tmp_path, "context", private=True)
 
 
 def test_soft_prompts_keep_every_bit_on_their_way(run: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvopt.contexts import load_context
-from kvopt.export import hub
+from kvopt.export import upload
 from tests.jobs import run_job, write_job
 from tests.tiny import tiny_base
 
@@ -65,7 +65,9 @@ def test_export_pushes_when_told_and_checks_the_name_first(
     document: Any, fails: Any, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[tuple[str, str, bool]] = []
-    monkeypatch.setattr(hub, "push", lambda folder, to, private: sent.append((str(folder), to, private)) or "address")
+    monkeypatch.setattr(
+        upload, "push", lambda folder, to, private: sent.append((str(folder), to, private)) or "address"
+    )
     result = document("export", job / "run/contexts/kv-8", "--to", "hf-cache", "--push-to-hub", "me/context")
     assert result["pushed_to"] == "address"
     assert sent == [("exports/kv-8-hf-cache", "me/context", True)]

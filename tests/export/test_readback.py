@@ -9,12 +9,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from kvopt.base.generate import stop_ids
+from kvopt.base.loading import Base
 from kvopt.contexts import load_context, save_context
-from kvopt.contexts.folder import Learned
+from kvopt.contexts.folder import TensorContext
 from kvopt.contexts.moving import joined, moved
 from kvopt.export import Options, export
-from kvopt.generate import stop_ids
-from kvopt.model import Base
 from tests.adapters import CONFIGS, trained
 from tests.export.readers import (
     BODIES,
@@ -44,7 +44,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     return request.param
 
 
-def check_peft(base: Base, context: Learned, folder: Path) -> None:
+def check_peft(base: Base, context: TensorContext, folder: Path) -> None:
     """PEFT, from the folder alone: logits behind right padding, greedy text behind left padding, in batches."""
     fresh = AutoModelForCausalLM.from_pretrained(base.model.config._name_or_path, dtype=torch.float32)
     model = PeftModel.from_pretrained(fresh, str(folder)).eval()
@@ -68,7 +68,7 @@ def peft_text(model: PeftModel, base: Base, bodies: list[list[int]]) -> list[lis
     return until_stop(base, out[:, ids.shape[1] :])
 
 
-def check_hf_cache(base: Base, context: Learned, folder: Path) -> None:
+def check_hf_cache(base: Base, context: TensorContext, folder: Path) -> None:
     script = module_of(folder / "generate.py")
     model = AutoModelForCausalLM.from_pretrained(base.model.config._name_or_path, dtype=torch.float32).eval()
     prefix = script.load_prefix()
@@ -80,7 +80,7 @@ def check_hf_cache(base: Base, context: Learned, folder: Path) -> None:
         assert answers == our_text(base, context, BODIES)
 
 
-def check_prompt_embeds(base: Base, context: Learned, folder: Path) -> None:
+def check_prompt_embeds(base: Base, context: TensorContext, folder: Path) -> None:
     """What a server would be sent, decoded as it decodes it, run by plain transformers."""
     script = module_of(folder / "prompt_embeds.py")
     model = AutoModelForCausalLM.from_pretrained(base.model.config._name_or_path, dtype=torch.float32).eval()

@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvopt.base.loading import Base
 from kvopt.contexts import KVContext
 from kvopt.errors import InputError
 from kvopt.export import Options, export
 from kvopt.export import vllm_connector as connector
-from kvopt.model import Base
 from tests.export.readers import saved
 from tests.tasks import make_task
 from tests.tiny import MODELS, tiny_base

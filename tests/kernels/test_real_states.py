@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvopt.base.loading import Base
+from kvopt.bench.real_states import RealStates, real_states
 from kvopt.kernels import Head, KLOptions, linear_kl, linear_scores, moments_of, reference_facts
 from kvopt.kernels.reference import linear_kl64, linear_scores64
-from kvopt.model import Base
-from kvopt.real_states import RealStates, real_states
 from tests.kernels.cases import relative
 
 pytestmark = pytest.mark.slow

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from kvopt.config.mutations import EndpointGenerator, MutationsConfig, NoGenerator
 from kvopt.errors import InputError
-from kvopt.mutate.config import EndpointGenerator, MutationsConfig, NoGenerator
 from kvopt.mutate.generators import build_generator
 from kvopt.mutate.generators.base import Proposal, Request, marked
 from kvopt.mutate.generators.endpoint import EndpointParaphraser
@@ -21,7 +21,7 @@ from kvopt.mutate.generators.file import FileVariants
 from kvopt.mutate.generators.local import LocalParaphraser
 from kvopt.mutate.search import accepted, counts_by_reason, mutate
 from kvopt.mutate.spans import mask
-from kvopt.template import Template
+from kvopt.task.template import Template
 
 SYSTEM = 'Read the note and answer with "one word" in JSON. Never add a comment to {"a": 1}.'
 TEMPLATE = Template.from_messages(

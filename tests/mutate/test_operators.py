@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvopt.mutate.generators.rules import apply_operator
-from kvopt.mutate.operators import RULE_FAMILIES, operators
+from kvopt.mutate.operator import RULE_FAMILIES, operators
 from kvopt.mutate.spans import MARK, MarkError, compile_protect, find_spans, mask
 from kvopt.mutate.text import blocks, join
-from kvopt.template import SLOT, Template
+from kvopt.task.template import SLOT, Template
 
 PIECES = [
     "You are a careful assistant.",

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from pydantic import ValidationError
 
+from kvopt.config.mutations import MutationsConfig, NoGenerator
 from kvopt.errors import InputError
-from kvopt.mutate.config import MutationsConfig, NoGenerator
 from kvopt.mutate.generators.base import Proposal, Request
-from kvopt.mutate.record import Mutation, counts_by_reason, read_mutations
+from kvopt.mutate.mutation import Mutation, counts_by_reason, read_mutations
 from kvopt.mutate.search import accepted, mutate, summary
 from kvopt.mutate.validity import Rejection
-from kvopt.template import Template
+from kvopt.task.template import Template
 from tests.mutate.test_operators import templates
 
 TEMPLATE = Template.from_messages(

@@ -7,7 +7,7 @@ import pytest
 from kvopt.mutate.sanity import sanity
 from kvopt.mutate.spans import compile_protect
 from kvopt.mutate.validity import Checker, check_slots
-from kvopt.template import Template
+from kvopt.task.template import Template
 
 TEXT = 'Label {{text}} as one of: good, bad.\nUse {"label": 1} and $HOME, 5% for "two words" by AddToPlaylist. {{n}}'
 

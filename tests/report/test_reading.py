@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from kvopt.errors import InputError
+from kvopt.measure.score import Interval, Score
 from kvopt.report import report_of, write_report
-from kvopt.report.leaderboard import Entry, build_leaderboard
 from kvopt.report.reading import read_run, read_runs
-from kvopt.score import Interval, Score
+from kvopt.run.leaderboard import Entry, build_leaderboard
 from tests.report.made import change, leaderboard, write_run
 
 

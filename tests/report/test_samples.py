@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvopt.config import load_config
+from kvopt.base.loading import Base
+from kvopt.config.document import load_config
 from kvopt.contexts import KVContext
-from kvopt.encoding import Encoded, Row
-from kvopt.model import Base
-from kvopt.run import Run
-from kvopt.samples import Limits as SampleLimits
-from kvopt.samples import Shown, _answers, collect, ordering, places, token_text
-from kvopt.score import TokenScores, naive_logits, score_tokens
+from kvopt.measure.samples import SampleLimits, Shown, _answers, collect, ordering, places, token_text
+from kvopt.measure.score import TokenScores, naive_logits, score_tokens
+from kvopt.run.run import Run
+from kvopt.task.seam import Encoded, Row
 from tests.jobs import run_job, stages_in, write_job
 from tests.tasks import OTHER, make_task, template_for
 from tests.tiny import tiny_base
@@ -127,9 +126,9 @@ def test_the_kl_of_tokens_is_that_of_the_leaderboard(finished: Path):
     document = json.loads((finished / "out" / "samples.json").read_text("utf-8"))
     loaded, base_dir = load_config(finished / "job.yaml")
     with Run(loaded, base_dir, finished / "out", say=lambda line: None, bars=False).opened() as run:
-        (context,) = run.named_context("kv-8")
-        stored = run.token_scores(context, "validation", 4)
-        ids = [example.id for example in run.dataset.validation]
+        (context,) = run.stored_contexts("kv-8")
+        stored = run.token_scores(context, "validation")
+        ids = [example.id for example in run.inputs.dataset.validation]
     by_row = dict(zip(ids, stored.kl.split(stored.counts.tolist()), strict=True))
     for example in document["examples"]:
         assert example["contexts"]["kv-8"]["kl"] == pytest.approx(by_row[example["id"]].tolist(), abs=1e-6)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvopt.config import load_config
-from kvopt.run import Run
+from kvopt.config.document import load_config
+from kvopt.run.run import Run
 from tests.jobs import write_job, write_rows
 
 TEMPLATES = """

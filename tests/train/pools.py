@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from kvopt.config.students import StudentConfig
 from kvopt.contexts import Context, KVContext, NoContext, SoftContext, TextContext
-from kvopt.encoding import Encoded
-from kvopt.train.config import StudentConfig
+from kvopt.task.seam import Encoded
+from kvopt.train.job import Job
 from kvopt.train.pool import Pool, PoolContext
 from kvopt.train.student import Student
-from kvopt.train.trainer import Job
 from tests.tasks import OTHER, Task, template_for
 
 

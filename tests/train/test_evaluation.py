@@ -11,17 +11,18 @@ import pytest
 import torch
 from rich.console import Console
 
+from kvopt.base.generate import generate, stop_ids
+from kvopt.config.names import ContextName
+from kvopt.config.students import StudentConfig
 from kvopt.contexts import KVContext
 from kvopt.errors import InputError
-from kvopt.files import write_json
-from kvopt.generate import generate, stop_ids
-from kvopt.train.config import StudentConfig
+from kvopt.storage.files import write_json
+from kvopt.train.commands import evaluate_all, evaluator_of, train_chosen
 from kvopt.train.evaluation.conditions import held_out_mutations, mutations_in_use
-from kvopt.train.evaluation.evaluate import Evaluation, evaluate_all
-from kvopt.train.evaluation.metrics.judge import Judge
 from kvopt.train.evaluation.models import subject
 from kvopt.train.evaluation.tables import tables
-from kvopt.train.stages import chosen, students
+from kvopt.train.metrics.judge import Judge
+from kvopt.train.stages import chosen
 from tests.jobs import artefacts, stages_in, write_rows
 from tests.train.evaluated import WORDS, open_evaluated, student, write_evaluated
 
@@ -32,9 +33,9 @@ def evaluated(tmp_path_factory):
     place = tmp_path_factory.mktemp("evaluated")
     config = write_evaluated(place)
     run = open_evaluated(config, place / "out")
-    configs = chosen(run)
+    configs = chosen(run.inputs)
     with run.opened():
-        students(run, configs)
+        train_chosen(run, configs)
         documents = evaluate_all(run)
     return config, place / "out", {document["name"]: document for document in documents}
 
@@ -58,6 +59,11 @@ def answers_of(out, name, context):
     return [json.loads(line) for line in lines]
 
 
+def everything(run):
+    """The catalogue of a run with its mutations, ranked."""
+    return run.catalogue([ContextName.parse("best-mutations:1", "test")])
+
+
 def plain_logits(model, ids, count):
     """[count, V] float64: the model's own logits at the positions that predict the last ``count`` ids."""
     with torch.no_grad():
@@ -71,16 +77,16 @@ def test_gold_likelihoods_equal_plain_transformers_on_full_prompts(evaluated, na
     config, out, _ = evaluated
     run = open_evaluated(config, out)
     with run.opened():
-        model = subject(run, name).model
-        evaluation = Evaluation(run, run.config.students)
+        model = subject(run.task(), name, run.at).model
+        evaluation = evaluator_of(run, run.config.students)
         condition = next(c for c in evaluation.conditions if c.name == context)
-        rows = condition.context.bodies(run.rows_for(condition.context, "validation")).rows
+        rows = condition.context.bodies(run.task().rows_for(condition.context, "validation")).rows
         prefix = condition.context.bos if context == "none" else condition.context.encoded.prefix
-        originals = run.rows("validation").rows
+        originals = run.task().rows("validation").rows
         for row, original, stored in zip(rows, originals, answers_of(out, name, context), strict=True):
             log_q = plain_logits(model.model, [*prefix, *row.body, *row.gold], len(row.gold)).log_softmax(-1)
-            whole = [*run.encoded.prefix, *original.body, *original.gold]
-            log_p = plain_logits(run.base.model, whole, len(row.gold)).log_softmax(-1)
+            whole = [*run.task().encoded.prefix, *original.body, *original.gold]
+            log_p = plain_logits(run.load_base().model, whole, len(row.gold)).log_softmax(-1)
             nll = -log_q.gather(1, torch.tensor(row.gold)[:, None]).sum()
             assert stored["nll"] == pytest.approx(nll.item(), rel=1e-4)
             assert stored["kl"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), rel=1e-3, abs=1e-5)
@@ -91,14 +97,14 @@ def test_answers_are_the_students_own_greedy_ones(evaluated):
     config, out, _ = evaluated
     run = open_evaluated(config, out)
     with run.opened():
-        model = subject(run, "s1").model
-        for row, stored in zip(run.rows("validation").rows, answers_of(out, "s1", "original")[:4], strict=False):
-            ids = torch.tensor([[*run.encoded.prefix, *row.body]])
+        model = subject(run.task(), "s1", run.at).model
+        for row, stored in zip(run.task().rows("validation").rows, answers_of(out, "s1", "original")[:4], strict=False):
+            ids = torch.tensor([[*run.task().encoded.prefix, *row.body]])
             found = model.model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,
-                eos_token_id=sorted(stop_ids(model) | run.answer_ends), pad_token_id=0,
+                eos_token_id=sorted(stop_ids(model) | run.task().answer_ends), pad_token_id=0,
             )  # fmt: skip
-            answer = [t for t in found[0, ids.shape[1] :].tolist() if t not in run.answer_ends]
+            answer = [t for t in found[0, ids.shape[1] :].tolist() if t not in run.task().answer_ends]
             assert stored["answer"] == model.tokenizer.decode(answer, skip_special_tokens=True)
 
 
@@ -129,12 +135,12 @@ def test_forgetting_equals_the_formulas_on_full_probe_prompts(evaluated):
     run = open_evaluated(config, out)
     kl = change = tokens = 0.0
     with run.opened():
-        model = subject(run, "s1").model
-        probes = Evaluation(run, run.config.students).probes
+        model = subject(run.task(), "s1", run.at).model
+        probes = evaluator_of(run, run.config.students).probes
         assert len(probes.encoded.rows) == len(WORDS)
         for row in probes.encoded.rows:
             ids = [*probes.encoded.prefix, *row.body, *row.gold]
-            log_p = plain_logits(run.base.model, ids, len(row.gold)).log_softmax(-1)
+            log_p = plain_logits(run.load_base().model, ids, len(row.gold)).log_softmax(-1)
             log_q = plain_logits(model.model, ids, len(row.gold)).log_softmax(-1)
             kl += (log_p.exp() * (log_p - log_q)).sum().item()
             change += (log_p - log_q).gather(1, torch.tensor(row.gold)[:, None]).sum().item()
@@ -179,8 +185,8 @@ def test_a_mutation_that_a_learned_context_starts_from_is_not_held_out(tmp_path)
 
     run = open_evaluated(write_evaluated(tmp_path, start_from_mutations), tmp_path / "out")
     with run.opened():
-        used = mutations_in_use(run, run.config.students)
-        best = run.ranked_mutations[0][0].name
+        used = mutations_in_use(everything(run), run.config.students)
+        best = run.ranked_mutations()[0][0].name
     assert {"m001", "m005", best} <= used
 
 
@@ -191,7 +197,7 @@ def test_a_mutation_that_a_teacher_sees_is_not_held_out(tmp_path):
 
     run = open_evaluated(write_evaluated(tmp_path, distilled), tmp_path / "out")
     with run.opened():
-        assert mutations_in_use(run, run.config.students) == {"m004"}
+        assert mutations_in_use(everything(run), run.config.students) == {"m004"}
 
 
 def test_quantities_are_shown_as_a_metric_names_them(evaluated):
@@ -208,10 +214,10 @@ def test_another_student_moves_only_the_held_out_mutations_that_it_is_trained_on
     def held_out(count, *taken):
         settings = run.config.evaluate.model_copy(update={"held_out_mutations": count})
         students = [StudentConfig.model_validate(student(f"on-{name}", name)) for name in taken]
-        return {context.name for context in held_out_mutations(run, settings, students)}
+        return {context.name for context in held_out_mutations(everything(run), settings, students)}
 
     with run.opened():
-        accepted = {context.name for context in run.mutation_contexts}
+        accepted = {context.name for context in run.mutation_contexts().values()}
         for count in (1, 2, 3, 4):
             before = held_out(count)
             assert len(before) == count
@@ -307,7 +313,7 @@ def test_a_chosen_context_makes_nothing_that_it_does_not_need(tmp_path):
     documents, run = again(config, out, ["base"], ["held-out"])
     held_out = [c["name"] for c in documents[0]["contexts"]]
     assert len(held_out) == 2
-    trained = next(m.name for m in run.mutation_contexts if m.name not in held_out)
+    trained = next(m.name for m in run.mutation_contexts().values() if m.name not in held_out)
     documents, _ = again(config, out, ["base"], [held_out[1], trained])
     assert [(c["name"], c["group"]) for c in documents[0]["contexts"]] == [
         (held_out[1], "held-out"), (trained, "other"),
@@ -375,13 +381,12 @@ def test_a_judge_is_asked_once_for_each_answer_and_again_only_where_it_failed(co
     for _ in range(3):
         run = open_evaluated(config, out, (f"evaluate.metrics={settings}",))
         with run.opened():
-            evaluation = Evaluation(run, run.config.students)
-            whole = evaluation.conditions[:1]
-            evaluation = Evaluation(run, run.config.students, whole)
+            whole = evaluator_of(run, run.config.students).conditions[:1]
+            evaluation = evaluator_of(run, run.config.students, only=whole)
             judge = evaluation.metrics[0]
             assert isinstance(judge, Judge)
-            evaluation.metrics = [Judge("judge", judge.endpoint, transport=httpx.MockTransport(handle))]
-            document = evaluation.evaluate(subject(run, "base"))
+            evaluation.__dict__["metrics"] = [Judge("judge", judge.endpoint, transport=httpx.MockTransport(handle))]
+            document = evaluation.evaluate(subject(run.task(), "base", run.at))
         counts.append(len(asked))
         warnings.append([line for line in run.lines if "judge" in line])
         values.append({q: v["mean"] for q, v in document["contexts"][0]["quantities"].items() if q.startswith("judge")})
@@ -435,12 +440,12 @@ def test_an_answer_stops_at_the_token_that_gold_outputs_end_with(copied):
     config, out = copied
     run = open_evaluated(config, out)
     with run.opened():
-        row, prefix = run.rows("validation").rows[0], run.original.prefix(run.base)
-        whole = generate(run.base, prefix, [row.body], max_new_tokens=6, stop=frozenset())[0]
-        run.__dict__["answer_ends"] = frozenset({whole[3]})
-        evaluation = Evaluation(run, run.config.students)
-        evaluation = Evaluation(run, run.config.students, evaluation.conditions[:1])
-        evaluation.evaluate(subject(run, "base"))
+        row, prefix = run.task().rows("validation").rows[0], run.task().original.prefix(run.load_base())
+        whole = generate(run.load_base(), prefix, [row.body], max_new_tokens=6, stop=frozenset())[0]
+        run.task().__dict__["answer_ends"] = frozenset({whole[3]})
+        conditions = evaluator_of(run, run.config.students).conditions[:1]
+        evaluation = evaluator_of(run, run.config.students, only=conditions)
+        evaluation.evaluate(subject(run.task(), "base", run.at))
     first = answers_of(out, "base", "original")[0]
     assert first["answer_tokens"] == whole.index(whole[3])
     assert first["cut"] is False

@@ -12,14 +12,12 @@ from datasets import load_dataset
 from typer.testing import CliRunner
 
 from kvopt.cli import app
-from kvopt.config import load_config
+from kvopt.config.document import load_config
+from kvopt.config.names import ORDERS, ContextName
 from kvopt.errors import InputError
-from kvopt.inputs import Inputs
-from kvopt.run import Run
-from kvopt.select import ORDERS
-from kvopt.train.config import ContextChoice
-from kvopt.train.export_data import choices_of, export_rows
-from kvopt.train.pool import resolve
+from kvopt.export.rows import choices_of, export_rows
+from kvopt.run.inputs import read_inputs
+from kvopt.run.run import Run
 from tests.jobs import rows, run_job, write_job, write_rows
 from tests.tiny import tiny_tokenizer
 
@@ -47,18 +45,16 @@ def exported(
     job: Path, out: Path, student: str | None = None, *contexts: str, format: str = "prompt-completion"
 ) -> list:
     config, base_dir = load_config(job)
-    inputs = Inputs(config, base_dir, out, say=lambda line: None)
+    inputs = read_inputs(config, base_dir)
     choices, seed = choices_of(inputs, student, contexts)
-    found = list(export_rows(inputs, choices, seed, format))
-    assert "base" not in vars(inputs), "no model is loaded"
-    return found
+    return list(export_rows(inputs, out, choices, seed, format))
 
 
 def test_every_training_row_stands_under_every_context_as_often_as_it_weighs(finished: tuple[Path, Path]) -> None:
     job, out = finished
     found = exported(job, out, "mixed")
     config, base_dir = load_config(job)
-    train = Inputs(config, base_dir, out, say=lambda line: None).dataset.train
+    train = read_inputs(config, base_dir).dataset.train
     names = list(dict.fromkeys(row["context_id"] for row in found))
     assert names[0] == "original"
     assert len(names) == 3
@@ -83,7 +79,8 @@ def test_training_and_export_choose_the_same_mutations(finished: tuple[Path, Pat
     with run.opened():
         for order in ORDERS:
             spec = f"{order}-mutations:2"
-            trained = resolve(run, ContextChoice(context=spec), config.seed, set(), "test")
+            name = ContextName.parse(spec, "test")
+            trained = run.catalogue([name]).named(name, "test", seed=config.seed)
             written = exported(job, out, None, spec)
             assert [context.name for context in trained] == list(dict.fromkeys(row["context_id"] for row in written))
 
@@ -120,7 +117,7 @@ def test_a_plain_text_template_gives_text(tmp_path: Path) -> None:
     [
         (["kv-8"], "a learned context has no text"),
         (["none"], "has no prompt to write"),
-        (["m999"], "no such context"),
+        (["m999"], "no context 'm999'"),
         (["best-mutations:x"], "needs a number"),
         (["best-mutations:9"], "9 mutations are wanted, 3 are there"),
         (["original", "original"], "stands twice"),

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvopt.config.students import StudentConfig
 from kvopt.errors import KvoptError
 from kvopt.kernels import Head
-from kvopt.train.config import StudentConfig
 from kvopt.train.losses import Gold, Loss, build_loss
 from kvopt.train.losses.gold import gold_log_probs
 

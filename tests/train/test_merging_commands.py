@@ -8,9 +8,10 @@ import re
 import pytest
 import torch
 
-from kvopt.config import load_config
-from kvopt.inputs import Inputs
-from kvopt.model import ModelConfig, load_base
+from kvopt.base.loading import load_base
+from kvopt.config.document import load_config
+from kvopt.config.model import ModelConfig
+from kvopt.run.run import Run
 from kvopt.train.gold import gold_nll
 from kvopt.train.merging.adapter import read_adapter
 from kvopt.train.merging.folders import best_soup
@@ -107,8 +108,10 @@ def test_a_greedy_soup_is_no_worse_than_its_best_student_on_the_selection_rows(k
     assert made["by"] == "greedy soup"
     alone = {tuple(t["members"]): t["value"] for t in made["tried"]}
     assert made["value"] <= min(alone[i,] for i in range(3)) < max(alone[i,] for i in range(3))
-    run = Inputs(*load_config(config), tmp_path / "none", say=lambda line: None)
-    value = gold_nll(load_student(tmp_path / "mixed", run.base), run.original, run.rows("selection")).mean
+    run = Run(*load_config(config), tmp_path / "none", say=lambda line: None)
+    value = gold_nll(
+        load_student(tmp_path / "mixed", run.load_base()), run.task().original, run.task().rows("selection")
+    ).mean
     assert made["value"] == pytest.approx(value, abs=1e-6)
     assert len(made["tried"]) == 5
     assert not (tmp_path / "none").exists()

@@ -8,12 +8,12 @@ import httpx
 import pytest
 from pydantic import TypeAdapter
 
+from kvopt.config.evaluation import MetricConfig
 from kvopt.errors import InputError
-from kvopt.train.evaluation.config import MetricConfig
-from kvopt.train.evaluation.metrics import Item, build_metric
-from kvopt.train.evaluation.metrics.base import Metric
-from kvopt.train.evaluation.metrics.json_answers import same_value
-from kvopt.train.evaluation.metrics.judge import Judge
+from kvopt.train.metrics import Item, build_metric
+from kvopt.train.metrics.base import Metric
+from kvopt.train.metrics.json_answers import same_value
+from kvopt.train.metrics.judge import Judge
 
 GOLD = '{"intent": "PlayMusic", "slots": {"track": "Yesterday", "artist": "the Beatles"}}'
 

@@ -14,20 +14,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvopt.attention import empty_prefix
-from kvopt.config import load_config
-from kvopt.encoding import Row
+from kvopt.base.generate import generate, stop_ids
+from kvopt.base.loading import Base, load_base
+from kvopt.base.prefix import empty_prefix
+from kvopt.config.document import load_config
+from kvopt.config.model import ModelConfig
 from kvopt.errors import InputError
-from kvopt.generate import generate, stop_ids
 from kvopt.kernels import Head
-from kvopt.model import Base, ModelConfig, load_base
-from kvopt.run import Run
+from kvopt.run.run import Run
+from kvopt.task.seam import Row
+from kvopt.train.commands import train_students
 from kvopt.train.distill.on_policy import OnPolicyLoss, evaluating
 from kvopt.train.distill.teacher import Teacher
+from kvopt.train.job import Job
 from kvopt.train.losses import Gold, OnPolicyDivergence
-from kvopt.train.stages import train_students
 from kvopt.train.student import load_student, lora_student, read_student_record
-from kvopt.train.trainer import Job, StudentTrainer, train_student
+from kvopt.train.trainer import StudentTrainer, train_student
 from tests.jobs import write_job
 from tests.tasks import Task, make_task
 from tests.tiny import MODELS, save_tiny, tiny_base, tiny_folder, tiny_model

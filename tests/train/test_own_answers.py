@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from kvopt.config import load_config
+from kvopt.config.document import load_config
 from kvopt.errors import InputError
-from kvopt.run import Run
+from kvopt.run.run import Run
+from kvopt.train.commands import train_students
 from kvopt.train.distill import own_answers as module
 from kvopt.train.distill.own_answers import with_own_answers
-from kvopt.train.pool import Pool, build_pool
-from kvopt.train.stages import train_students
+from kvopt.train.pool import Pool, build_pool, names_of
 from tests.jobs import write_job
 
 CHECK = {"kind": "exact-match", "normalize": ["strip", "case"]}
@@ -60,8 +60,8 @@ def test_right_and_whole_answers_take_the_place_of_gold_under_every_context(tmp_
     run = run_of(tmp_path)
     config = run.config.students[0]
     with run.opened():
-        before = build_pool(run, config)
-        after = with_own_answers(run, config, before)
+        before = build_pool(run.catalogue(names_of(config)), config, 0)
+        after = with_own_answers(run.task(), config, before, run.at)
     count = before.rows
     expected = {row.example_id for i, row in enumerate(before.contexts[0].rows) if i % 3 == 0}
     for old, new in zip(before.contexts, after.contexts, strict=True):
@@ -70,8 +70,10 @@ def test_right_and_whole_answers_take_the_place_of_gold_under_every_context(tmp_
         assert changed == expected
         assert all(o.body == n.body for o, n in zip(old.rows, new.rows, strict=True))
         own = next(row for row in new.rows if row.example_id in expected)
-        assert run.base.tokenizer.decode(own.gold).isupper() or "<|im_end|>" in run.base.tokenizer.decode(own.gold)
-        assert own.gold[-1] in run.answer_ends
+        assert run.load_base().tokenizer.decode(own.gold).isupper() or "<|im_end|>" in run.load_base().tokenizer.decode(
+            own.gold
+        )
+        assert own.gold[-1] in run.task().answer_ends
     assert after.own == len(expected)
     assert 0 < after.own < count
 
@@ -80,10 +82,10 @@ def test_answers_that_make_a_row_too_long_are_not_taken(tmp_path: Path, answers:
     run = run_of(tmp_path)
     config = run.config.students[0]
     with run.opened():
-        pool = build_pool(run, config)
-        lengths = sorted(taken_lengths(pool, with_own_answers(run, config, pool)))
+        pool = build_pool(run.catalogue(names_of(config)), config, 0)
+        lengths = sorted(taken_lengths(pool, with_own_answers(run.task(), config, pool, run.at)))
         limit = lengths[-1] - 1
-        after = with_own_answers(run, config.model_copy(update={"max_length": limit}), pool)
+        after = with_own_answers(run.task(), config.model_copy(update={"max_length": limit}), pool, run.at)
     assert sorted(taken_lengths(pool, after)) == [length for length in lengths if length <= limit]
     assert 0 < after.own < len(lengths)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvopt.train.config import StudentConfig
+from kvopt.config.students import StudentConfig
 from kvopt.train.schedules import Schedule, StateAdaptive, build_schedule
 
 

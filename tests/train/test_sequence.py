@@ -13,12 +13,12 @@ import pytest
 import torch
 import yaml
 
-from kvopt.config import load_config
+from kvopt.config.document import load_config
+from kvopt.config.sequence import load_sequence
 from kvopt.errors import InputError
 from kvopt.train.gold import gold_nll
-from kvopt.train.sequence.config import load_sequence
 from kvopt.train.sequence.sequence import conduct
-from kvopt.train.sequence.tasks import Task, load_tasks, opened
+from kvopt.train.sequence.tasks import SequenceTask, load_tasks, opened
 from kvopt.train.sequence.transfer import transfer
 from kvopt.train.student import load_student, read_student_record
 from kvopt.train.trainer import StudentTrainer
@@ -61,7 +61,7 @@ def write_sequence(folder: Path, change: Callable[[dict[str, Any]], object] | No
     return path
 
 
-def load(path: Path, out: Path) -> tuple[Any, list[Task]]:
+def load(path: Path, out: Path) -> tuple[Any, list[SequenceTask]]:
     config, base_dir = load_sequence(path)
     return config, load_tasks(config, base_dir, out, say=lambda line: None, bars=False)
 
@@ -82,14 +82,14 @@ def arm_of(document: dict[str, Any], name: str) -> dict[str, Any]:
 def test_r_holds_the_gold_nll_of_every_task_after_every_stage(done: Any) -> None:
     path, out, document = done
     _, tasks = load(path, out)
-    base = tasks[0].run.base
+    base = tasks[0].run.load_base()
     assert document["tasks"] == ["first", "again"]
     for arm in ("fixed", "adaptive"):
         models = [base, *(load_student(task.folder(arm), base) for task in tasks)]
         for model, row in zip(models, arm_of(document, arm)["R"]["gold_nll"], strict=True):
             for task, value in zip(tasks, row, strict=True):
-                rows = task.run.rows("validation")
-                assert value == pytest.approx(gold_nll(model, task.run.original, rows).mean, rel=1e-5)
+                rows = task.run.task().rows("validation")
+                assert value == pytest.approx(gold_nll(model, task.run.task().original, rows).mean, rel=1e-5)
 
 
 def test_transfer_is_that_of_each_matrix(done: Any) -> None:
@@ -119,8 +119,8 @@ def test_a_stage_starts_from_the_student_of_the_stage_before(done: Any) -> None:
     assert before is not None
     assert before["settings"]["start"] is None
     assert record["seed"] == before["seed"] + 1
-    base = tasks[0].run.base
-    nll = [gold_nll(m, tasks[1].run.original, tasks[1].run.rows("train")).mean
+    base = tasks[0].run.load_base()
+    nll = [gold_nll(m, tasks[1].run.task().original, tasks[1].run.task().rows("train")).mean
            for m in (base, load_student(tasks[0].folder("fixed"), base))]  # fmt: skip
     assert record["history"][0]["loss"] == pytest.approx(nll[1], abs=0.5)
     assert abs(record["history"][0]["loss"] - nll[1]) < abs(record["history"][0]["loss"] - nll[0])
@@ -129,17 +129,17 @@ def test_a_stage_starts_from_the_student_of_the_stage_before(done: Any) -> None:
 def test_the_pool_is_scored_under_the_student_that_the_stages_before_left(done: Any) -> None:
     path, out, document = done
     _, tasks = load(path, out)
-    base = tasks[0].run.base
+    base = tasks[0].run.load_base()
     stages = arm_of(document, "adaptive")["stages"]
     with opened(tasks):
-        pools = [{context.name: context for context in [t.run.original, *t.run.mutation_contexts]} for t in tasks]
+        pools = [{"original": t.run.task().original, **t.run.mutation_contexts()} for t in tasks]
     models = (base, load_student(tasks[0].folder("adaptive"), base))
     for model, task, contexts, stage in zip(models, tasks, pools, stages, strict=True):
         assert stage["contexts"][0] == "original"
         assert len(stage["contexts"]) == 3
-        rows = task.run.rows("train").select([example.id for example in task.run.dataset.train][:6])
+        rows = task.run.task().rows("train").select([example.id for example in task.run.inputs.dataset.train][:6])
         for name, value in stage["gold_nll"].items():
-            context = task.run.for_training(contexts[name])
+            context = task.run.task().for_training(contexts[name])
             assert value == pytest.approx(gold_nll(model, context, rows).mean, rel=1e-4)
         assert stage["kept"] == [min(stage["gold_nll"], key=stage["gold_nll"].__getitem__)]
 

@@ -13,12 +13,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kvopt.attention import gold_hidden
+from kvopt.base.generate import generate
+from kvopt.base.loading import Base
+from kvopt.base.prefix import gold_hidden
 from kvopt.contexts import KVContext
-from kvopt.encoding import make_batch
 from kvopt.errors import InputError, KvoptError
-from kvopt.generate import generate
-from kvopt.model import Base
+from kvopt.task.seam import make_batch
 from kvopt.train.student import Student, full_student, load_student, lora_student, save_student, twin
 from tests.tasks import make_task
 from tests.tiny import tiny_base, tiny_folder

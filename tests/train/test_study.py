@@ -12,15 +12,17 @@ import yaml
 from rich.console import Console
 
 from kvopt import cli
-from kvopt.config import load_config
+from kvopt.config.document import load_config
+from kvopt.config.students import StudentConfig
 from kvopt.errors import InputError, KvoptError
-from kvopt.train.config import StudentConfig
+from kvopt.train.arms import study_arms, trained_students
+from kvopt.train.commands import conduct_study, study_runner
 from kvopt.train.evaluation.conditions import held_out_mutations
 from kvopt.train.evaluation.models import subject
+from kvopt.train.pool import build_pool
+from kvopt.train.stages import contexts_of
 from kvopt.train.study import values
-from kvopt.train.study.arms import study_arms, trained_students
 from kvopt.train.study.document import Result
-from kvopt.train.study.study import Study
 from kvopt.train.study.tables import tables
 from tests.jobs import artefacts, stages_in
 from tests.tiny import tiny_folder
@@ -47,7 +49,7 @@ def loaded(folder, change=None):
 def conducted(config, out):
     run = open_evaluated(config, out)
     with run.opened():
-        return Study(run).conduct()
+        return conduct_study(run)
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +199,9 @@ def test_a_draw_that_takes_every_row_once_gives_the_values_of_the_evaluation(fin
     monkeypatch.setattr(values, "row_draws", lambda examples, seed, resamples: np.ones((1, examples)))
     run = open_evaluated(config, tmp_path / "out")
     with run.opened():
-        study = Study(run)
-        measured = study.evaluation.measure(subject(run, "kv--seed-5"))
-        evaluation = study.evaluation.document(subject(run, "kv--seed-5"), measured)
+        study = study_runner(run)
+        measured = study.evaluator.measure(subject(run.task(), "kv--seed-5", run.at))
+        evaluation = study.evaluator.document(subject(run.task(), "kv--seed-5", run.at), measured)
     draws = values.draws_by_path(measured, seed=0, resamples=1)
     expected = values.by_path(evaluation)
     assert {"held-out/gold_nll", "held-out/gold_nll/spread", "wordings/consistency", "original/rouge-l",
@@ -239,7 +241,7 @@ def test_an_arm_twice_as_fast_gets_twice_the_steps_and_keeps_them(finished, tmp_
     (tmp_path / "out" / "study-steps.json").unlink()
     run = open_evaluated(config, tmp_path / "out")
     with run.opened():
-        study = Study(run)
+        study = study_runner(run)
         plain, kv, _, timed = study.arms
 
         def result(of, seconds):
@@ -309,12 +311,11 @@ def test_mutations_of_every_arm_and_seed_are_kept_from_the_held_out_ones(tmp_pat
     run = open_evaluated(write_study(tmp_path, random), tmp_path / "out")
     with run.opened():
         trained = trained_students(run.config)
-        held_out = {c.name for c in held_out_mutations(run, run.config.evaluate, trained)}
+        catalogue = run.catalogue(contexts_of(run.inputs, trained))
+        held_out = {c.name for c in held_out_mutations(catalogue, run.config.evaluate, trained)}
         used = set()
         for config in trained:
-            from kvopt.train.pool import build_pool
-
-            used |= {item.name for item in build_pool(run, config).contexts}
+            used |= {item.name for item in build_pool(catalogue, config, config.seed or 0).contexts}
     assert len({c.seed for c in trained if c.name.startswith("drawn--")}) == 2
     assert held_out
     assert not held_out & used

@@ -19,11 +19,11 @@ import torch
 from typer.testing import CliRunner, Result
 
 from kvopt.cli import app
-from kvopt.config import load_config
+from kvopt.config.document import load_config
 from kvopt.errors import InputError, KvoptError
-from kvopt.run import Run
+from kvopt.run.run import Run
 from kvopt.train import trainer
-from kvopt.train.stages import train_students
+from kvopt.train.commands import train_students
 from kvopt.train.student import lora_student
 from tests.jobs import artefacts, stages_in, write_job
 
@@ -198,22 +198,22 @@ def test_a_config_without_students_is_an_error(tmp_path: Path) -> None:
 
 
 def test_rows_that_are_too_long_are_dropped_under_every_context_and_counted(tmp_path: Path) -> None:
-    from kvopt.train.pool import build_pool
+    from kvopt.train.pool import build_pool, names_of
 
     job = write(tmp_path, [{"name": "s", "contexts": ["original", "kv-8"], "steps": 1}])
     config, base_dir = load_config(job)
     run = Run(config, base_dir, tmp_path / "out", say=lambda line: None, bars=False)
     with run.opened():
-        lengths = sorted(len(run.original.encoded.prefix) + len(row) for row in run.rows("train").rows)
+        lengths = sorted(len(run.task().original.encoded.prefix) + len(row) for row in run.task().rows("train").rows)
         limit = lengths[len(lengths) // 2]
         student = config.students[0].model_copy(update={"max_length": limit, "too_long": "drop"})
-        pool = build_pool(run, student)
+        pool = build_pool(run.catalogue(names_of(student)), student, 0)
     fitting = [length for length in lengths if length <= limit]
     assert 0 < len(fitting) < len(lengths)
     assert (pool.rows, pool.dropped) == (len(fitting), len(lengths) - len(fitting))
     text, kv = pool.contexts
     assert [row.example_id for row in text.rows] == [row.example_id for row in kv.rows]
-    gold = {row.example_id: row.gold for row in run.encoded.rows}
+    gold = {row.example_id: row.gold for row in run.task().encoded.rows}
     assert all(row.gold == gold[row.example_id] for row in (*text.rows, *kv.rows))
     assert max(len(row) for row in text.rows) == limit
 

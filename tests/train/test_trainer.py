@@ -14,16 +14,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
-from kvopt.attention import prefill
+from kvopt.base.loading import enable_checkpointing
+from kvopt.base.prefix import prefill
 from kvopt.errors import KvoptError
-from kvopt.model import enable_checkpointing
 from kvopt.train import forward
 from kvopt.train import trainer as module
 from kvopt.train.forward import ContextLoss
 from kvopt.train.gold import gold_nll
+from kvopt.train.job import Job, Trained, make_plan
 from kvopt.train.losses import AnchoredKL, CrossEntropy
 from kvopt.train.student import full_student, lora_student
-from kvopt.train.trainer import Job, StudentTrainer, Trained, make_plan, train_student
+from kvopt.train.trainer import StudentTrainer, train_student
 from tests.tasks import Task, make_task
 from tests.tiny import MODELS, tiny_base, tiny_folder
 from tests.train.pools import context, job, plain_logits, plain_nll, pool, weights

@@ -13,11 +13,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from kvopt.encoding import Row
-from kvopt.files import sha256_json
-from kvopt.generate import generate
+from kvopt.base.generate import generate
+from kvopt.base.loading import Base
 from kvopt.kernels import Head
-from kvopt.model import Base
+from kvopt.storage.files import sha256_json
+from kvopt.task.seam import Row
 from kvopt.train.distill.teacher import Teacher
 from kvopt.train.forward import ContextLoss, Item
 from kvopt.train.losses import Gold, OnPolicyDivergence

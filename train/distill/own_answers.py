@@ -9,32 +9,34 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kvopt.encoding import Encoded, Row
-from kvopt.files import sha256_json
-from kvopt.generate import answer_text, generate
-from kvopt.progress import advance
-from kvopt.run import Run
-from kvopt.train.config import OwnAnswersConfig, StudentConfig
-from kvopt.train.evaluation.metrics import Item, build_metrics
-from kvopt.train.evaluation.rows import stored_rows, write_rows
+from kvopt.base.generate import answer_text, generate
+from kvopt.config.students import OwnAnswersConfig, StudentConfig
+from kvopt.console.progress import advance
+from kvopt.run.encoded_task import EncodedTask
+from kvopt.run.inputs import Inputs
+from kvopt.run.workspace import Workspace
+from kvopt.storage.files import sha256_json
+from kvopt.task.seam import Encoded, Row
+from kvopt.train.keyed_rows import stored_rows, write_rows
+from kvopt.train.metrics import Item, build_metrics
 from kvopt.train.pool import Pool
 
 VERSION = 1
 """Raise it when the same inputs give other answers."""
 
 
-def check_own_answers(run: Run, config: StudentConfig) -> None:
+def check_own_answers(inputs: Inputs, config: StudentConfig) -> None:
     """Refuse, before any work, checks that cannot be made. Raises InputError."""
     if config.own_answers is not None:
-        build_metrics(config.own_answers.accept, run.base_dir)
+        build_metrics(config.own_answers.accept, inputs.base_dir)
 
 
-def with_own_answers(run: Run, config: StudentConfig, pool: Pool) -> Pool:
+def with_own_answers(task: EncodedTask, config: StudentConfig, pool: Pool, at: Workspace) -> Pool:
     """The pool with the base's answers as gold where every check passes; the pool itself without such settings."""
     if config.own_answers is None:
         return pool
-    golds = _accepted(run, config.own_answers)
-    limit = min(config.max_length or run.base.geometry.window, run.base.geometry.window)
+    golds = _accepted(task, config.own_answers, at)
+    limit = min(config.max_length or task.base.geometry.window, task.base.geometry.window)
     fitting = {
         row.example_id: golds[row.example_id]
         for i, row in enumerate(pool.contexts[0].rows)
@@ -42,7 +44,7 @@ def with_own_answers(run: Run, config: StudentConfig, pool: Pool) -> Pool:
         and all(item.slots + len(item.rows[i].body) + len(golds[row.example_id]) <= limit for item in pool.contexts)
     }
     contexts = tuple(replace(item, encoded=_with_gold(item.encoded, fitting)) for item in pool.contexts)
-    run.say(f"student {config.name}: {len(fitting)} of {pool.rows} gold outputs are the base's own answers")
+    at.say(f"student {config.name}: {len(fitting)} of {pool.rows} gold outputs are the base's own answers")
     return replace(pool, contexts=contexts, own=len(fitting))
 
 
@@ -51,33 +53,33 @@ def _with_gold(encoded: Encoded, golds: dict[str, tuple[int, ...]]) -> Encoded:
     return Encoded(encoded.prefix, rows)
 
 
-def _accepted(run: Run, settings: OwnAnswersConfig) -> dict[str, tuple[int, ...]]:
+def _accepted(task: EncodedTask, settings: OwnAnswersConfig, at: Workspace) -> dict[str, tuple[int, ...]]:
     """Ids of the answers that pass every check, end token included, by example."""
-    checks = build_metrics(settings.accept, run.base_dir)
-    examples = {example.id: example for example in run.dataset.train}
+    checks = build_metrics(settings.accept, task.inputs.base_dir)
+    examples = {example.id: example for example in task.dataset.train}
     found = {}
-    for example_id, ids in _answers(run, settings.max_new_tokens).items():
+    for example_id, ids in _answers(task, settings.max_new_tokens, at).items():
         example = examples[example_id]
-        text = answer_text(run.base, ids)
+        text = answer_text(task.base, ids)
         item = Item(example_id, example.values, example.output, text)
-        if len(ids) > 1 and ids[-1] in run.answer_ends and all(check.passed(item) for check in checks):
+        if len(ids) > 1 and ids[-1] in task.answer_ends and all(check.passed(item) for check in checks):
             found[example_id] = ids
     return found
 
 
-def _answers(run: Run, max_new_tokens: int) -> dict[str, tuple[int, ...]]:
+def _answers(task: EncodedTask, max_new_tokens: int, at: Workspace) -> dict[str, tuple[int, ...]]:
     """Greedy answers of the base to every training row, from ``own-answers.jsonl`` where it still fits."""
-    rows = run.rows("train").rows
-    context, batch_size = run.original, run.config.score.batch_size
-    stream = [context.sha256(), [(row.example_id, row.body) for row in rows], max_new_tokens, sorted(run.answer_ends)]
-    key = sha256_json([VERSION, run.base.identity, str(run.base.dtype), run.base.device.type, batch_size, stream])[:16]
-    path = run.directory / "own-answers.jsonl"
+    rows, base = task.rows("train").rows, task.base
+    context, batch_size = task.original, task.config.score.batch_size
+    stream = [context.sha256(), [(row.example_id, row.body) for row in rows], max_new_tokens, sorted(task.answer_ends)]
+    key = sha256_json([VERSION, base.identity, str(base.dtype), base.device.type, batch_size, stream])[:16]
+    path = at.directory / "own-answers.jsonl"
     stored = stored_rows(path, key, len(rows))
     if stored is None:
-        with run.directory.ledger("own-answers") as entry, run.progress.bar("own answers", len(rows)) as bar:
+        with at.directory.ledger("own-answers") as entry, at.progress.bar("own answers", len(rows)) as bar:
             answers = generate(
-                run.base, context.prefix(run.base), [row.body for row in rows], max_new_tokens=max_new_tokens,
-                stop=run.answer_ends, batch_size=batch_size, keep_stop=True, progress=advance(bar),
+                base, context.prefix(base), [row.body for row in rows], max_new_tokens=max_new_tokens,
+                stop=task.answer_ends, batch_size=batch_size, keep_stop=True, progress=advance(bar),
             )  # fmt: skip
             entry |= {"tokens_in": sum(len(row.body) for row in rows), "tokens_out": sum(map(len, answers))}
         found = [{"example_id": row.example_id, "ids": list(ids)} for row, ids in zip(rows, answers, strict=True)]

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvopt.attention import Prefix, gold_hidden
+from kvopt.base.identity import tokenizer_sha256
+from kvopt.base.loading import Base, load_base, load_tokenizer
+from kvopt.base.prefix import Prefix, gold_hidden
+from kvopt.config.model import ModelConfig
+from kvopt.config.names import ContextName
+from kvopt.config.students import OnPolicyConfig, StudentConfig
 from kvopt.contexts import Context, load_context
-from kvopt.encoding import Row, make_batch
 from kvopt.errors import InputError
-from kvopt.identity import tokenizer_sha256
-from kvopt.model import Base, ModelConfig, load_base, load_tokenizer
-from kvopt.run import Run
-from kvopt.select import split_count
-from kvopt.train.config import ContextChoice, OnPolicyConfig, StudentConfig
-from kvopt.train.pool import PoolContext, check_choice, in_front_of_rows, resolve
+from kvopt.run.catalogue import Catalogue
+from kvopt.run.inputs import Inputs
+from kvopt.task.seam import Row, make_batch
+from kvopt.train.pool import PoolContext, check_choice, in_front_of_rows
 
 
 @dataclass(frozen=True)
@@ -68,39 +70,50 @@ def on_policy(config: StudentConfig) -> OnPolicyConfig | None:
     return config.loss if isinstance(config.loss, OnPolicyConfig) else None
 
 
-def check_teacher(run: Run, config: StudentConfig) -> None:
+def check_teacher(inputs: Inputs, config: StudentConfig) -> None:
     """Refuse, before any work, a teacher with another tokenizer or an impossible context. Raises InputError."""
     settings = on_policy(config)
     if settings is None:
         return
-    where = _where(config)
-    if split_count(settings.teacher.context, f"{where}.context"):
+    where, seen = _where(config), settings.teacher.context
+    if ContextName.parse(seen, f"{where}.context").form == "counted":
         raise InputError("a teacher sees one context", where=f"{where}.context", mend="name one mutation, such as m001")
-    check_choice(run, settings.teacher.context, f"{where}.context")
-    if settings.teacher.base is not None:
-        if settings.teacher.context in {context.name for context in run.config.contexts}:
-            what = (
-                f"{settings.teacher.context!r} is learned for {run.base.name!r} and not for {settings.teacher.base!r}"
-            )
-            mend = "give the teacher a text, or the folder of a context that was learned for it"
-            raise InputError(what, where=f"{where}.context", mend=mend)
-        try:
-            tokenizer, _ = load_tokenizer(_model(run, settings.teacher.base))
-        except InputError as error:
-            raise InputError(error.what, where=f"{where}.base {settings.teacher.base}", mend=error.mend) from None
-        if tokenizer_sha256(tokenizer) != run.base.identity["tokenizer"]:
-            what = (
-                f"the teacher {settings.teacher.base!r} and the student's base {run.base.name!r} have different"
-                " tokenizers, so their distributions cannot be compared token by token"
-            )
-            raise InputError(what, where=f"{where}.base", mend="choose a teacher of the same family")
+    check_choice(inputs, seen, f"{where}.context")
+    if settings.teacher.base is None:
+        return
+    student = inputs.config.model
+    if seen in inputs.context_names:
+        what = f"{seen!r} is learned for {student.base!r} and not for {settings.teacher.base!r}"
+        mend = "give the teacher a text, or the folder of a context that was learned for it"
+        raise InputError(what, where=f"{where}.context", mend=mend)
+    try:
+        tokenizer, _ = load_tokenizer(_model(inputs, settings.teacher.base))
+    except InputError as error:
+        raise InputError(error.what, where=f"{where}.base {settings.teacher.base}", mend=error.mend) from None
+    if tokenizer_sha256(tokenizer) != tokenizer_sha256(load_tokenizer(student)[0]):
+        what = (
+            f"the teacher {settings.teacher.base!r} and the student's base {student.base!r} have different"
+            " tokenizers, so their distributions cannot be compared token by token"
+        )
+        raise InputError(what, where=f"{where}.base", mend="choose a teacher of the same family")
 
 
-def load_teacher(run: Run, config: StudentConfig, context: PoolContext | None = None) -> Teacher | None:
+def teacher_name(inputs: Inputs, config: StudentConfig) -> ContextName | None:
+    """The context that the student's teacher sees, where it is one of the run's; None for a loss without a teacher, or
+    a folder that was learned for the teacher's own base.
+    """
+    settings = on_policy(config)
+    if settings is None or _is_own_folder(inputs, settings):
+        return None
+    return ContextName.parse(settings.teacher.context, f"{_where(config)}.context")
+
+
+def load_teacher(catalogue: Catalogue, config: StudentConfig, context: PoolContext | None = None) -> Teacher | None:
     """The teacher of a student, None for a loss without one.
 
     Args:
-        context: the teacher's context where it is known already; default: made or learned by the run.
+        catalogue: holds :func:`teacher_name`, unless ``context`` is given.
+        context: the teacher's context where it is known already.
 
     Raises:
         InputError: the context was made for another base, or prompts and answers do not fit the teacher's window.
@@ -108,11 +121,12 @@ def load_teacher(run: Run, config: StudentConfig, context: PoolContext | None = 
     settings = on_policy(config)
     if settings is None:
         return None
-    name, where = settings.teacher.base, _where(config)
-    base = run.base if name is None else load_base(_model(run, name), say=run.say)
+    task, where = catalogue.task, _where(config)
+    name = settings.teacher.base
+    base = task.base if name is None else load_base(_model(task.inputs, name), say=catalogue.say)
     if context is None:
-        context = in_front_of_rows(run, _context(run, base, settings, where), 1.0)
-    teacher = Teacher(base, context, run.answer_ends)
+        context = in_front_of_rows(task, _context(catalogue, base, settings, where), 1.0)
+    teacher = Teacher(base, context, task.answer_ends)
     window = base.geometry.window
     if teacher.longest() + settings.max_new_tokens > window:
         what = (
@@ -122,18 +136,23 @@ def load_teacher(run: Run, config: StudentConfig, context: PoolContext | None = 
     return teacher
 
 
-def _context(run: Run, base: Base, settings: OnPolicyConfig, where: str) -> Context:
-    spec = settings.teacher.context
-    if base is not run.base and (run.base_dir / spec).is_dir():
-        return load_context(run.base_dir / spec, base)
-    [found] = resolve(run, ContextChoice(context=spec), run.config.seed, set(), f"{where}.context")
-    return found
+def _is_own_folder(inputs: Inputs, settings: OnPolicyConfig) -> bool:
+    return settings.teacher.base is not None and (inputs.base_dir / settings.teacher.context).is_dir()
 
 
-def _model(run: Run, name: str) -> ModelConfig:
+def _context(catalogue: Catalogue, base: Base, settings: OnPolicyConfig, where: str) -> Context:
+    inputs, spec = catalogue.task.inputs, settings.teacher.context
+    if _is_own_folder(inputs, settings):
+        return load_context(inputs.base_dir / spec, base)
+    name = ContextName.parse(spec, f"{where}.context")
+    [context] = catalogue.named(name, f"{where}.context", seed=inputs.config.seed)
+    return context
+
+
+def _model(inputs: Inputs, name: str) -> ModelConfig:
     """The teacher runs as the base does; a path is relative to the config file."""
-    place = run.base_dir / name
-    return run.config.model.model_copy(
+    place = inputs.base_dir / name
+    return inputs.config.model.model_copy(
         update={
             "base": str(place.resolve()) if place.exists() else name,
             "revision": None,

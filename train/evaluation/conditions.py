@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvopt.config.evaluation import EvaluateConfig
+from kvopt.config.names import MUTATION, ContextName
+from kvopt.config.students import OnPolicyConfig, StudentConfig
 from kvopt.contexts import Context, TextContext
-from kvopt.contexts.initial import split_spec
 from kvopt.errors import InputError
-from kvopt.files import file_name, sha256_json
-from kvopt.run import Run
-from kvopt.select import split_count
-from kvopt.template import Template
-from kvopt.train.config import OnPolicyConfig, StudentConfig
-from kvopt.train.evaluation.config import EvaluateConfig
+from kvopt.run.catalogue import Catalogue
+from kvopt.run.inputs import Inputs
+from kvopt.storage.files import file_name, sha256_json
+from kvopt.task.template import Template
 from kvopt.train.evaluation.templates import read_templates
-from kvopt.train.pool import is_mutation, resolve
+from kvopt.train.pool import names_of
 
 GROUPS = ("original", "held-out", "templates", "none", "learned", "other")
 WORDINGS = ("original", "held-out", "templates")
@@ -44,113 +44,132 @@ class Condition:
         return isinstance(self.context, TextContext)
 
 
-def conditions(run: Run, settings: EvaluateConfig, students: Sequence[StudentConfig]) -> list[Condition]:
+def evaluated_names(inputs: Inputs, settings: EvaluateConfig, students: Sequence[StudentConfig]) -> list[ContextName]:
+    """What must be in the catalogue for :func:`conditions`: learned contexts, and with held-out mutations all that says
+    which mutations are in use.
+    """
+    learned = [ContextName.parse(name, "evaluate.contexts") for name in learned_names(inputs, settings)]
+    if settings.held_out_mutations == 0 or inputs.config.mutations.count == 0:
+        return learned
+    ordered = [name for student in students for name in names_of(student) if name.form in ("counted", "mutation")]
+    starts = [context.start.source for context in inputs.config.contexts if context.start.kind == "best-mutation"]
+    any_mutation = ContextName.parse("random-mutations:1", "evaluate")
+    return [*learned, any_mutation, *ordered, *(name for name in starts if name is not None)]
+
+
+def conditions(catalogue: Catalogue, settings: EvaluateConfig, students: Sequence[StudentConfig]) -> list[Condition]:
     """Every context of the ``evaluate`` section.
 
     Args:
+        catalogue: holds :func:`evaluated_names`.
         students: all that the config trains; mutations that any of them is trained on are not held out.
 
     Raises:
         InputError: templates that cannot be used, names that are taken twice, learned contexts that do not exist.
     """
-    learned = _learned_names(run, settings)
-    templates = [run.text_context(name, template) for name, template in hand_written(run, settings).items()]
-    found = [Condition("original", run.original)]
-    found += [Condition("held-out", context) for context in held_out_mutations(run, settings, students)]
-    found += [Condition("templates", context) for context in templates]
-    found.append(Condition("none", run.none))
-    found += [Condition("learned", context) for context in (run.learned(learned) if learned else ())]
-    _check_names(found, "evaluate.templates")
-    return found
+    task = catalogue.task
+    learned = [catalogue.learned[name] for name in learned_names(task.inputs, settings)]
+    templates = [task.text_context(name, template) for name, template in hand_written(task.inputs, settings).items()]
+    listed = [Condition("original", task.original)]
+    listed += [Condition("held-out", context) for context in held_out_mutations(catalogue, settings, students)]
+    listed += [Condition("templates", context) for context in templates]
+    listed.append(Condition("none", task.none))
+    listed += [Condition("learned", context) for context in learned]
+    check_names(listed, "evaluate.templates")
+    return listed
 
 
-def named_conditions(
-    run: Run, specs: Sequence[str], settings: EvaluateConfig, students: Sequence[StudentConfig]
+def names_behind(
+    spec: str, inputs: Inputs, settings: EvaluateConfig, students: Sequence[StudentConfig]
+) -> list[ContextName]:
+    """What must be in the catalogue for :func:`conditions_named`: nothing but what the spec asks for."""
+    if learned := [name for name in learned_names(inputs, settings) if spec in (name, "learned")]:
+        return [ContextName.parse(name, "--context") for name in learned]
+    return evaluated_names(inputs, settings, students) if _asks_for_held_out(spec, inputs) else []
+
+
+def conditions_named(
+    spec: str, catalogue: Catalogue, settings: EvaluateConfig, students: Sequence[StudentConfig]
 ) -> list[Condition]:
-    """The conditions that ``--context`` names: one of the config's, a whole group, or any other context. Mutations and
-    learned contexts are made only where a spec asks for them. Raises InputError, as :func:`conditions`.
-    """
-    found: list[Condition] = []
-    for spec in specs:
-        known = _known(run, spec, settings, students)
-        found += known or [Condition("other", context) for context in run.named_context(spec)]
-    unique = list({condition.name: condition for condition in found}.values())
-    _check_names(unique, "--context")
-    return unique
-
-
-def _known(run: Run, spec: str, settings: EvaluateConfig, students: Sequence[StudentConfig]) -> list[Condition]:
-    """The conditions of the ``evaluate`` section that have this name or are of this group."""
+    """The conditions of the ``evaluate`` section that have this name or are of this group; none for any other."""
+    task = catalogue.task
     if spec in ("original", "none"):
-        return [Condition(spec, run.original if spec == "original" else run.none)]
-    templates = hand_written(run, settings)
+        return [Condition(spec, task.original if spec == "original" else task.none)]
+    templates = hand_written(task.inputs, settings)
     if names := [name for name in templates if spec in (name, "templates")]:
-        return [Condition("templates", run.text_context(name, templates[name])) for name in names]
-    if learned := [name for name in _learned_names(run, settings) if spec in (name, "learned")]:
-        return [Condition("learned", context) for context in run.learned(learned)]
-    if spec == "held-out" or is_mutation(run, spec):
-        held_out = held_out_mutations(run, settings, students)
+        return [Condition("templates", task.text_context(name, templates[name])) for name in names]
+    if names := [name for name in learned_names(task.inputs, settings) if spec in (name, "learned")]:
+        return [Condition("learned", catalogue.learned[name]) for name in names]
+    if _asks_for_held_out(spec, task.inputs):
+        held_out = held_out_mutations(catalogue, settings, students)
         return [Condition("held-out", context) for context in held_out if spec in (context.name, "held-out")]
     return []
 
 
-def hand_written(run: Run, settings: EvaluateConfig) -> dict[str, Template]:
+def _asks_for_held_out(spec: str, inputs: Inputs) -> bool:
+    return spec == "held-out" or (inputs.config.mutations.count > 0 and MUTATION.fullmatch(spec) is not None)
+
+
+def hand_written(inputs: Inputs, settings: EvaluateConfig) -> dict[str, Template]:
     """The templates written by hand, by name. Raises InputError."""
-    return {} if settings.templates is None else read_templates(run.base_dir / settings.templates, run.template)
+    return {} if settings.templates is None else read_templates(inputs.base_dir / settings.templates, inputs.template)
 
 
-def held_out_mutations(run: Run, settings: EvaluateConfig, students: Sequence[StudentConfig]) -> list[TextContext]:
+def held_out_mutations(
+    catalogue: Catalogue, settings: EvaluateConfig, students: Sequence[StudentConfig]
+) -> list[TextContext]:
     """``held_out_mutations`` accepted mutations of those that no student is trained on, and that no learned context
     starts from; fewer, with a warning, when there are not enough. They are the first of an order that the config's seed
     and their own texts decide, so that another arm or more mutations change as few of them as can be, and what was
     evaluated under the others stays.
     """
+    config = catalogue.task.config
     if settings.held_out_mutations == 0:
         return []
-    if run.config.mutations.count == 0:
-        run.say("warning: no held-out mutations, because mutations.count is 0")
+    if config.mutations.count == 0:
+        catalogue.say("warning: no held-out mutations, because mutations.count is 0")
         return []
-    used = mutations_in_use(run, students)
-    free = [context for context in run.mutation_contexts if context.name not in used]
-    drawn = sorted(free, key=lambda context: sha256_json(["held-out", run.config.seed, context.template.sha256]))
+    used = mutations_in_use(catalogue, students)
+    free = [context for name, context in catalogue.mutations.items() if name not in used]
+    drawn = sorted(free, key=lambda context: sha256_json(["held-out", config.seed, context.template.sha256]))
     chosen = drawn[: settings.held_out_mutations]
     if len(chosen) < settings.held_out_mutations:
-        run.say(
+        catalogue.say(
             f"warning: {len(chosen)} mutations are held out, not {settings.held_out_mutations}: of"
-            f" {len(run.mutation_contexts)} accepted ones {len(used)} are trained on; raise mutations.count"
+            f" {len(catalogue.mutations)} accepted ones {len(used)} are trained on; raise mutations.count"
         )
     return sorted(chosen, key=lambda context: context.name)
 
 
-def mutations_in_use(run: Run, students: Sequence[StudentConfig]) -> set[str]:
+def mutations_in_use(catalogue: Catalogue, students: Sequence[StudentConfig]) -> set[str]:
     """Names of the mutations that students are trained on: their own contexts, what a teacher sees, and what a learned
     context starts from.
     """
+    config = catalogue.task.config
     used: set[str] = set()
     for student in students:
         taken: set[str] = set()
-        seed = run.config.seed if student.seed is None else student.seed
-        for choice in student.contexts:
-            where = f"students.{student.name}.contexts"
-            if split_count(choice.context, where):
-                found = resolve(run, choice, seed, taken, where)
-                taken |= {context.name for context in found}
+        seed = config.seed if student.seed is None else student.seed
+        for name in names_of(student):
+            if name.form == "counted":
+                where = f"students.{student.name}.contexts"
+                taken |= {context.name for context in catalogue.named(name, where, seed=seed, taken=taken)}
             else:
-                taken.add(choice.context)
+                taken.add(name.argument)
         used |= taken
         if isinstance(student.loss, OnPolicyConfig):
             used.add(student.loss.teacher.context)
-    for context in run.config.contexts:
-        kind, argument = split_spec(context.init, context.name)
-        if kind == "best-mutation" and run.ranked_mutations:
-            used.add(run.ranked_mutations[0][0].name)
-        elif kind == "mutation":
-            used.add(argument)
-    return used & {context.name for context in run.mutation_contexts}
+    for context in config.contexts:
+        if context.start.kind == "best-mutation":
+            used |= set(catalogue.ranked[:1])
+        elif context.start.kind == "mutation":
+            used.add(context.start.argument)
+    return used & set(catalogue.mutations)
 
 
-def _learned_names(run: Run, settings: EvaluateConfig) -> list[str]:
-    names = [context.name for context in run.config.contexts]
+def learned_names(inputs: Inputs, settings: EvaluateConfig) -> list[str]:
+    """Names of the learned contexts that are evaluated under. Raises InputError for one that the config has not."""
+    names = inputs.context_names
     for name in settings.contexts or ():
         if name not in names:
             mend = "known: " + (", ".join(names) or "none")
@@ -158,7 +177,7 @@ def _learned_names(run: Run, settings: EvaluateConfig) -> list[str]:
     return names if settings.contexts is None else list(settings.contexts)
 
 
-def _check_names(found: Sequence[Condition], where: str) -> None:
+def check_names(found: Sequence[Condition], where: str) -> None:
     """Refuse names whose answers would be stored in one file, or in that of a probe. Raises InputError."""
     names: dict[str, str] = {}
     for condition in found:

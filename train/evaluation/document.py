@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvopt.files import file_name
+from kvopt.storage.files import file_name
 from kvopt.train.evaluation.conditions import GROUPS, WORDINGS, Condition
 from kvopt.train.evaluation.frozen import is_container, task_likeness
-from kvopt.train.evaluation.metrics import Metric, Ratio, Verdict
 from kvopt.train.evaluation.models import BASE, Subject
 from kvopt.train.evaluation.statistics import Ratios, agreement, ratio_of, summarize
+from kvopt.train.metrics import Metric, Ratio, Verdict
 
 if TYPE_CHECKING:
-    from kvopt.train.evaluation.evaluate import Evaluation
+    from kvopt.train.evaluation.evaluate import Evaluator
 
 FORMAT_VERSION = 1
 Rows = Sequence[Mapping[str, Any]]
@@ -78,17 +78,17 @@ def measured(
     )
 
 
-def build_document(evaluation: Evaluation, model: Subject, found: Measured) -> dict[str, Any]:
+def build_document(evaluation: Evaluator, model: Subject, found: Measured) -> dict[str, Any]:
     """The document of one model."""
-    run, settings = evaluation.run, evaluation.settings
-    draws = {"seed": run.config.seed, "resamples": settings.resamples}
+    task, settings = evaluation.task, evaluation.settings
+    draws = {"seed": task.config.seed, "resamples": settings.resamples}
     of_answers, answers_of_groups = summarize(found.answered, found.groups, **draws)
     of_scores, scores_of_groups = summarize(found.scored, found.groups, **draws)
     return {
         "format_version": FORMAT_VERSION,
         "name": model.name,
-        "base": run.base.name,
-        "dtype": str(run.base.dtype).removeprefix("torch."),
+        "base": task.base.name,
+        "dtype": str(task.base.dtype).removeprefix("torch."),
         "student": {k: v for k, v in (model.record or {}).items() if k != "history"} if model.name != BASE else None,
         "rows": {"answered": len(evaluation.answered), "scored": len(evaluation.scored)},
         "headlines": [_headline(metric, of_answers) for metric in evaluation.metrics],
@@ -178,7 +178,7 @@ def _likeness(answers: Sequence[str], original: Rows) -> list[dict[str, Ratio]]:
     return [task_likeness(answer, row["answer"], json_task=json_task) for answer, row in pairs]
 
 
-def _frozen_document(evaluation: Evaluation, found: Measured, draws: dict[str, int]) -> dict[str, Any] | None:
+def _frozen_document(evaluation: Evaluator, found: Measured, draws: dict[str, int]) -> dict[str, Any] | None:
     by_row = found.frozen_by_row
     if found.frozen is None or by_row is None:
         return None
@@ -202,7 +202,7 @@ def _probed(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Ratio]
     }
 
 
-def _forgetting_document(evaluation: Evaluation, found: Measured, draws: dict[str, int]) -> dict[str, Any] | None:
+def _forgetting_document(evaluation: Evaluator, found: Measured, draws: dict[str, int]) -> dict[str, Any] | None:
     if found.probes is None:
         return None
     assert evaluation.probes is not None

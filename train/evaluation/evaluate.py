@@ -24,21 +24,22 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kvopt.files import file_name, sha256_json, write_json
-from kvopt.generate import answer_text, generate
-from kvopt.progress import advance
-from kvopt.run import Run
-from kvopt.train.config import StudentConfig
-from kvopt.train.evaluation.conditions import Condition, conditions, named_conditions
-from kvopt.train.evaluation.config import EvaluateConfig
+from kvopt.base.generate import answer_text, generate
+from kvopt.config.evaluation import EvaluateConfig
+from kvopt.console.progress import advance
+from kvopt.measure.reference import Reference
+from kvopt.run.encoded_task import EncodedTask
+from kvopt.run.workspace import Workspace
+from kvopt.storage.files import file_name, sha256_json, write_json
+from kvopt.task.examples import Example
+from kvopt.train.evaluation.conditions import Condition
 from kvopt.train.evaluation.document import Measured, build_document, measured
 from kvopt.train.evaluation.frozen import frozen_answers, frozen_template
 from kvopt.train.evaluation.likelihood import likelihoods
-from kvopt.train.evaluation.metrics import Item, Metric, Verdict, build_metrics
-from kvopt.train.evaluation.models import BASE, Subject, subject, subjects
-from kvopt.train.evaluation.probes import Probes, load_probes
-from kvopt.train.evaluation.rows import stored_rows, write_rows
-from kvopt.train.study.arms import trained_students
+from kvopt.train.evaluation.models import BASE, Subject, subject
+from kvopt.train.evaluation.probes import Probes
+from kvopt.train.keyed_rows import stored_rows, write_rows
+from kvopt.train.metrics import Item, Metric, Verdict, build_metrics
 
 VERSION = 1
 """Raise it when the same inputs give other answers or likelihoods."""
@@ -46,48 +47,53 @@ UNANSWERED = "failed:"
 """How the note of an answer begins that an endpoint never judged."""
 
 
-@dataclass
-class Evaluation:
-    """What is measured, and of whom; one for all models of a command, so that contexts and metrics are made once.
+@dataclass(frozen=True)
+class Evaluator:
+    """What is measured, and under which contexts; one for all models of a command.
 
-    Args:
-        run: opened.
-        students: all that the config trains (their mutations are not held out).
-        instead: settings in the place of the config's ``evaluate`` section.
-        chosen: these conditions instead of those of the config; nothing but answers and likelihoods then.
+    Attributes:
+        task: template, data and base.
+        conditions: the contexts.
+        reference: of the base under the original template.
+        settings: the ``evaluate`` section that holds.
+        at: where answers and likelihoods are stored.
+        probes: prompts of other tasks, None without them.
+        whole: whether these are all conditions of the section: only then frozen prompts are asked, and
+            ``evaluation.json`` is written.
     """
 
-    run: Run
-    students: Sequence[StudentConfig]
-    chosen: Sequence[Condition] | None = None
-    instead: EvaluateConfig | None = None
+    task: EncodedTask
+    conditions: Sequence[Condition]
+    reference: Reference
+    settings: EvaluateConfig
+    at: Workspace
+    probes: Probes | None = None
+    whole: bool = True
 
     def __post_init__(self) -> None:
-        self.settings: EvaluateConfig = self.instead or self.run.config.evaluate
-        self.metrics: list[Metric] = build_metrics(self.settings.metrics, self.run.base_dir)
-        validation = self.run.dataset.validation
-        self.answered = validation[: self.settings.rows]
-        self.scored = validation
         for metric in self.metrics:
             if doubt := metric.doubt([example.output for example in self.answered]):
-                self.run.say(f"warning: {metric.name}: {doubt}")
+                self.at.say(f"warning: {metric.name}: {doubt}")
 
     @cached_property
-    def conditions(self) -> list[Condition]:
-        """Every context, in groups. The first look at them makes mutations and learned contexts that are missing."""
-        return list(self.chosen) if self.chosen is not None else conditions(self.run, self.settings, self.students)
+    def metrics(self) -> list[Metric]:
+        return build_metrics(self.settings.metrics, self.task.inputs.base_dir)
 
-    @cached_property
-    def probes(self) -> Probes | None:
-        if self.settings.probes is None or self.chosen is not None:
-            return None
-        return load_probes(self.run, self.settings.probes, self.settings.batch_size)
+    @property
+    def scored(self) -> Sequence[Example]:
+        """The rows whose gold likelihood is measured."""
+        return self.task.dataset.validation
+
+    @property
+    def answered(self) -> Sequence[Example]:
+        """The rows that are answered."""
+        return self.scored[: self.settings.rows]
 
     @property
     def drawing(self) -> dict[str, Any]:
         """How tokens of answers are chosen; the seed counts only where they are drawn."""
         drawn = self.settings.temperature > 0
-        return {"temperature": self.settings.temperature, "seed": self.run.config.seed if drawn else 0}
+        return {"temperature": self.settings.temperature, "seed": self.task.config.seed if drawn else 0}
 
     # ---- one model
 
@@ -97,19 +103,18 @@ class Evaluation:
 
     def measure(self, model: Subject) -> Measured:
         """All stages for one model, each stored as it ends."""
-        probes = self.probes  # first, so that what is wrong with them is told before any work
-        self.run.say(f"evaluating {model.name} under {len(self.conditions)} contexts")
+        self.at.say(f"evaluating {model.name} under {len(self.conditions)} contexts")
         work = len(self.conditions) * (len(self.answered) + len(self.scored))
-        with self.run.progress.bar(model.name, work) as bar:
+        with self.at.progress.bar(model.name, work) as bar:
             rows = {condition.name: self.answers(model, condition, bar) for condition in self.conditions}
         verdicts = {name: self._verdicts(model, name, found) for name, found in rows.items()}
         found = measured(
             self.conditions,
             rows,
             verdicts,
-            frozen=self.frozen(model) if self._whole and self.settings.frozen else None,
-            probes=self.probed(model) if probes else None,
-            base_probes=self.probed(subject(self.run, BASE)) if probes else None,
+            frozen=self.frozen(model) if self.whole and self.settings.frozen else None,
+            probes=self.probed(model) if self.probes else None,
+            base_probes=self.probed(subject(self.task, BASE, self.at)) if self.probes else None,
         )
         model.release()
         return found
@@ -117,17 +122,13 @@ class Evaluation:
     def document(self, model: Subject, found: Measured) -> dict[str, Any]:
         """The document of what was measured, which is written unless conditions were chosen."""
         document = build_document(self, model, found)
-        if self._whole:
+        if self.whole:
             write_json(model.folder / "evaluation.json", document)
         return document
 
-    @property
-    def _whole(self) -> bool:
-        return self.chosen is None
-
     def answers(self, model: Subject, condition: Condition, bar: tqdm) -> list[dict[str, Any]]:
         """Answer (of the first ``rows`` rows) and gold likelihood of every validation row under one context."""
-        rows = condition.context.bodies(self.run.rows_for(condition.context, "validation")).rows
+        rows = condition.context.bodies(self.task.rows_for(condition.context, "validation")).rows
         stream = [(row.example_id, row.body, row.gold) for row in rows]
         limits = [len(self.answered), self.settings.max_new_tokens, self.drawing]
         key = self._key(model, [condition.context.sha256(), stream, limits])
@@ -136,16 +137,16 @@ class Evaluation:
             bar.update(len(self.answered) + len(rows))
             return stored
         limit = self.settings.max_new_tokens
-        with self.run.directory.ledger(f"evaluate/{model.name}/{condition.name}") as entry:
+        with self.at.directory.ledger(f"evaluate/{model.name}/{condition.name}") as entry:
             prefix = condition.context.prefix(model.model)
             batch_size = self.settings.batch_size
             scores = likelihoods(
-                model.model, self.run.base, prefix, rows, self.run.reference, batch_size=batch_size,
+                model.model, self.task.base, prefix, rows, self.reference, batch_size=batch_size,
                 progress=advance(bar),
             )  # fmt: skip
             bodies = [row.body for row in rows[: len(self.answered)]]
             ids = generate(
-                model.model, prefix, bodies, max_new_tokens=limit, stop=self.run.answer_ends, batch_size=batch_size,
+                model.model, prefix, bodies, max_new_tokens=limit, stop=self.task.answer_ends, batch_size=batch_size,
                 progress=advance(bar), **self.drawing,
             )  # fmt: skip
             tokens = condition.context.tokens + sum(map(len, rows)) + sum(map(len, bodies))
@@ -185,7 +186,7 @@ class Evaluation:
         }
         open_ = [i for i in range(len(items)) if i not in verdicts or _unanswered(verdicts[i])]
         if open_:
-            with self.run.progress.bar(metric.name, len(open_)) as bar:
+            with self.at.progress.bar(metric.name, len(open_)) as bar:
                 for i, verdict in zip(open_, metric.verdicts([items[i] for i in open_], advance(bar)), strict=True):
                     verdicts[i] = verdict
         found = [verdicts[i] for i in range(len(items))]
@@ -197,7 +198,7 @@ class Evaluation:
             write_rows(path, key, rows)
         if failed := [verdict for verdict in found if not verdict.ratios[metric.headline][1]]:
             what = f"{metric.name} has no score for {len(failed)} of {len(found)} answers ({path.stem})"
-            self.run.say(f"warning: {what}, for the first because of: {failed[0].note}")
+            self.at.say(f"warning: {what}, for the first because of: {failed[0].note}")
         return found
 
     # ---- probes
@@ -208,19 +209,19 @@ class Evaluation:
         assert settings is not None
         examples = self.answered[: settings.rows]
         limit = settings.max_new_tokens or self.settings.max_new_tokens
-        templates = [frozen_template(self.run.template, instruction) for instruction in settings.instructions]
+        templates = [frozen_template(self.task.template, instruction) for instruction in settings.instructions]
         asked = [[t.to_json() for t in templates], [(e.id, e.values) for e in examples], limit, self.drawing]
         key, path = self._key(model, ["frozen", asked]), self._path(model, "frozen-prompt.jsonl")
         stored = stored_rows(path, key, len(templates) * len(examples))
         if stored is None:
             with (
-                self.run.directory.ledger(f"evaluate/{model.name}/frozen-prompt"),
-                self.run.progress.bar("frozen prompts", len(templates) * len(examples)) as bar,
+                self.at.directory.ledger(f"evaluate/{model.name}/frozen-prompt"),
+                self.at.progress.bar("frozen prompts", len(templates) * len(examples)) as bar,
             ):
                 answers = [
                     frozen_answers(
-                        model.model, self.run.encoder, template, examples, max_new_tokens=limit,
-                        stop=self.run.answer_ends, batch_size=self.settings.batch_size, progress=advance(bar),
+                        model.model, self.task.encoder, template, examples, max_new_tokens=limit,
+                        stop=self.task.answer_ends, batch_size=self.settings.batch_size, progress=advance(bar),
                         **self.drawing,
                     )
                     for template in templates
@@ -244,14 +245,14 @@ class Evaluation:
         key, path = self._key(model, ["probes", self.probes.sha256()]), self._path(model, "probes.jsonl")
         if (stored := stored_rows(path, key, len(rows))) is not None:
             return stored
-        reference = self.probes.reference
+        reference = self.probes.make_reference(self.at)
         with (
-            self.run.directory.ledger(f"evaluate/{model.name}/probes", tokens_in=sum(map(len, rows))),
-            self.run.progress.bar("probes", len(rows)) as bar,
+            self.at.directory.ledger(f"evaluate/{model.name}/probes", tokens_in=sum(map(len, rows))),
+            self.at.progress.bar("probes", len(rows)) as bar,
         ):
             found = likelihoods(
                 model.model,
-                self.run.base,
+                self.task.base,
                 self.probes.prefix(model.model),
                 rows,
                 reference,
@@ -265,14 +266,14 @@ class Evaluation:
 
     def _key(self, model: Subject, parts: list[Any]) -> str:
         """Identity of everything that a stage's rows depend on."""
-        run = self.run
+        task = self.task
         shared = [
             VERSION,
             model.identity,
-            str(run.base.dtype),
-            run.base.device.type,
-            run.reference.key,
-            sorted(run.answer_ends),
+            str(task.base.dtype),
+            task.base.device.type,
+            self.reference.key,
+            sorted(task.answer_ends),
             self.settings.batch_size,
         ]
         return sha256_json([shared, parts])[:16]
@@ -284,14 +285,3 @@ class Evaluation:
 
 def _unanswered(verdict: Verdict) -> bool:
     return str(verdict.note).startswith(UNANSWERED)
-
-
-def evaluate_all(run: Run, names: Sequence[str] = (), specs: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """``kvopt evaluate``: the documents of these models (default: the base and every trained student), under these
-    contexts (default: those of the config).
-    """
-    models = subjects(run, names)
-    evaluation = Evaluation(run, trained_students(run.config))
-    if specs:
-        evaluation.chosen = named_conditions(run, specs, evaluation.settings, evaluation.students)
-    return [evaluation.evaluate(model) for model in models]

@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from kvopt.attention import prefill
-from kvopt.dataset import Example
-from kvopt.encoding import Encoder
-from kvopt.generate import answer_text, generate
-from kvopt.model import Base
-from kvopt.template import Slot, Template, escape, parse
-from kvopt.train.evaluation.metrics.base import Ratio
-from kvopt.train.evaluation.metrics.json_answers import NotJSON, parse_json, same_value
+from kvopt.base.generate import answer_text, generate
+from kvopt.base.loading import Base
+from kvopt.base.prefix import prefill
+from kvopt.task.examples import Example
+from kvopt.task.seam import Encoder
+from kvopt.task.template import Slot, Template, escape, parse
+from kvopt.train.metrics.base import Ratio
+from kvopt.train.metrics.json_answers import NotJSON, parse_json, same_value
 
 Progress = Callable[[int], None]
 
@@ -60,7 +60,7 @@ def frozen_answers(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Answers under ``template``, one for each example; arguments as for :func:`kvopt.generate.generate`."""
+    """Answers under ``template``, one for each example; arguments as for :func:`kvopt.base.generate.generate`."""
     encoded = [encoder.prompt_and_gold(template, example) for example in examples]
     prompts = [ids for ids, _, _ in encoded]
     shared = _shared(prompts, min(min(leading, len(ids) - 1) for ids, leading, _ in encoded))

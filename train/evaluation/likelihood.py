@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvopt.attention import Prefix
-from kvopt.encoding import Row
-from kvopt.model import Base
-from kvopt.reference import Reference
-from kvopt.score import score_prefix
+from kvopt.base.loading import Base
+from kvopt.base.prefix import Prefix
+from kvopt.measure.reference import Reference
+from kvopt.measure.score import score_prefix
+from kvopt.task.seam import Row
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kvopt.base.loading import Base
 from kvopt.errors import InputError
-from kvopt.model import Base
-from kvopt.run import Run
+from kvopt.run.encoded_task import EncodedTask
+from kvopt.run.workspace import Workspace
 from kvopt.train.student import load_student, read_student_record
 
 BASE = "base"
@@ -21,19 +22,20 @@ class Subject:
     """A model to evaluate; loaded when it is first needed.
 
     Attributes:
+        base: the frozen base, or what the student was trained from.
         name: "base", or the student's.
         folder: where its evaluation goes; a student's own folder.
         record: what a student folder says about itself, None for the base.
     """
 
-    run: Run
+    base: Base
     name: str
     folder: Path
     record: dict[str, Any] | None = None
 
     @cached_property
     def model(self) -> Base:
-        return self.run.base if self.name == BASE else load_student(self.folder, self.run.base)
+        return self.base if self.name == BASE else load_student(self.folder, self.base)
 
     def release(self) -> None:
         """Forget the loaded student, so that many can be evaluated one after the other."""
@@ -45,34 +47,34 @@ class Subject:
         digest = (self.record or {}).get("weights_sha256")
         if self.name == BASE or digest is None:
             return self.model.identity
-        return {**self.run.base.identity, "student": digest}
+        return {**self.base.identity, "student": digest}
 
 
-def subject(run: Run, name: str) -> Subject:
+def subject(task: EncodedTask, name: str, at: Workspace) -> Subject:
     """The base or a trained student by name. Raises InputError for one that is not there."""
-    folder = run.directory / "students" / name
+    folder = at.directory / "students" / name
     if name == BASE:
-        return Subject(run, name, folder)
+        return Subject(task.base, name, folder)
     record = read_student_record(folder)
     if record is None and not (folder / "adapter_config.json").is_file():
-        configured = [student.name for student in run.config.students]
+        configured = [student.name for student in task.config.students]
         if name in configured:
             raise InputError("is not trained yet", where=f"student {name}", mend="kvopt train trains it")
         mend = "known: " + ", ".join([BASE, *configured])
         raise InputError(f"no student {name!r}", where="--student", mend=mend)
-    if record is not None and record.get("template_sha256") not in (None, run.template.sha256):
-        run.say(f"warning: student {name} was trained for another template than the config's")
-    return Subject(run, name, folder, record)
+    if record is not None and record.get("template_sha256") not in (None, task.template.sha256):
+        at.say(f"warning: student {name} was trained for another template than the config's")
+    return Subject(task.base, name, folder, record)
 
 
-def subjects(run: Run, names: Sequence[str] = ()) -> list[Subject]:
+def subjects(task: EncodedTask, at: Workspace, names: Sequence[str] = ()) -> list[Subject]:
     """The models of these names; without any, the base and every student of the config that is trained."""
     if names:
-        return [subject(run, name) for name in dict.fromkeys(names)]
-    found = [subject(run, BASE)]
-    for student in run.config.students:
+        return [subject(task, name, at) for name in dict.fromkeys(names)]
+    trained = [subject(task, BASE, at)]
+    for student in task.config.students:
         try:
-            found.append(subject(run, student.name))
+            trained.append(subject(task, student.name, at))
         except InputError as error:
-            run.say(f"warning: {error}")
-    return found
+            at.say(f"warning: {error}")
+    return trained

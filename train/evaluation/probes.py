@@ -7,30 +7,31 @@ compared with the same numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 
-from kvopt.attention import Prefix, prefill
-from kvopt.columns import Columns, NoValue
-from kvopt.dataset import Example
-from kvopt.encoding import Encoded
+from kvopt.base.loading import Base
+from kvopt.base.prefix import Prefix, prefill
+from kvopt.config.evaluation import ProbesConfig
+from kvopt.console.progress import advance
 from kvopt.errors import InputError
-from kvopt.files import sha256_json
-from kvopt.model import Base
-from kvopt.progress import advance
-from kvopt.records import read_records
-from kvopt.reference import Reference, build_reference
-from kvopt.run import Run
-from kvopt.template import Template
-from kvopt.train.evaluation.config import ProbesConfig
+from kvopt.measure.reference import Reference, build_reference
+from kvopt.run.encoded_task import EncodedTask
+from kvopt.run.inputs import Inputs
+from kvopt.run.workspace import Workspace
+from kvopt.storage.files import sha256_json
+from kvopt.task.columns import Columns, NoValue
+from kvopt.task.examples import Example
+from kvopt.task.readers import read_records
+from kvopt.task.seam import Encoded
+from kvopt.task.template import Template
 
 
 @dataclass(frozen=True)
 class Probes:
     """Encoded probe rows, how many were too long, and the base's reference on them."""
 
-    run: Run
+    base: Base
     encoded: Encoded
     too_long: int
     batch_size: int
@@ -41,15 +42,14 @@ class Probes:
             ids = torch.tensor(self.encoded.prefix, device=model.device, dtype=torch.int64)
             return prefill(model, ids=ids)
 
-    @cached_property
-    def reference(self) -> Reference:
-        """The base's hidden states; made on first use, kept in the run directory."""
-        with self.run.progress.bar("probes", len(self.encoded.rows)) as bar:
+    def make_reference(self, at: Workspace) -> Reference:
+        """The base's hidden states, kept in the run directory."""
+        with at.progress.bar("probes", len(self.encoded.rows)) as bar:
             return build_reference(
-                self.run.base,
-                self.prefix(self.run.base),
+                self.base,
+                self.prefix(self.base),
                 self.encoded,
-                self.run.directory / "probes",
+                at.directory / "probes",
                 batch_size=self.batch_size,
                 progress=advance(bar),
             )
@@ -58,30 +58,30 @@ class Probes:
         return sha256_json([self.encoded.sha256(), self.batch_size])
 
 
-def load_probes(run: Run, settings: ProbesConfig, batch_size: int) -> Probes:
+def load_probes(task: EncodedTask, settings: ProbesConfig, batch_size: int) -> Probes:
     """Read and encode the probe rows; those over ``max_tokens`` are left out. Raises InputError."""
     where = f"evaluate.probes.file {settings.file}"
-    examples = probe_examples(run, settings)
-    chat = run.base.tokenizer.chat_template is not None
+    examples = probe_examples(task.inputs, settings)
+    chat = task.base.tokenizer.chat_template is not None
     template = (
         Template.from_messages([{"role": "user", "content": "{{prompt}}"}])
         if chat
         else Template.from_text("{{prompt}}\n")
     )
-    encoded = run.encoder.encode(template, examples)
-    limit = min(settings.max_tokens, run.base.geometry.window)
+    encoded = task.encoder.encode(template, examples)
+    limit = min(settings.max_tokens, task.base.geometry.window)
     kept = tuple(row for row in encoded.rows if len(encoded.prefix) + len(row) <= limit)
     if not kept:
         what = f"every row has more than {limit} tokens"
         raise InputError(what, where=where, mend="raise evaluate.probes.max_tokens")
-    return Probes(run, replace(encoded, rows=kept), len(examples) - len(kept), batch_size)
+    return Probes(task.base, replace(encoded, rows=kept), len(examples) - len(kept), batch_size)
 
 
-def probe_examples(run: Run, settings: ProbesConfig) -> list[Example]:
+def probe_examples(inputs: Inputs, settings: ProbesConfig) -> list[Example]:
     """The rows of the file, as many as are asked for. Raises InputError."""
     columns = Columns(("prompt",), {"prompt": settings.prompt}, settings.output)
     found: list[Example] = []
-    for number, record in enumerate(read_records(settings.file, run.base_dir, "train")):
+    for number, record in enumerate(read_records(settings.file, inputs.base_dir, "train")):
         if settings.rows is not None and number == settings.rows:
             break
         try:

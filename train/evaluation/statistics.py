@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap
 
-from kvopt.train.evaluation.metrics.base import Ratio
-from kvopt.train.evaluation.metrics.json_answers import same_value
+from kvopt.train.metrics.base import Ratio
+from kvopt.train.metrics.json_answers import same_value
 
 Ratios = Mapping[str, Sequence[Mapping[str, Ratio]]]
 """Context name → the ratios by quantity of each example, the same examples in the same order everywhere."""

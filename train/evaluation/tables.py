@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from kvopt.report.terminal import plain_table
+from kvopt.console.tables import plain_table
 
 
 def tables(documents: Sequence[Mapping[str, Any]]) -> list[Table]:

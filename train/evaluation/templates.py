@@ -11,11 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from kvopt.config.section import LABEL
 from kvopt.errors import InputError
-from kvopt.files import RELATIVE, read_text
-from kvopt.template import Template
-from kvopt.textfile import is_structured, structured, template_of
-from kvopt.train.evaluation.config import NAME
+from kvopt.storage.files import RELATIVE, read_text
+from kvopt.task.template import Template
+from kvopt.task.template_files import is_structured, structured, template_of
 
 BETWEEN = re.compile(r"^---[ \t]*\r?(?:\n|\Z)", re.MULTILINE)
 
@@ -48,7 +48,7 @@ def _listed(source: str, path: Path) -> list[tuple[str, Any]]:
 
 
 def _entry(item: Any, where: str) -> tuple[str, Any]:
-    if not isinstance(item, dict) or not isinstance(item.get("name"), str) or not re.match(NAME, item["name"]):
+    if not isinstance(item, dict) or not isinstance(item.get("name"), str) or not re.match(LABEL, item["name"]):
         mend = "letters, digits, - and _; an entry has name and text, or name and messages"
         raise InputError("the entry has no usable name", where=where, mend=mend)
     if unknown := sorted(item.keys() - {"name", "text", "messages"}):

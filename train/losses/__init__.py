@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvopt.train.config import CrossEntropyConfig
+from kvopt.config.students import CrossEntropyConfig
 from kvopt.train.losses.anchored_kl import AnchoredKL
 from kvopt.train.losses.asft import ASFT
 from kvopt.train.losses.cross_entropy import CrossEntropy

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvopt.errors import InputError
-from kvopt.files import write_json
+from kvopt.storage.files import write_json
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _A, _B = ".lora_A.weight", ".lora_B.weight"

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from kvopt.base.loading import Base, quiet
 from kvopt.errors import InputError
-from kvopt.model import Base, quiet
 from kvopt.train.merging.adapter import CONFIG, Adapter, average, read_adapter, truncate, write_adapter
 from kvopt.train.merging.lines import scale_adapter, scale_weights
 from kvopt.train.merging.soup import average_weights, greedy_soup

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from kvopt.files import sha256_bytes
+from kvopt.storage.files import sha256_bytes
 
 
 class Schedule(Protocol):

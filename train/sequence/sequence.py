@@ -20,16 +20,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kvopt.files import write_json
-from kvopt.model import Base
+from kvopt.base.loading import Base
+from kvopt.config.sequence import SequenceConfig
+from kvopt.storage.files import write_json
+from kvopt.train.commands import evaluator_of, train_chosen
 from kvopt.train.evaluation.conditions import Condition
-from kvopt.train.evaluation.evaluate import Evaluation
+from kvopt.train.evaluation.evaluate import Evaluator
 from kvopt.train.evaluation.models import BASE, Subject, subject
 from kvopt.train.launch import one_process
-from kvopt.train.sequence.config import SequenceConfig
-from kvopt.train.sequence.tasks import Task, opened
+from kvopt.train.sequence.tasks import SequenceTask, opened
 from kvopt.train.sequence.transfer import transfer
-from kvopt.train.stages import chosen, students
+from kvopt.train.stages import chosen
 from kvopt.train.student import load_student
 
 FORMAT_VERSION = 1
@@ -61,7 +62,7 @@ class _After(Subject):
         return self.learned.model
 
 
-def conduct(config: SequenceConfig, tasks: Sequence[Task], out: Path) -> dict[str, Any]:
+def conduct(config: SequenceConfig, tasks: Sequence[SequenceTask], out: Path) -> dict[str, Any]:
     """Train every arm through all stages, measure, and write ``sequence.json``; returns it.
 
     Raises:
@@ -69,13 +70,15 @@ def conduct(config: SequenceConfig, tasks: Sequence[Task], out: Path) -> dict[st
     """
     one_process("a sequence")
     with opened(list(tasks)):
-        evaluations = [_evaluation(config, task) for task in tasks]
-        documents = [e.evaluate(subject(task.run, BASE)) for e, task in zip(evaluations, tasks, strict=True)]
+        evaluations = [_evaluator(config, task) for task in tasks]
+        documents = [
+            e.evaluate(subject(task.run.task(), BASE, task.run.at)) for e, task in zip(evaluations, tasks, strict=True)
+        ]
         before = [_scores(document) for document in documents]
         names = [name for name in before[0] if all(name in scores for scores in before)]
         arms = [_arm(arm.name, tasks, evaluations, before, names) for arm in config.arms]
         headlines = [name for name in documents[0]["headlines"] if name in names]
-        base = tasks[0].run.base.name
+        base = tasks[0].run.load_base().name
     document = {
         "format_version": FORMAT_VERSION,
         "name": config.name,
@@ -89,20 +92,24 @@ def conduct(config: SequenceConfig, tasks: Sequence[Task], out: Path) -> dict[st
     return document
 
 
-def _evaluation(config: SequenceConfig, task: Task) -> Evaluation:
-    return Evaluation(task.run, config.arms, chosen=[Condition("original", task.run.original)])
+def _evaluator(config: SequenceConfig, task: SequenceTask) -> Evaluator:
+    return evaluator_of(task.run, config.arms, only=[Condition("original", task.run.task().original)])
 
 
 def _arm(
-    name: str, tasks: Sequence[Task], evaluations: Sequence[Evaluation], before: list[Scores], names: Sequence[str]
+    name: str,
+    tasks: Sequence[SequenceTask],
+    evaluations: Sequence[Evaluator],
+    before: list[Scores],
+    names: Sequence[str],
 ) -> dict[str, Any]:
     """One arm through all stages."""
     after, stages = [before], []
     for number, task in enumerate(tasks, 1):
-        task.run.say(f"{name}, stage {number} of {len(tasks)}: {task.name}")
-        [record] = students(task.run, chosen(task.run, [name]))
+        task.run.at.say(f"{name}, stage {number} of {len(tasks)}: {task.name}")
+        [record] = train_chosen(task.run, chosen(task.run.inputs, [name]))
         stages.append(_stage(task, record))
-        learned = _Learned(task.folder(name), tasks[0].run.base)
+        learned = _Learned(task.folder(name), tasks[0].run.load_base())
         after.append(
             [
                 _scores(evaluation.evaluate(_subject(measured, name, task, record, learned)))
@@ -113,9 +120,11 @@ def _arm(
     return {"name": name, "stages": stages, "R": matrices, "transfer": {q: _transfer(r) for q, r in matrices.items()}}
 
 
-def _subject(measured: Task, arm: str, stage: Task, record: dict[str, Any], learned: _Learned) -> Subject:
+def _subject(
+    measured: SequenceTask, arm: str, stage: SequenceTask, record: dict[str, Any], learned: _Learned
+) -> Subject:
     folder = measured.run.directory / "sequence" / arm / f"after-{stage.name}"
-    return _After(measured.run, f"{arm} after {stage.name} on {measured.name}", folder, record, learned)
+    return _After(measured.run.load_base(), f"{arm} after {stage.name} on {measured.name}", folder, record, learned)
 
 
 def _scores(document: Mapping[str, Any]) -> Scores:
@@ -129,7 +138,7 @@ def _transfer(matrix: list[list[float | None]]) -> dict[str, float | None] | Non
     return transfer(rows).to_json() if all(map(len, rows)) and len({*map(len, rows)}) == 1 else None
 
 
-def _stage(task: Task, record: Mapping[str, Any]) -> dict[str, Any]:
+def _stage(task: SequenceTask, record: Mapping[str, Any]) -> dict[str, Any]:
     """What a stage trained on."""
     pool = [context["name"] for context in record["contexts"]]
     scored = record["stages"][-1] if record["stages"] else {"kept": pool, "gold_nll": None}

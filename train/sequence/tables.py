@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from kvopt.report.terminal import plain_table
+from kvopt.console.tables import plain_table
 
 LOSSES = ("gold_nll", "kl_from_base", "answer_cut")
 """Quantities that are better when they are lower."""

@@ -7,16 +7,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvopt.config import load_config
+from kvopt.config.document import load_config
+from kvopt.config.sequence import SequenceConfig
+from kvopt.config.students import StudentConfig
 from kvopt.errors import InputError
-from kvopt.run import Run
-from kvopt.train.config import StudentConfig
-from kvopt.train.sequence.config import SequenceConfig
+from kvopt.run.run import Run
 from kvopt.train.stages import check_student
 
 
 @dataclass(frozen=True)
-class Task:
+class SequenceTask:
     """One task; its run's students are the sequence's arms, each starting from its student of the task before."""
 
     name: str
@@ -29,14 +29,14 @@ class Task:
 
 def load_tasks(
     config: SequenceConfig, base_dir: Path, out: Path, *, say: Callable[[str], None], bars: bool | None = None
-) -> list[Task]:
+) -> list[SequenceTask]:
     """Read every stage's config and data, before anything is worked on.
 
     Raises:
         InputError: a config that is wrong, two tasks of one name, tasks over different bases, contexts that a task
             does not have, a teacher, checks or a start that cannot be.
     """
-    tasks: list[Task] = []
+    tasks: list[SequenceTask] = []
     for number, stage in enumerate(config.stages):
         settings, folder = load_config(base_dir / stage.config, stage.set)
         name = stage.name or settings.name
@@ -51,12 +51,12 @@ def load_tasks(
         run = Run(settings.model_copy(update=changes), folder, out / "tasks" / name, say=say, bars=bars)
         for student in students:
             # a later stage starts from a student that is not there yet
-            check_student(run, student.model_copy(update={"start": None}) if tasks else student)
-        tasks.append(Task(name, run))
+            check_student(run.inputs, student.model_copy(update={"start": None}) if tasks else student)
+        tasks.append(SequenceTask(name, run))
     return tasks
 
 
-def _continued(arm: StudentConfig, number: int, seed: int, before: Task | None) -> StudentConfig:
+def _continued(arm: StudentConfig, number: int, seed: int, before: SequenceTask | None) -> StudentConfig:
     """The arm at a stage: another seed for every stage (orders, halves that are frozen), and where it starts."""
     changes: dict[str, object] = {"seed": (seed if arm.seed is None else arm.seed) + number}
     if before is not None:
@@ -65,10 +65,10 @@ def _continued(arm: StudentConfig, number: int, seed: int, before: Task | None) 
 
 
 @contextmanager
-def opened(tasks: list[Task]) -> Iterator[None]:
+def opened(tasks: list[SequenceTask]) -> Iterator[None]:
     """All runs open, with one loaded base."""
     with ExitStack() as stack:
         for task in tasks:
-            task.run.base = tasks[0].run.base
+            task.run.use_base(tasks[0].run.load_base())
             stack.enter_context(task.run.opened())
         yield

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from kvopt.config import Config
+from kvopt.config.document import Config
 from kvopt.errors import InputError
 from kvopt.report.study_view import LIKELIHOOD
-from kvopt.train.study.arms import EQUAL_SECONDS, Arm, settings_of
+from kvopt.train.arms import EQUAL_SECONDS, Arm, settings_of
 from kvopt.train.study.curve import fit_curve
 from kvopt.train.study.regression import explained
 from kvopt.train.study.seeds import compared, over_rows_and_seeds, over_seeds

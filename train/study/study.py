@@ -12,50 +12,77 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from kvopt.config.document import Config
+from kvopt.config.students import StudentConfig
+from kvopt.config.study import StudyConfig
+from kvopt.contexts.context import Context
 from kvopt.errors import KvoptError
-from kvopt.files import read_json, write_json
-from kvopt.run import Run
-from kvopt.train.config import StudentConfig
-from kvopt.train.evaluation.evaluate import Evaluation
+from kvopt.measure.reference import Reference
+from kvopt.measure.score import Score
+from kvopt.run.catalogue import Catalogue
+from kvopt.run.workspace import Workspace
+from kvopt.storage.files import read_json, write_json
+from kvopt.train.arms import EQUAL_SECONDS, Arm, reference_of, settings_of, study_arms
+from kvopt.train.evaluation.evaluate import Evaluator
 from kvopt.train.evaluation.models import BASE, subject
-from kvopt.train.pool import resolve
-from kvopt.train.stages import check_student, students
-from kvopt.train.study.arms import EQUAL_SECONDS, Arm, reference_of, settings_of, study_arms, trained_students
+from kvopt.train.pool import names_of
+from kvopt.train.stages import make_students
 from kvopt.train.study.document import Result, build_document, check_quantities
 from kvopt.train.study.values import draws_by_path
 
 
-@dataclass
-class Study:
-    """One study in one run directory; use it inside ``with run.opened()``."""
+@dataclass(frozen=True)
+class StudyRunner:
+    """One study in one run directory.
 
-    run: Run
+    Attributes:
+        catalogue: holds the contexts of every arm.
+        evaluator: measures the base and each student.
+        reference: of the base under the original template.
+        score: a context's score on the selection rows.
+        at: where students and documents go.
+    """
 
-    def __post_init__(self) -> None:
-        self.settings = settings_of(self.run.config)
-        self.arms = study_arms(self.run.config)
-        self.reference = reference_of(self.run.config)
-        for arm in self.arms:
-            check_student(self.run, arm.config)
-        self._context_scores: dict[str, tuple[float, float]] = {}
+    catalogue: Catalogue
+    evaluator: Evaluator
+    reference: Reference
+    score: Callable[[Context], Score]
+    at: Workspace
+
+    @property
+    def config(self) -> Config:
+        return self.catalogue.task.config
 
     @cached_property
-    def evaluation(self) -> Evaluation:
-        return Evaluation(self.run, trained_students(self.run.config), instead=self.settings.evaluate)
+    def settings(self) -> StudyConfig:
+        return settings_of(self.config)
+
+    @cached_property
+    def arms(self) -> list[Arm]:
+        return study_arms(self.config)
+
+    @cached_property
+    def reference_arm(self) -> str:
+        """Name of the arm that others are compared with."""
+        return reference_of(self.config)
+
+    @cached_property
+    def _context_scores(self) -> dict[str, tuple[float, float]]:
+        return {}
 
     def conduct(self, report: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
         """Train and evaluate what is missing; returns the document of ``study.json``.
 
         ``report`` gets the document so far after each student.
         """
-        base = self.evaluation.evaluate(subject(self.run, BASE))
-        check_quantities(self.run.config, base)
+        base = self.evaluator.evaluate(subject(self.catalogue.task, BASE, self.at))
+        check_quantities(self.config, base)
         results: list[Result] = []
         document = self._written(base, results, False)
         for seed in self.settings.seeds:
             done: dict[str, Result] = {}
             for arm in self.arms:
-                self.run.say(f"arm {arm.name}, seed {seed}, equal {arm.budget}: {len(results) + 1} of {self.size}")
+                self.at.say(f"arm {arm.name}, seed {seed}, equal {arm.budget}: {len(results) + 1} of {self.size}")
                 result = self._result(arm, seed, done)
                 if arm.budget != EQUAL_SECONDS:
                     done[arm.name] = result
@@ -71,18 +98,18 @@ class Study:
         return len(self.arms) * len(self.settings.seeds)
 
     def _written(self, base: dict[str, Any], results: Sequence[Result], complete: bool) -> dict[str, Any]:
-        document = build_document(self.run.config, self.arms, self.reference, base, results, complete)
-        write_json(self.run.directory / "study.json", document)
+        document = build_document(self.config, self.arms, self.reference_arm, base, results, complete)
+        write_json(self.at.directory / "study.json", document)
         return document
 
     def _result(self, arm: Arm, seed: int, done: dict[str, Result]) -> Result:
         steps = self._steps_in_time(arm, seed, done) if arm.budget == EQUAL_SECONDS else None
         config = arm.student(seed, steps)
-        record = students(self.run, [config])[0]
-        model = subject(self.run, config.name)
-        measured = self.evaluation.measure(model)
-        evaluated = self.evaluation.document(model, measured)
-        draws = draws_by_path(measured, seed=self.run.config.seed, resamples=self.evaluation.settings.resamples)
+        record = make_students(self.catalogue, [config], self.reference, self.at)[0]
+        model = subject(self.catalogue.task, config.name, self.at)
+        measured = self.evaluator.measure(model)
+        evaluated = self.evaluator.document(model, measured)
+        draws = draws_by_path(measured, seed=self.config.seed, resamples=self.evaluator.settings.resamples)
         kl, nll = self._context_set(config)
         return Result(arm, seed, record, self._seconds(config.name, record), evaluated, kl, nll, draws)
 
@@ -92,10 +119,10 @@ class Study:
         """Steps that the arm makes, at the pace of its own run, in the seconds of the reference's; kept in
         ``study-steps.json``, so that a study that goes on does not measure again.
         """
-        own, reference = done[arm.name], done[self.reference]
+        own, reference = done[arm.name], done[self.reference_arm]
         name = arm.student(seed).name
         keys = [own.record["key"], reference.record["key"]]
-        path = self.run.directory / "study-steps.json"
+        path = self.at.directory / "study-steps.json"
         stored = read_json(path) if path.is_file() else {}
         if stored.get(name, {}).get("keys") != keys:
             if own.seconds is None or reference.seconds is None:
@@ -114,7 +141,7 @@ class Study:
         """Wall-clock seconds of a student's training, from the ledger; of one that was gone on with, at the pace of
         its last part.
         """
-        path = self.run.directory / "ledger.jsonl"
+        path = self.at.directory / "ledger.jsonl"
         lines = path.read_text("utf-8").splitlines() if path.is_file() else []
         entries = [json.loads(line) for line in lines]
         mine = [e for e in entries if e["stage"] == f"students/{name}" and e["outcome"] == "done"]
@@ -131,11 +158,12 @@ class Study:
         """
         total = kl = nll = 0.0
         taken: set[str] = set()
-        for choice in config.contexts:
-            for context in resolve(self.run, choice, config.seed or 0, taken, f"students.{config.name}.contexts"):
+        where = f"students.{config.name}.contexts"
+        for choice, name in zip(config.contexts, names_of(config), strict=True):
+            for context in self.catalogue.named(name, where, seed=config.seed or 0, taken=taken):
                 taken.add(context.name)
                 if context.name not in self._context_scores:
-                    score = self.run.score(context, "selection")
+                    score = self.score(context)
                     self._context_scores[context.name] = (score.kl_forward.mean, score.gold_nll.mean)
                 of_kl, of_nll = self._context_scores[context.name]
                 total, kl, nll = total + choice.weight, kl + choice.weight * of_kl, nll + choice.weight * of_nll

@@ -8,8 +8,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from kvopt.console.tables import plain_table
 from kvopt.report.study_view import GROUPS, LIKELIHOOD, compared_paths
-from kvopt.report.terminal import plain_table
 from kvopt.train.evaluation.tables import with_interval
 
 NARROWEST = 8

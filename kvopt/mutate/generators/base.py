@@ -12,7 +12,7 @@ from typing import Protocol
 
 from kvopt.mutate.spans import MARK, Field, mask
 from kvopt.mutate.validity import Rejection, Scope, editable_lengths
-from kvopt.template import Template
+from kvopt.task.template import Template
 
 Complete = Callable[[list[list[dict[str, str]]], int, int, float], list[str]]
 """``complete(prompts, seed, max_tokens, temperature)``: one continuation for each list of chat messages, the same ones

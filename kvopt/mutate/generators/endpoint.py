@@ -10,8 +10,8 @@ from random import Random
 
 import httpx
 
-from kvopt.chat_endpoint import ChatEndpoint, ChatFailure
-from kvopt.mutate.config import EndpointGenerator
+from kvopt.base.chat_endpoint import ChatEndpoint, ChatFailure
+from kvopt.config.mutations import EndpointGenerator
 from kvopt.mutate.generators.base import Proposal, Request, marked
 from kvopt.mutate.sanity import sanity
 from kvopt.mutate.spans import MARK, Field, MarkError

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from kvopt.errors import InputError
-from kvopt.files import RELATIVE, read_text
 from kvopt.mutate.generators.base import Proposal, Request
 from kvopt.mutate.validity import Rejection
-from kvopt.template import SLOT, Template
+from kvopt.storage.files import RELATIVE, read_text
+from kvopt.task.template import SLOT, Template
 
 BETWEEN = re.compile(r"^---[ \t]*(?:\r?\n|\Z)", re.M)
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from random import Random
 
-from kvopt.mutate.operators import Operator
+from kvopt.mutate.operator import Operator
 from kvopt.mutate.spans import mask
 from kvopt.mutate.validity import Scope, editable_lengths
-from kvopt.template import Template
+from kvopt.task.template import Template
 
 
 def apply_operator(

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from random import Random
 
-from kvopt.mutate.operators.registry import operator
+from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import MARK, Field
 from kvopt.mutate.text import blocks, items, join, list_block
 

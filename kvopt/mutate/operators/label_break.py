@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from random import Random
 
-from kvopt.mutate.operators.registry import operator
+from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import MARK, Field
 
 SHORT_LABEL = re.compile(rf"^([A-Z][A-Za-z' ]{{1,30}}):([ \t]+|\r?\n)(?={MARK}$|{MARK}\r?\n)", re.M)

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from random import Random
 
-from kvopt.mutate.operators.registry import operator
+from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import Field
 from kvopt.mutate.text import Block, blocks, heading_of, items, join, list_block
 from kvopt.mutate.vocabulary import ANAPHORA, REFERS_TO_NUMBER

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from random import Random
 
-from kvopt.mutate.operators.registry import operator
+from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import Field
 from kvopt.mutate.text import blocks, capitalize, join, lower_first, sentences, some
 from kvopt.mutate.vocabulary import starts_imperative

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from kvopt.mutate.operators.registry import operator
+from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import Field
 from kvopt.mutate.text import Block, blocks, join
 

@@ -6,7 +6,7 @@ import re
 from functools import cache
 from random import Random
 
-from kvopt.mutate.operators.registry import operator
+from kvopt.mutate.operator import operator
 from kvopt.mutate.phrases import CONTEXTUAL, GROUPS
 from kvopt.mutate.spans import Field
 from kvopt.mutate.text import capitalize, replace_spans

@@ -1,0 +1,137 @@
+"""A client of any OpenAI-compatible chat endpoint: what may pass is asked again, everything else is a failure with a
+reason. The key goes into a header and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import httpx
+import tenacity
+
+from kvopt.config.mutations import EndpointSettings
+from kvopt.errors import InputError
+
+LONGEST_WAIT = 60.0
+GIVEN_UP_AFTER = 3
+"""After so many questions in a row that no try could bring to the endpoint, each of the next ones has one try: hundreds
+of them would else wait for a server that is not there.
+"""
+
+
+class ChatFailure(Exception):
+    """No answer: another try would fail the same way, or the tries are used up. The message never holds the key."""
+
+
+class _Transient(Exception):
+    """A failure that another try may mend; ``after`` is what the server asks to wait, in seconds."""
+
+    def __init__(self, message: str, after: float | None = None):
+        super().__init__(message)
+        self.after = after
+
+
+class _Unreachable(_Transient):
+    """The request did not arrive, or no answer came back."""
+
+
+@dataclass
+class ChatEndpoint:
+    """One chat model behind ``settings.base_url``; may be called from several threads at once.
+
+    Args:
+        settings: address, model, key, retries.
+        where: the config key that error messages name.
+        first_wait: seconds before the first repeat; doubles with each.
+        transport: an httpx transport in the place of the network's.
+    """
+
+    settings: EndpointSettings
+    where: str
+    first_wait: float = 1.0
+    transport: httpx.BaseTransport | None = None
+    _key: str = field(init=False, repr=False)
+    _not_reached: int = field(default=0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._key = os.environ.get(self.settings.api_key_env, "") if self.settings.api_key_env else ""
+        if self.settings.api_key_env and not self._key:
+            raise InputError(
+                f"environment variable {self.settings.api_key_env} is not set",
+                where=f"{self.where}.api_key_env",
+                mend="export the key, or drop the line for an endpoint without one",
+            )
+
+    def client(self) -> httpx.Client:
+        """A connection pool for some calls of :meth:`ask`; use it in a ``with`` block."""
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        return httpx.Client(timeout=self.settings.timeout, headers=headers, transport=self.transport)
+
+    def ask(self, client: httpx.Client, messages: Sequence[dict[str, str]], seed: int) -> str:
+        """The text of the answer. Raises ChatFailure when there is none."""
+        tries = self.settings.retries + 1 if self._not_reached < GIVEN_UP_AFTER else 1
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(tries),
+            wait=self._wait,
+            retry=tenacity.retry_if_exception_type(_Transient),
+            reraise=True,
+        )
+        try:
+            answer = retrying(self._ask_once, client, messages, seed)
+        except (_Transient, ChatFailure) as error:
+            self._not_reached = self._not_reached + 1 if isinstance(error, _Unreachable) else 0
+            raise ChatFailure(self._without_key(str(error))) from None
+        self._not_reached = 0
+        return answer
+
+    def _wait(self, state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        wait = min(LONGEST_WAIT, self.first_wait * 2 ** (state.attempt_number - 1))
+        return min(LONGEST_WAIT, max(wait, error.after)) if isinstance(error, _Transient) and error.after else wait
+
+    def _ask_once(self, client: httpx.Client, messages: Sequence[dict[str, str]], seed: int) -> str:
+        url = self.settings.base_url
+        url = url if url.endswith("/chat/completions") else f"{url}/chat/completions"
+        body = {
+            "model": self.settings.model,
+            "messages": list(messages),
+            "temperature": self.settings.temperature,
+            "seed": seed,
+        }
+        try:
+            response = client.post(url, json=body)
+        except httpx.TransportError as error:
+            raise _Unreachable(f"{type(error).__name__}: {error}") from None
+        except (httpx.RequestError, httpx.InvalidURL) as error:
+            raise ChatFailure(f"{type(error).__name__}: {error}") from None
+        if response.status_code == 429 or response.status_code >= 500:
+            raise _Transient(f"status {response.status_code}", _seconds(response.headers.get("retry-after")))
+        if response.status_code != 200:
+            raise ChatFailure(f"status {response.status_code}: {response.text[:200]}")
+        return _content(response)
+
+    def _without_key(self, message: str) -> str:
+        return message.replace(self._key, "***") if self._key else message
+
+
+def _seconds(value: str | None) -> float | None:
+    try:
+        return max(0.0, float(value)) if value else None
+    except ValueError:
+        return None
+
+
+def _content(response: httpx.Response) -> str:
+    """The text of the first choice. Raises ChatFailure for anything that is not a finished, non-empty answer."""
+    try:
+        choice = response.json()["choices"][0]
+        content = choice["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise ChatFailure(f"not a chat completion: {response.text[:200]}") from None
+    if not isinstance(content, str) or not content.strip():
+        raise ChatFailure("an empty answer")
+    if choice.get("finish_reason") == "length":
+        raise ChatFailure("the answer was cut off at the token limit")
+    return content

@@ -1,0 +1,65 @@
+"""The base as a chat model: sampled completions for the local paraphraser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from kvopt.base.loading import Base
+
+Messages = list[dict[str, str]]
+
+
+def local_completion(
+    base: Base, usage: dict[str, int] | None = None
+) -> Callable[[Sequence[Messages], int, int, float], list[str]]:
+    """``complete(prompts, seed, max_tokens, temperature)``: one sampled answer for each prompt, a function of its
+    arguments alone.
+
+    Args:
+        base: with a chat template, each prompt is rendered by it; without one, contents are joined by newlines.
+        usage: counters ``model_calls``, ``tokens_in``, ``tokens_out`` to add to.
+    """
+
+    def complete(prompts: Sequence[Messages], seed: int, max_tokens: int, temperature: float) -> list[str]:
+        texts = [_text(base, prompt) for prompt in prompts]
+        encoded = [
+            base.tokenizer(text, add_special_tokens=base.tokenizer.chat_template is None)["input_ids"] for text in texts
+        ]
+        width, pad = max(map(len, encoded)), _pad_id(base)
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device=base.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=base.device)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            out = base.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_tokens,
+                do_sample=True,
+                temperature=temperature,
+                top_p=0.95,
+                top_k=0,
+                pad_token_id=pad,
+            )
+        answers = out[:, width:]
+        if usage is not None:
+            usage["model_calls"] += 1
+            usage["tokens_in"] += int(mask.sum())
+            usage["tokens_out"] += int((answers != pad).sum())
+        return base.tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+    return complete
+
+
+def _text(base: Base, prompt: Messages) -> str:
+    if base.tokenizer.chat_template is None:
+        return "\n".join(message["content"] for message in prompt) + "\n"
+    return base.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+
+
+def _pad_id(base: Base) -> int:
+    for token in (base.tokenizer.pad_token_id, base.tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0

@@ -1,0 +1,183 @@
+"""Running bodies against a shared prefix: the one way in which scoring, optimizing, training and serving look at a
+context.
+
+A prefix holds keys (after RoPE) and values for every layer once; each layer joins them in front of a batch's own keys
+and values inside the stock attention code, and stores nothing, so one prefix serves any number of batches, forward and
+backward.
+
+Symbols: L layers, H key/value heads, T prefix slots, d head dimension, B rows, n body positions, G gold tokens, D
+hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kvopt.base.loading import Base
+from kvopt.base.rope import Rope
+from kvopt.task.seam import Batch, Row, length_buckets, make_batch
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values that a body attends to, one pair [H, T, d] a layer, in the model's dtype; bodies start at
+    position T.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return self.keys[0].shape[-2]
+
+    def stack(self) -> Tensor:
+        """[T, L, 2, H, d], the layout of the learned parameter and (flattened) of PEFT's ``prompt_embeddings``."""
+        pairs = torch.stack([torch.stack(pair) for pair in zip(self.keys, self.values, strict=True)])
+        return rearrange(pairs, "l two h t d -> t l two h d")
+
+    @classmethod
+    def unstack(cls, stacked: Tensor, dtype: torch.dtype) -> Prefix:
+        """The inverse of :meth:`stack`, cast to ``dtype``; differentiable."""
+        pairs = rearrange(stacked, "t l two h d -> l two h t d").to(dtype)
+        return cls(tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs))
+
+    def to(self, dtype: torch.dtype) -> Prefix:
+        return Prefix(tuple(k.to(dtype) for k in self.keys), tuple(v.to(dtype) for v in self.values))
+
+    def kept(self, places: Tensor) -> Prefix:
+        """The slots at these places [K], in their order."""
+        return Prefix(tuple(k[:, places] for k in self.keys), tuple(v[:, places] for v in self.values))
+
+    def rotated(self, rope: Rope, shift: int) -> Prefix:
+        """The same slots with keys as they would be ``shift`` positions further on."""
+        return Prefix(tuple(rope.rotate(k, shift, layer) for layer, k in enumerate(self.keys)), self.values)
+
+    def detach(self) -> Prefix:
+        return Prefix(tuple(k.detach() for k in self.keys), tuple(v.detach() for v in self.values))
+
+
+class PrefixLayer(DynamicLayer):
+    """One layer's read-only prefix: ``update`` returns prefix ⧺ new states and keeps neither."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        super().__init__()
+        self.keys, self.values = keys[None], values[None]
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        rows = key_states.shape[0]
+        return (
+            torch.cat([repeat(self.keys, "1 h t d -> b h t d", b=rows), key_states], dim=-2),
+            torch.cat([repeat(self.values, "1 h t d -> b h t d", b=rows), value_states], dim=-2),
+        )
+
+
+class CaptureLayer(DynamicLayer):
+    """One layer of a prefill: hands the states back and remembers the latest.
+
+    It never grows, so that computing a checkpointed layer a second time changes nothing, and it is never cut to a
+    sliding window.
+    """
+
+    seen: bool = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.seen:
+            self.keys, self.values, self.seen = key_states, value_states, True
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return 0
+
+
+def prefix_cache(prefix: Prefix) -> Cache:
+    """A transformers cache whose layers hold the prefix and never grow."""
+    return Cache(layers=[PrefixLayer(k, v) for k, v in zip(prefix.keys, prefix.values, strict=True)])
+
+
+def prefill(base: Base, *, ids: Tensor | None = None, embeddings: Tensor | None = None) -> Prefix:
+    """The prefix that token ``ids`` [T] or input ``embeddings`` [T, D] leave behind, at positions 0 … T−1;
+    differentiable in the embeddings.
+
+    Sliding-window layers keep all T slots (the attention mask decides what a body still sees).
+    """
+    length = len(ids) if ids is not None else len(embeddings) if embeddings is not None else 0
+    if length == 0:
+        return empty_prefix(base)
+    cache = Cache(layers=[CaptureLayer() for _ in range(base.geometry.layers)])
+    inputs = {"input_ids": ids[None]} if ids is not None else {"inputs_embeds": embeddings[None]}  # type: ignore[index]
+    base.backbone(**inputs, past_key_values=cache, use_cache=True)
+    return Prefix(tuple(layer.keys[0] for layer in cache.layers), tuple(layer.values[0] for layer in cache.layers))  # type: ignore[index]
+
+
+def empty_prefix(base: Base) -> Prefix:
+    """No slots at all: the body alone."""
+    g = base.geometry
+    none = torch.zeros(g.kv_heads, 0, g.head_dim, dtype=base.dtype, device=base.device)
+    return Prefix((none,) * g.layers, (none,) * g.layers)
+
+
+def run_bodies(base: Base, prefix: Prefix, batch: Batch) -> Tensor:
+    """Hidden states after the final norm, [B, n, D], of bodies and gold outputs behind the prefix."""
+    rows, width = batch.ids.shape
+    length = len(prefix)
+    mask = torch.cat([batch.mask.new_ones(rows, length), batch.mask], dim=1)
+    positions = torch.arange(length, length + width, device=batch.ids.device)
+    return base.backbone(
+        input_ids=batch.ids,
+        attention_mask=mask.long(),
+        position_ids=repeat(positions, "n -> b n", b=rows),
+        past_key_values=prefix_cache(prefix) if length else None,
+        use_cache=False,
+    ).last_hidden_state
+
+
+def gold_hidden(base: Base, prefix: Prefix, batch: Batch) -> Tensor:
+    """Hidden states [G, D] of the positions that predict the batch's gold tokens, row by row; no other position is
+    ever scored.
+    """
+    hidden = run_bodies(base, prefix, batch)
+    return hidden[batch.predicts[:, 0], batch.predicts[:, 1]]
+
+
+@dataclass(frozen=True)
+class GoldStates:
+    """The hidden states of one batch of rows: ``rows`` are their places among all rows, ``hidden`` [G, D] the positions
+    that predict their gold tokens, ``gold`` [G] int64 these tokens, ``counts`` how many of them each row has.
+    """
+
+    rows: list[int]
+    hidden: Tensor
+    gold: Tensor
+    counts: list[int]
+
+    def split(self, values: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Each row's place and its part of ``values`` [G, …]."""
+        return zip(self.rows, values.split(self.counts), strict=True)
+
+
+@torch.no_grad()
+def gold_states(
+    base: Base,
+    prefix: Prefix,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[GoldStates]:
+    """:func:`gold_hidden` of all rows, without gradients, in batches of similar length (shortest first).
+
+    ``progress`` is called with the number of rows of each batch once the caller is done with it.
+    """
+    for index in length_buckets(rows, batch_size):
+        batch = make_batch(rows, index).to(base.device)
+        yield GoldStates(index, gold_hidden(base, prefix, batch), batch.gold, [len(rows[i].gold) for i in index])
+        if progress:
+            progress(len(index))

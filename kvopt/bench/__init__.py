@@ -1,0 +1,1 @@
+"""Speed and memory against other ways to do the same, as ratios from one run."""

@@ -1,0 +1,132 @@
+"""The ``contexts`` section: the soft prompts and KV caches to learn, and where each starts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from kvopt.config.kinds import Family, Options
+from kvopt.config.names import ContextName
+from kvopt.config.section import NAME, Section
+from kvopt.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvopt.learn.start_task import StartTask
+
+STARTS = Family("kvopt.learn.starts", "init")
+_ON_TEXTS = {"template": "", "text": "a file", "mutation": "a mutation's name", "best-mutation": ""}
+"""Texts that the start ``first-tokens`` can take, with what must stand after their colon."""
+
+
+class Start(Options):
+    """Where a learned context starts: the options of one member of :data:`STARTS`."""
+
+    def tensor(self, task: StartTask) -> Tensor:
+        """The starting value, on the base's device: kv [T, L, 2, H, d], soft [T, D]."""
+        raise NotImplementedError
+
+
+class Init:
+    """An ``init`` taken apart: ``strided``, ``text:FILE``, ``context:NAME``, or a mapping with ``kind`` and options.
+
+    Attributes:
+        kind: what stands before the colon.
+        argument: what stands after it: a file, a mutation's or a context's name, or a folder.
+        start: the start with its options.
+    """
+
+    def __init__(self, value: str | dict[str, Any], where: str = "init") -> None:
+        """Raises InputError, at ``where``, for an unknown start, or an argument that is missing or one too many."""
+        self.argument = ""
+        if isinstance(value, dict):
+            self.kind = str(value.get("kind"))
+            self.start = self._built(value, where)
+            return
+        self.kind, _, self.argument = value.partition(":")
+        wanted = _ON_TEXTS.get(self.kind, "a context's name or folder" if self.kind == "context" else "")
+        if self.kind not in known_starts():
+            raise InputError(f"unknown init {value!r}", where=where, mend="one of " + ", ".join(known_starts()))
+        if bool(wanted) != bool(self.argument):
+            what = f"{self.kind}:… needs {wanted}" if wanted else f"{self.kind} takes no argument"
+            raise InputError(f"init {value!r}: {what}", where=where)
+        kind = "first-tokens" if self.kind in _ON_TEXTS else "existing" if self.kind == "context" else self.kind
+        self.start = self._built({"kind": kind}, where)
+
+    @staticmethod
+    def _built(tree: dict[str, Any], where: str) -> Start:
+        kind = tree.get("kind")
+        if kind not in STARTS.kinds:
+            raise InputError(f"unknown init {kind!r}", where=where, mend="one of " + ", ".join(STARTS.kinds))
+        try:
+            start = STARTS.options(str(kind)).model_validate(tree)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(["init", *map(str, first["loc"])])
+            raise InputError(f"{place}: {first['msg']}", where=where) from None
+        assert isinstance(start, Start)
+        return start
+
+    @property
+    def settings(self) -> Any:
+        """What an identity takes of it: the kind, with the options that are not at their defaults, if any."""
+        changed = self.start.model_dump(mode="json", exclude_defaults=True, exclude={"kind"})
+        return {"kind": self.kind, **changed} if changed else self.kind
+
+    @property
+    def source(self) -> ContextName | None:
+        """The context that the start takes its text or tensor from; None for the original template."""
+        if self.kind == "best-mutation":
+            return ContextName.parse("best-mutations:1", "init")
+        if self.kind in ("text", "mutation", "context"):
+            return ContextName.parse(f"{self.kind}:{self.argument}", "init")
+        return None
+
+
+def known_starts() -> tuple[str, ...]:
+    """Everything that may stand before the colon of an ``init``."""
+    own = [kind for kind in STARTS.kinds if kind not in ("first-tokens", "existing")]
+    return (*_ON_TEXTS, *own, "context")
+
+
+class ContextConfig(Section):
+    """One learned context."""
+
+    name: str = Field(pattern=NAME, description="folder name under contexts/")
+    kind: Literal["kv", "soft"] = Field("kv", description="a KV cache, or a soft prompt (input embeddings)")
+    tokens: int | None = Field(
+        None, ge=1, description="slots; default: all tokens of the text (or context) that it starts from"
+    )
+    init: str | dict[str, Any] = Field(
+        "template",
+        description="template, strided, matched, random-text, random, text:FILE, mutation:NAME, best-mutation, "
+        "or context:NAME; or a mapping with kind and options",
+    )
+    steps: int = Field(200, ge=0, description="optimizer steps")
+    batch_size: int = Field(16, ge=1, description="examples a step")
+    learning_rate: float = Field(0.005, gt=0, description="peak learning rate of AdamW")
+    warmup: float = Field(
+        0.05, ge=0, le=1, description="share of the steps with a rising learning rate; a cosine to 0 follows"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    frozen: int = Field(1, ge=0, description="leading slots that stay as they are (slot 0 is the attention sink)")
+    eval_every: int = Field(20, ge=1, description="steps between measurements of held-out KL; the best state is kept")
+    patience: int | None = Field(None, ge=1, description="stop after this many measurements without a better one")
+    seed: int | None = Field(None, description="default: the config's seed")
+
+    @field_validator("init")
+    @classmethod
+    def _known(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
+        try:
+            Init(value)
+        except InputError as error:
+            raise ValueError(f"{error.what} ({error.mend})" if error.mend else error.what) from None
+        return value
+
+    @property
+    def start(self) -> Init:
+        """``init``, taken apart."""
+        return Init(self.init, f"contexts.{self.name}")

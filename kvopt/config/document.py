@@ -1,0 +1,93 @@
+"""The config file: one strict YAML document, checked whole before any work starts.
+
+Unknown keys are errors with a suggestion; paths are relative to the config file; ``--set a.b=c`` changes one value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from kvopt.config.contexts import ContextConfig
+from kvopt.config.data import DataConfig
+from kvopt.config.evaluation import EvaluateConfig
+from kvopt.config.faults import build_model
+from kvopt.config.model import BUILTIN_BASE, ModelConfig
+from kvopt.config.mutations import MutationsConfig
+from kvopt.config.names import MUTATION
+from kvopt.config.section import NAME, Section
+from kvopt.config.sections import ReferenceConfig, ReportConfig, ScoreConfig, TemplateConfig
+from kvopt.config.students import StudentConfig
+from kvopt.config.study import StudyConfig
+from kvopt.config.yaml_file import read_tree
+
+
+class Config(Section):
+    """Everything that a run depends on."""
+
+    name: str = Field("run", pattern=NAME, description="names the run directory, runs/NAME")
+    seed: int = Field(0, ge=0, lt=2**31, description="of everything random")
+    model: ModelConfig = Field(ModelConfig(), description="the frozen base")
+    template: TemplateConfig = Field(description="the template C")
+    data: DataConfig = Field(description="inputs V and gold outputs Y")
+    reference: ReferenceConfig = Field(ReferenceConfig(), description="the base's answers under the template")
+    mutations: MutationsConfig = Field(MutationsConfig(), description="other wordings of the template")
+    score: ScoreConfig = Field(ScoreConfig(), description="KL, NLL and agreement of contexts")
+    contexts: list[ContextConfig] = Field(default_factory=list, description="contexts to learn, in order")
+    report: ReportConfig = Field(ReportConfig(), description="what the report shows of single validation examples")
+    students: list[StudentConfig] = Field(
+        default_factory=list, description="students to train on contexts of the run, in order"
+    )
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="how kvopt evaluate measures base and students")
+    study: StudyConfig | None = Field(None, description="what kvopt study compares")
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> Config:
+        names = [context.name for context in self.contexts]
+        for name in {n for n in names if names.count(n) > 1}:
+            raise ValueError(f"two contexts are named {name!r}")
+        for name in names:
+            if name in ("original", "none"):
+                raise ValueError(f"{name!r} is the name of a built-in context")
+            if MUTATION.fullmatch(name):
+                raise ValueError(f"{name!r} is the name of a mutation; name the context otherwise")
+        for context in self.contexts:
+            kind, argument = context.start.kind, context.start.argument
+            if kind == "context" and argument in names and names.index(argument) >= names.index(context.name):
+                raise ValueError(f"context {context.name!r} starts from {argument!r}, which must come before it")
+        students = [student.name for student in self.students]
+        for name in {n for n in students if students.count(n) > 1}:
+            raise ValueError(f"two students are named {name!r}")
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Path]:
+    """Read a config file; also return the folder that its paths are relative to.
+
+    Args:
+        path: a YAML file.
+        overrides: ``a.b=value`` assignments, values in YAML; ``contexts.NAME.steps=5`` finds list items by their name
+            or position.
+
+    Raises:
+        InputError: the file cannot be read, or something in it is wrong.
+    """
+    config = build_config(read_tree(path, overrides), str(path))
+    base_dir = path.resolve().parent
+    return _with_local_base(config, base_dir), base_dir
+
+
+def _with_local_base(config: Config, base_dir: Path) -> Config:
+    """A base in a folder or file beside the config, by its whole path (hub ids and the built-in name stay)."""
+    place = base_dir / config.model.base
+    if config.model.base == BUILTIN_BASE or Path(config.model.base).is_absolute() or not place.exists():
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"base": str(place.resolve())})})
+
+
+def build_config(tree: dict[str, Any], where: str) -> Config:
+    """The checked config of a parsed document. Raises InputError, one line, for the first thing that is wrong."""
+    return build_model(Config, tree, where)

@@ -1,0 +1,139 @@
+"""The ``mutations`` part of a config: how many, by which operators, with which paraphraser."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from kvopt.config.kinds import Family
+from kvopt.config.section import FrozenSection
+
+OPERATORS = Family("kvopt.mutate.operators", "operator")
+FAMILIES = ("structure", "syntax", "lexical", "paraphrase")
+"""What operators belong to; ``paraphrase`` is what the generator writes."""
+
+
+class NoGenerator(FrozenSection):
+    """Rules only."""
+
+    kind: Literal["none"] = "none"
+
+
+class LocalGenerator(FrozenSection):
+    """The base model rewrites single sentences."""
+
+    kind: Literal["local"] = "local"
+    samples: int = Field(default=4, ge=1, le=64, description="paraphrases asked for each sentence or list item")
+    temperature: float = Field(default=0.7, gt=0, le=2, description="of the sampling")
+
+
+class EndpointSettings(FrozenSection):
+    """How any OpenAI-compatible chat endpoint is asked."""
+
+    base_url: str = Field(description="up to and with /v1, e.g. http://localhost:8000/v1")
+    model: str = Field(description="the model's name at the endpoint")
+    api_key_env: str | None = Field(
+        None, description="environment variable that holds the key; the key itself is never stored"
+    )
+    temperature: float = Field(1.0, ge=0, le=2, description="of the sampling")
+    timeout: float = Field(120.0, gt=0, description="seconds for one request")
+    retries: int = Field(4, ge=0, le=20, description="repeats after a timeout, a lost connection, 429 or 5xx")
+    concurrency: int = Field(4, ge=1, le=32, description="requests at the same time")
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_http(cls, value: str) -> str:
+        if not value.startswith(("http://", "https://")):
+            raise ValueError("must begin with http:// or https://")
+        return value.rstrip("/")
+
+
+class EndpointGenerator(EndpointSettings):
+    """Any OpenAI-compatible endpoint rewrites whole messages."""
+
+    kind: Literal["endpoint"]
+
+
+class FileGenerator(FrozenSection):
+    """Hand-written variants: a JSONL file, a text file with ``---`` between variants, or a folder of .txt files."""
+
+    kind: Literal["file"]
+    path: Path = Field(description="the file or folder")
+
+
+GeneratorConfig = Annotated[
+    NoGenerator | LocalGenerator | EndpointGenerator | FileGenerator, Field(discriminator="kind")
+]
+
+
+def protected_pattern(entry: str) -> re.Pattern[str]:
+    """A literal that must not change, plain or ``re:PATTERN``. Raises ValueError for one that is empty or broken."""
+    body = entry[3:] if entry.startswith("re:") else re.escape(entry)
+    if not body.strip():
+        raise ValueError("an entry is empty")
+    try:
+        return re.compile(body)
+    except re.error as error:
+        raise ValueError(f"{entry!r} is not a regular expression: {error}") from None
+
+
+class MutationsConfig(FrozenSection):
+    """Text mutations of the template: how many, and by what."""
+
+    count: int = Field(32, ge=0, le=100_000, description="accepted mutations wanted")
+    operators: tuple[str, ...] = Field(
+        FAMILIES, description="families (structure, syntax, lexical, paraphrase) or names of single operators"
+    )
+    generator: GeneratorConfig = Field(
+        LocalGenerator(), description="what makes paraphrases; used when operators has paraphrase"
+    )
+    protect: tuple[str, ...] = Field(
+        (),
+        description="literals that must not change, plain or re:PATTERN, beside those found by themselves and those"
+        " marked {{keep:…}} in the template",
+    )
+    max_depth: int = Field(
+        3,
+        ge=1,
+        le=16,
+        description="most operators in an attempt; every eighth attempt takes up to twice as many",
+    )
+    max_attempts: int | None = Field(None, ge=1, description="when to stop with fewer; default: 25 for each wanted one")
+    paraphrase_share: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of attempts that begin with a paraphrase; default: an equal share for each family",
+    )
+
+    @field_validator("operators")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        rules = (one for one in OPERATORS.values() if getattr(one, "family", None) in FAMILIES)
+        known = [*FAMILIES, *sorted(rule.name for rule in rules)]
+        for name in value:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                raise ValueError(
+                    f"unknown operator {name!r}"
+                    + (f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}")
+                )
+        if not value:
+            raise ValueError("no operators")
+        return value
+
+    @field_validator("protect")
+    @classmethod
+    def _compiles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            protected_pattern(entry)
+        return value
+
+    @property
+    def attempts(self) -> int:
+        """The most attempts."""
+        return self.max_attempts if self.max_attempts is not None else 25 * self.count

@@ -1,0 +1,221 @@
+"""The ``students:`` section of a config: what a student is trained on, how, and for how long."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from kvopt.config.evaluation import CheckConfig
+from kvopt.config.section import NAME, Section, Shorthand
+
+
+class ContextChoice(Shorthand):
+    """Contexts to train under; plain text is ``context`` with weight 1."""
+
+    context: str = Field(
+        min_length=1,
+        description="original, none, best-mutations:K, diverse-mutations:K, random-mutations:K, text:FILE, a learned "
+        "context, a mutation's name, or a context folder",
+    )
+    weight: float = Field(1, gt=0, description="of each of these contexts; whole numbers with expand")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        return {"context": value} if isinstance(value, str) else value
+
+
+class LoraSettings(Section):
+    """LoRA through PEFT."""
+
+    rank: int = Field(16, ge=1, description="rank of the update")
+    alpha: float = Field(32, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapters' input")
+    targets: str | list[str] = Field("all-linear", description="all-linear, or names of linear modules")
+
+
+class ExpandConfig(Section):
+    """Every row under every context once an epoch (``weight`` times)."""
+
+    kind: Literal["expand"] = "expand"
+
+
+class ResampleConfig(Section):
+    """Every row once an epoch, its context drawn anew each time, in proportion to the weights."""
+
+    kind: Literal["resample"] = "resample"
+
+
+class StateAdaptiveConfig(Section):
+    """Every row once an epoch, under one of the contexts with the lowest gold NLL under the current student (SAPO)."""
+
+    kind: Literal["state-adaptive"]
+    every: int | None = Field(None, ge=1, description="steps between scorings of the pool; default: once, at the start")
+    keep: int = Field(1, ge=1, description="contexts that are kept until the next scoring")
+    rows: int = Field(64, ge=1, description="training rows that the pool is scored on, from the first on")
+
+
+class CrossEntropyConfig(Section):
+    """Mean of −log p(gold)."""
+
+    kind: Literal["ce"] = "ce"
+
+
+class AnchoredKLConfig(Section):
+    """Cross-entropy plus weight · KL between the base and the student."""
+
+    kind: Literal["anchored-kl"]
+    weight: float = Field(0.1, ge=0, description="of the KL term (λ)")
+    direction: Literal["forward", "reverse"] = Field("forward", description="KL(base ‖ student) or KL(student ‖ base)")
+    anchor: Literal["original", "same"] = Field(
+        "original", description="what the base sees: the original template, or the context that the student sees"
+    )
+
+
+class DFTConfig(Section):
+    """Dynamic fine-tuning: −sg(p) log p."""
+
+    kind: Literal["dft"]
+
+
+class ASFTConfig(Section):
+    """Anchored SFT: DFT plus weight · KL between the base and the student."""
+
+    kind: Literal["asft"]
+    weight: float = Field(0.05, ge=0, description="of the KL term (λ)")
+    direction: Literal["forward", "reverse"] = Field(
+        "forward", description="KL(base ‖ student), as in the paper's code, or KL(student ‖ base), as in its text"
+    )
+    anchor: Literal["original", "same"] = Field(
+        "same", description="what the base sees: the context that the student sees, or the original template"
+    )
+
+
+class TeacherConfig(Section):
+    """Who scores the answers of on-policy distillation."""
+
+    context: str = Field(
+        "original",
+        min_length=1,
+        description="what it sees: original, none, text:FILE, a mutation's or "
+        "learned context's name, or a context folder",
+    )
+    base: str | None = Field(None, description="a larger model with the same tokenizer; default: the base itself")
+
+
+class OnPolicyConfig(Section):
+    """Distillation on answers that the student draws itself (GKD); gold outputs are not used."""
+
+    kind: Literal["on-policy"]
+    divergence: Literal["reverse", "jsd"] = Field(
+        "reverse", description="KL(student ‖ teacher), or the generalised JSD"
+    )
+    beta: float = Field(0.5, gt=0, lt=1, description="of the JSD: β KL(teacher ‖ m) + (1 − β) KL(student ‖ m)")
+    temperature: float = Field(1.0, ge=0, description="of the student's drawing; 0 takes the most likely tokens")
+    max_new_tokens: int = Field(64, ge=1, description="an answer is cut here")
+    teacher: TeacherConfig = Field(TeacherConfig(), description="who scores the tokens of an answer")
+
+
+ScheduleConfig = Annotated[ExpandConfig | ResampleConfig | StateAdaptiveConfig, Field(discriminator="kind")]
+LossConfig = Annotated[
+    CrossEntropyConfig | AnchoredKLConfig | DFTConfig | ASFTConfig | OnPolicyConfig, Field(discriminator="kind")
+]
+
+
+class OwnAnswersConfig(Section):
+    """Gold outputs replaced by the base's own answers where these are right (S3FT)."""
+
+    accept: list[CheckConfig] = Field(min_length=1, description="checks that an answer must pass, all of them")
+    max_new_tokens: int = Field(128, ge=1, description="longer answers are not taken")
+
+
+class StudentConfig(Section):
+    """One student to train on contexts of the run."""
+
+    name: str = Field(pattern=NAME, description="folder name under students/")
+    method: Literal["lora", "full"] = Field("lora", description="LoRA adapters, or all weights")
+    lora: LoraSettings = Field(LoraSettings(), description="adapters of method: lora")
+    masters: Literal["float32", "base"] = Field(
+        "float32", description="dtype of the trained weights of method: full: float32, or that of the base"
+    )
+    half: bool = Field(
+        False, description="half fine-tuning (method: full): every epoch freezes a random half of the matrices"
+    )
+    start: str | None = Field(
+        None, description="folder of a student of the same method to go on from; default: the base"
+    )
+    contexts: list[ContextChoice] = Field(
+        min_length=1,
+        description="what it is trained under: original, none, best-mutations:K, diverse-mutations:K, "
+        "random-mutations:K, text:FILE, a mutation, a learned context, a context folder; or {context: …, weight: …}",
+    )
+    own_answers: OwnAnswersConfig | None = Field(
+        None, description="train on the base's own answer where it is right; default: on gold outputs alone"
+    )
+    schedule: ScheduleConfig = Field(ExpandConfig(), description="which row meets which context when; default: expand")
+    loss: LossConfig = Field(CrossEntropyConfig(), description="on gold tokens; default: ce")
+    steps: int | None = Field(None, ge=1, description="optimizer steps; or epochs; or tokens")
+    epochs: float | None = Field(None, gt=0, description="passes over the rows, up to a whole step (default: 1)")
+    tokens: int | None = Field(None, ge=1, description="tokens through the student, up to a whole step")
+    batch_size: int = Field(8, ge=1, description="rows an optimizer step, over all micro-batches and processes")
+    accumulation: int = Field(1, ge=1, description="micro-batches a step: less memory, same result")
+    learning_rate: float | None = Field(None, gt=0, description="peak, of AdamW; default: 2e-4 (lora), 2e-5 (full)")
+    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps with a rising learning rate")
+    decay: Literal["linear", "cosine", "constant"] = Field("linear", description="of the learning rate after that")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    seed: int | None = Field(None, ge=0, lt=2**31, description="default: the config's seed")
+    max_length: int | None = Field(None, ge=2, description="tokens of a row with its context; default: the window")
+    too_long: Literal["error", "drop"] = Field(
+        "error", description="rows over max_length: an error, or left out and counted; gold is never cut"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="what is computed in; auto: the base's. Trained weights stay float32 (mixed precision)"
+    )
+    log_every: int = Field(1, ge=1, description="steps between entries of the history")
+    checkpoint_every: int | None = Field(None, ge=1, description="steps; default: a tenth of them")
+    report_to: list[str] = Field(["tensorboard"], description="trackers of transformers.Trainer; [] for none")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_kinds(cls, value: Any) -> Any:
+        """``loss: dft`` stands for ``loss: {kind: dft}``, and so does ``schedule: resample``."""
+        if not isinstance(value, dict):
+            return value
+        plain = {key: {"kind": value[key]} for key in ("schedule", "loss") if isinstance(value.get(key), str)}
+        return value | plain
+
+    @model_validator(mode="after")
+    def _fits(self) -> StudentConfig:
+        if self.name in ("original", "none", "base"):
+            raise ValueError(f"{self.name!r} is the name of something built in")
+        given = [name for name in ("steps", "epochs", "tokens") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of steps, epochs and tokens (given: {', '.join(given)})")
+        if self.tokens is not None and self.schedule.kind == "state-adaptive":
+            raise ValueError("state-adaptive cannot tell how many steps so many tokens are; give steps or epochs")
+        if self.tokens is not None and self.loss.kind == "on-policy":
+            raise ValueError("on-policy cannot tell how many steps so many tokens are; give steps or epochs")
+        if self.own_answers is not None and getattr(self.loss, "anchor", None) == "original":
+            raise ValueError(
+                "own_answers and a loss that is anchored in the original cannot be combined: the stored "
+                "reference is that of the gold outputs; set loss.anchor: same"
+            )
+        if self.own_answers is not None and self.loss.kind == "on-policy":
+            raise ValueError("on-policy distillation uses no gold outputs; leave out own_answers")
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}")
+        if self.half and self.method != "full":
+            raise ValueError("half is an option of method: full")
+        if self.schedule.kind == "expand":
+            for choice in self.contexts:
+                if choice.weight != int(choice.weight):
+                    raise ValueError(f"weight {choice.weight} of {choice.context!r}: expand takes whole numbers")
+        return self
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate."""
+        return self.learning_rate or (2e-4 if self.method == "lora" else 2e-5)

@@ -1,0 +1,100 @@
+"""Moments of the reference, kept beside its hidden states: ``reference.storage: moments``.
+
+A training step then takes two head products instead of three, both in float32; making the moments takes two more, once
+for each gold token (``kernels/README.md`` says where that pays). Scores and held-out KL still come from the hidden
+states, which stay stored. Only training rows have moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from kvopt.errors import InputError
+from kvopt.kernels import Head, Moments, moments_of
+from kvopt.measure.reference import Reference
+from kvopt.storage.files import sha256_json
+from kvopt.storage.tensors import read_tensors, stored_key, write_tensors
+
+ROWS_PER_FILE = 64
+
+
+class StoredMoments:
+    """Moments of some examples of a reference; ``of`` gives those of a batch.
+
+    Files hold fixed runs of examples, each computed at once, so that an interrupted build ends in the same bytes.
+    """
+
+    def __init__(self, reference: Reference, example_ids: Sequence[str]) -> None:
+        self.reference = reference
+        self.key = sha256_json([reference.key, "moments", list(example_ids), ROWS_PER_FILE])
+        self._ids = list(example_ids)
+        self._places = {example_id: place for place, example_id in enumerate(self._ids)}
+        self._files: dict[int, list[Moments]] = {}
+
+    def build(self, head: Head, progress: Callable[[int], None] | None = None) -> int:
+        """Computes the files that are missing, and returns how many; files of an earlier, longer build go.
+
+        Raises InputError for a head whose logits have no moments.
+        """
+        check_head(head)
+        made, groups = 0, self._groups()
+        drop_moments(self.reference.folder, len(groups))
+        for number, ids in enumerate(groups):
+            path = self._path(number)
+            if stored_key(path) != self.key:
+                made += 1
+                moments = moments_of(self.reference.hidden(ids).to(head.weight.device), head)
+                tensors = {"mean_weight": moments.mean_weight, "mean_bias": moments.mean_bias}
+                write_tensors(path, {**tensors, "entropy": moments.entropy}, self.key)
+            if progress:
+                progress(len(ids))
+        return made
+
+    def of(self, example_ids: Sequence[str], device: torch.device | str) -> Moments:
+        """Moments of the gold tokens of these examples, one after the other."""
+        parts = [self._one(self._places[i]) for i in example_ids]
+        return Moments(
+            torch.cat([part.mean_weight for part in parts]).to(device),
+            torch.cat([part.mean_bias for part in parts]).to(device),
+            torch.cat([part.entropy for part in parts]).to(device),
+        )
+
+    def _groups(self) -> list[list[str]]:
+        return [self._ids[start : start + ROWS_PER_FILE] for start in range(0, len(self._ids), ROWS_PER_FILE)]
+
+    def _path(self, number: int) -> Path:
+        return self.reference.folder / f"moments-{number:05d}.safetensors"
+
+    def _one(self, place: int) -> Moments:
+        number, inside = divmod(place, ROWS_PER_FILE)
+        if number not in self._files:
+            if stored_key(self._path(number)) != self.key:
+                raise InputError(
+                    "the stored moments are missing, damaged or another's",
+                    where=str(self._path(number)),
+                    mend="kvopt run makes them again",
+                )
+            moments = Moments(**read_tensors(self._path(number)))
+            ends = torch.tensor([0, *self.reference.counts(self._groups()[number])]).cumsum(0).tolist()
+            self._files[number] = [moments[start:end] for start, end in pairwise(ends)]
+        return self._files[number][inside]
+
+
+def check_head(head: Head) -> None:
+    """Raises InputError where logits are no linear function of the hidden states."""
+    if head.softcap is not None:
+        raise InputError(
+            "the base caps its logits (softcap), which moments cannot represent",
+            where="reference.storage: moments",
+            mend="use storage: hidden",
+        )
+
+
+def drop_moments(folder: Path, kept: int = 0) -> None:
+    """Removes moments from a reference's folder, those of an earlier config, but for the first ``kept`` files."""
+    for path in sorted(folder.glob("moments-*.safetensors"))[kept:]:
+        path.unlink()

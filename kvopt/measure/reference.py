@@ -1,0 +1,176 @@
+"""The reference p(·|V,C): hidden states of the base under the original template at every position that predicts a gold
+token.
+
+Kept as safetensors shards of some hundred examples, in the model's dtype, with the key of everything they depend on;
+read back row by row through a memory map. Logits are never stored: the head is applied when they are needed
+(``kvopt.kernels``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from kvopt.base.loading import Base
+from kvopt.base.prefix import Prefix, gold_states
+from kvopt.errors import InputError, KvoptError
+from kvopt.kernels import Head, KLOptions, ReferenceFacts, reference_facts
+from kvopt.storage.files import sha256_json, write_json
+from kvopt.storage.tensors import stored_key, write_tensors
+from kvopt.task.seam import Encoded, Row
+
+ROWS_PER_SHARD = 256
+FACTS_ROWS = 32
+"""Examples whose facts are computed together, always the same ones: what was asked for first changes no bit."""
+
+Progress = Callable[[int], None]
+
+
+def reference_key(base: Base, encoded: Encoded, batch_size: int) -> str:
+    """Identity of all that the reference depends on: base, dtype, token stream, batching."""
+    return sha256_json(
+        [base.identity, str(base.dtype), str(base.device.type), encoded.sha256(), batch_size, ROWS_PER_SHARD]
+    )
+
+
+@dataclass
+class Reference:
+    """Stored hidden states; ``hidden`` gives those of some examples."""
+
+    folder: Path
+    key: str
+    index: dict[str, tuple[int, int, int]]  # example id → shard, first token, end
+    hidden_size: int
+
+    def __post_init__(self) -> None:
+        self._files: dict[int, Any] = {}
+        self._ids = list(self.index)
+        self._places = {example_id: place for place, example_id in enumerate(self._ids)}
+        self._facts: dict[tuple[int, float], list[ReferenceFacts]] = {}
+
+    def hidden(self, example_ids: Sequence[str]) -> Tensor:
+        """[G, D], the gold tokens of these examples one after the other."""
+        return torch.cat([self._slice(*self.index[i]) for i in example_ids])
+
+    def facts(self, example_ids: Sequence[str], head: Head, options: KLOptions | None = None) -> ReferenceFacts:
+        """What scores need of the reference alone, for the tokens of ``hidden``; computed once and kept.
+
+        ``head`` is the base's own, always the same for one reference.
+        """
+        options = options or KLOptions()
+        parts = [self._facts_of(self._places[i], head, options) for i in example_ids]
+        return ReferenceFacts(
+            torch.cat([part.log_partition for part in parts]), torch.cat([part.entropy for part in parts])
+        )
+
+    def _facts_of(self, place: int, head: Head, options: KLOptions) -> ReferenceFacts:
+        block, inside = divmod(place, FACTS_ROWS)
+        key = block, options.temperature
+        if key not in self._facts:
+            ids = self._ids[block * FACTS_ROWS : (block + 1) * FACTS_ROWS]
+            facts = reference_facts(
+                self.hidden(ids).to(head.weight.device), head, KLOptions(temperature=options.temperature)
+            )
+            ends = torch.tensor([0, *self.counts(ids)]).cumsum(0).tolist()
+            self._facts[key] = [facts[start:end] for start, end in pairwise(ends)]
+        return self._facts[key][inside]
+
+    def counts(self, example_ids: Sequence[str]) -> list[int]:
+        """Gold tokens of each example."""
+        return [self.index[i][2] - self.index[i][1] for i in example_ids]
+
+    def _slice(self, shard: int, first: int, end: int) -> Tensor:
+        if shard not in self._files:
+            self._files[shard] = safe_open(str(self.folder / shard_name(shard)), framework="pt").__enter__()
+        return self._files[shard].get_slice("hidden")[first:end]
+
+
+def shard_name(shard: int) -> str:
+    return f"hidden-{shard:05d}.safetensors"
+
+
+def build_reference(
+    base: Base,
+    prefix: Prefix,
+    encoded: Encoded,
+    folder: Path,
+    *,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> Reference:
+    """Compute what is missing of the reference in ``folder`` and open it.
+
+    Shards with the right key are kept, so an interrupted build goes on where it stopped and ends in the same bytes.
+    ``progress`` is called with the number of rows finished.
+    """
+    key = reference_key(base, encoded, batch_size)
+    rows = encoded.rows
+    for shard, first in enumerate(range(0, len(rows), ROWS_PER_SHARD)):
+        part = rows[first : first + ROWS_PER_SHARD]
+        path = folder / shard_name(shard)
+        if stored_key(path) != key:
+            hidden = _hidden_of(base, prefix, part, batch_size, progress)
+            write_tensors(path, {"hidden": hidden}, key)
+        elif progress:
+            progress(len(part))
+    write_json(
+        folder / "index.json",
+        {
+            "key": key,
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "hidden_size": base.geometry.hidden_size,
+            "rows_per_shard": ROWS_PER_SHARD,
+            "rows": [[row.example_id, len(row.gold)] for row in rows],
+        },
+    )
+    return open_reference(folder, key)
+
+
+def open_reference(folder: Path, key: str) -> Reference:
+    """The stored reference. Raises InputError when it is not the one that ``key`` names, or damaged."""
+    path = folder / "index.json"
+    try:
+        stored = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the reference cannot be read: {error}", where=str(path), mend="run kvopt run again"
+        ) from None
+    if not isinstance(stored, dict) or {"key", "rows", "rows_per_shard", "hidden_size"} - stored.keys():
+        raise InputError("is no index of a reference", where=str(path), mend="delete it and run kvopt run again")
+    if stored["key"] != key:
+        raise InputError(
+            "the reference belongs to another base, template or data set", where=str(folder), mend="run kvopt run again"
+        )
+    index: dict[str, tuple[int, int, int]] = {}
+    position = 0
+    for number, (example_id, count) in enumerate(stored["rows"]):
+        shard, inside = divmod(number, stored["rows_per_shard"])
+        position = 0 if inside == 0 else position
+        index[example_id] = (shard, position, position + count)
+        position += count
+    shards = range(-(-len(stored["rows"]) // stored["rows_per_shard"]))
+    for shard in shards:
+        if stored_key(folder / shard_name(shard)) != key:
+            raise InputError(
+                "a shard of the reference is missing, damaged or another's", where=str(folder / shard_name(shard))
+            )
+    return Reference(folder, key, index, stored["hidden_size"])
+
+
+def _hidden_of(base: Base, prefix: Prefix, rows: Sequence[Row], batch_size: int, progress: Progress | None) -> Tensor:
+    hidden: list[Tensor] = [torch.empty(0)] * len(rows)
+    for states in gold_states(base, prefix, rows, batch_size=batch_size, progress=progress):
+        if not torch.isfinite(states.hidden).all():
+            first = rows[states.rows[0]].example_id
+            raise KvoptError(f"the base gives values that are not finite on {first} or its batch; try float32")
+        for i, part in states.split(states.hidden.cpu()):
+            hidden[i] = part
+    return torch.cat(hidden)

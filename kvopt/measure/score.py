@@ -1,0 +1,216 @@
+"""Scores of a context: how far the base behind it is from the base behind the original template, on gold tokens.
+
+Forward KL is KL[p(·|V,C) ‖ p(·|V,C')] in nats per gold token; gold NLL is −log p(Y|V,C') in nats per gold token,
+SAPO's pre-update loss. The same code scores text, soft and KV contexts: one prefix, then bodies in length-bucketed
+batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import reduce
+from scipy.stats import bootstrap
+from torch import Tensor
+
+from kvopt.base.loading import Base
+from kvopt.base.prefix import Prefix, gold_states
+from kvopt.contexts.context import Context
+from kvopt.kernels import Head, KLOptions, linear_scores
+from kvopt.measure.reference import Reference
+from kvopt.storage.tensors import read_tensors, write_tensors
+from kvopt.task.seam import Encoded, Row
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Per gold token, [G] each, in the order of the rows; ``counts`` [N] int64 are the gold tokens of each row.
+
+    kl: forward KL, float32 nats. nll: −log q of the gold token, float32 nats. agree: bool, same most likely token as
+        the reference.
+    """
+
+    kl: Tensor
+    nll: Tensor
+    agree: Tensor
+    counts: Tensor
+
+    def write(self, path: Path, key: str) -> None:
+        """Store the arrays; ``key`` says what they belong to."""
+        write_tensors(path, {name: getattr(self, name) for name in ("kl", "nll", "agree", "counts")}, key)
+
+    @classmethod
+    def read(cls, path: Path) -> TokenScores:
+        """The arrays of :meth:`write`."""
+        return cls(**read_tensors(path))
+
+    def by_example(self, values: Tensor) -> Tensor:
+        """Sums of a per-token array over each row, [N] float64."""
+        return torch.stack([part.double().sum() for part in values.split(self.counts.tolist())])
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean per gold token, with a bootstrap 95 % interval over examples (None for fewer than two examples)."""
+
+    mean: float
+    ci95: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """A context's numbers on one split. p95 is the 95th percentile of forward KL over gold tokens."""
+
+    kl_forward: Interval
+    kl_forward_p95: float
+    gold_nll: Interval
+    top1_agreement: float
+    examples: int
+    gold_tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The entries of ``kvopt score --json``."""
+        return {
+            "kl_forward": {"mean": self.kl_forward.mean, "ci95": _pair(self.kl_forward), "p95": self.kl_forward_p95},
+            "gold_nll": self.gold_nll.mean,
+            "gold_nll_ci95": _pair(self.gold_nll),
+            "top1_agreement": self.top1_agreement,
+            "examples": self.examples,
+            "gold_tokens": self.gold_tokens,
+        }
+
+
+def _pair(interval: Interval) -> list[float] | None:
+    return None if interval.ci95 is None else list(interval.ci95)
+
+
+def score_tokens(
+    base: Base,
+    context: Context,
+    original: Encoded,
+    reference: Reference,
+    *,
+    batch_size: int = 16,
+    options: KLOptions | None = None,
+    progress: Progress | None = None,
+) -> TokenScores:
+    """Score one context on the rows of ``original``.
+
+    Args:
+        base: the frozen model.
+        context: what to score.
+        original: the rows to score, as encoded under the original template.
+        reference: the stored reference, which must hold these rows.
+        batch_size: bodies a batch.
+        options: of the divergence op.
+        progress: called with the number of rows finished.
+    """
+    with torch.no_grad():
+        return score_prefix(
+            base,
+            context.prefix(base),
+            context.bodies(original).rows,
+            reference,
+            batch_size=batch_size,
+            options=options,
+            progress=progress,
+        )
+
+
+@torch.no_grad()
+def score_prefix(
+    base: Base,
+    prefix: Prefix,
+    rows: Sequence[Row],
+    reference: Reference,
+    *,
+    batch_size: int = 16,
+    options: KLOptions | None = None,
+    reference_head: Head | None = None,
+    progress: Progress | None = None,
+) -> TokenScores:
+    """As :func:`score_tokens`, for a prefix and its rows; ``reference_head`` where the reference is another model's (a
+    student scored against its base).
+    """
+    kl: list[Tensor] = [torch.empty(0)] * len(rows)
+    nll, agree = list(kl), list(kl)
+    head = reference_head or base.head
+    for states in gold_states(base, prefix, rows, batch_size=batch_size, progress=progress):
+        ids = [rows[i].example_id for i in states.rows]
+        stored, facts = reference.hidden(ids).to(base.device), reference.facts(ids, head, options)
+        scores = linear_scores(states.hidden, stored, base.head, states.gold, options, head, facts)
+        for values, out in ((scores.kl, kl), (scores.nll, nll), (scores.agree, agree)):
+            for i, part in states.split(values.cpu()):
+                out[i] = part
+    counts = torch.tensor([len(row.gold) for row in rows])
+    return TokenScores(torch.cat(kl), torch.cat(nll), torch.cat(agree), counts)
+
+
+def summarize(scores: TokenScores, *, seed: int = 0, resamples: int = 2000) -> Score:
+    """Means per gold token with bootstrap intervals over examples (percentile method, ``resamples`` draws)."""
+    return Score(
+        kl_forward=_interval(scores, scores.kl, seed, resamples),
+        kl_forward_p95=float(np.percentile(scores.kl.numpy(), 95)),
+        gold_nll=_interval(scores, scores.nll, seed, resamples),
+        top1_agreement=float(reduce(scores.agree.double(), "g ->", "mean")),
+        examples=len(scores.counts),
+        gold_tokens=int(scores.counts.sum()),
+    )
+
+
+def _interval(scores: TokenScores, values: Tensor, seed: int, resamples: int) -> Interval:
+    sums, counts = scores.by_example(values).numpy(), scores.counts.double().numpy()
+    mean = float(sums.sum() / counts.sum())
+    if len(sums) < 2:
+        return Interval(mean, None)
+
+    def ratio(total: np.ndarray, tokens: np.ndarray, axis: int = -1) -> np.ndarray:
+        return total.sum(axis=axis) / tokens.sum(axis=axis)
+
+    result = bootstrap(
+        (sums, counts),
+        ratio,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=resamples,
+        rng=np.random.default_rng(seed),
+    )
+    return Interval(mean, (float(result.confidence_interval.low), float(result.confidence_interval.high)))
+
+
+def naive_scores(
+    base: Base, prompts: Sequence[tuple[Sequence[int], Sequence[int]]], reference: Sequence[Tensor]
+) -> TokenScores:
+    """The test oracle and the speed baseline: the whole prompt of each pair through the model, one at a time, and all
+    of its logits in float64.
+
+    Args:
+        base: the frozen model.
+        prompts: (prompt ids, gold ids) of each row.
+        reference: the reference's logits [gold tokens, V] of each row.
+    """
+    kl, nll, agree = [], [], []
+    for (prompt, gold), logits in zip(prompts, reference, strict=True):
+        log_q = naive_logits(base, prompt, gold).double().log_softmax(-1)
+        log_p = logits.double().log_softmax(-1)
+        kl.append((log_p.exp() * (log_p - log_q)).sum(-1).float())
+        nll.append(-log_q.gather(-1, torch.tensor(gold, device=log_q.device)[:, None])[:, 0].float())
+        agree.append(log_q.argmax(-1) == log_p.argmax(-1))
+    return TokenScores(
+        torch.cat(kl), torch.cat(nll), torch.cat(agree), torch.tensor([len(gold) for _, gold in prompts])
+    )
+
+
+@torch.no_grad()
+def naive_logits(base: Base, prompt: Sequence[int], gold: Sequence[int]) -> Tensor:
+    """Logits [gold tokens, V] of plain transformers on the full prompt: no prefix, no padding, no kernels."""
+    ids = torch.tensor([[*prompt, *gold][:-1]], device=base.device)
+    return base.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]

@@ -1,0 +1,183 @@
+"""A mutation as it is recorded, and the journal that survives being killed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvopt.errors import InputError, KvoptError
+from kvopt.task.template import Message, Template
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One attempt of the search.
+
+    Attributes:
+        id: 12 hex digits of the template's hash; of the attempt's when there is no template.
+        name: ``m001``, … for accepted ones, else None.
+        attempt: its number, from 0.
+        template: the candidate; None when none was made.
+        operators: what was applied to the parent, in order.
+        lineage: ids of the accepted mutations that it comes from, oldest first; empty for children of the original.
+        family: the family that the attempt began with.
+        seed: of the attempt.
+        accepted: whether it may be used.
+        reason: why not, a stable name (:mod:`kvopt.mutate.validity`).
+        detail: more about the reason, or about how a paraphrase was made.
+        search: hash of what the search depends on (template, operators, seed, …).
+    """
+
+    id: str
+    name: str | None
+    attempt: int
+    template: Template | None
+    operators: tuple[str, ...]
+    lineage: tuple[str, ...]
+    family: str
+    seed: int
+    accepted: bool
+    reason: str | None = None
+    detail: str | None = None
+    search: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "name": self.name,
+            "attempt": self.attempt,
+            "accepted": self.accepted,
+            "reason": self.reason,
+            "detail": self.detail,
+            "family": self.family,
+            "operators": list(self.operators),
+            "lineage": list(self.lineage),
+            "seed": self.seed,
+            "template": self.template.to_json() if self.template else None,
+            "search": self.search,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], *, where: str = "mutation") -> Mutation:
+        """The mutation of :meth:`to_json`. Raises InputError for anything else."""
+        try:
+            template = _template(value["template"]) if value["template"] else None
+            return cls(
+                id=value["id"],
+                name=value["name"],
+                attempt=value["attempt"],
+                template=template,
+                operators=tuple(value["operators"]),
+                lineage=tuple(value["lineage"]),
+                family=value["family"],
+                seed=value["seed"],
+                accepted=value["accepted"],
+                reason=value["reason"],
+                detail=value["detail"],
+                search=value["search"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"not a mutation: {error!r}", where=where) from None
+
+
+def _template(value: Mapping[str, Any]) -> Template:
+    """A recorded candidate, whatever is wrong with it: a rejected one may have lost its slots."""
+    if "text" in value:
+        return Template(text=value["text"])
+    return Template(messages=tuple(Message(m["role"], m["content"]) for m in value["messages"]))
+
+
+def counts_by_reason(mutations: Sequence[Mutation]) -> dict[str, int]:
+    """How many were accepted, then how many were rejected for each reason, most frequent first."""
+    rejected = Counter(m.reason or "unknown" for m in mutations if not m.accepted)
+    return {
+        "accepted": sum(m.accepted for m in mutations),
+        **dict(sorted(rejected.items(), key=lambda c: (-c[1], c[0]))),
+    }
+
+
+def read_mutations(path: Path) -> list[Mutation]:
+    """Every mutation of a journal; a torn last line is left out. Raises InputError for other damage."""
+    return _parse(Path(path))[0]
+
+
+def _parse(path: Path) -> tuple[list[Mutation], int]:
+    """The mutations of a journal and how many bytes of it are good."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return [], 0
+    lines = data.split(b"\n")
+    mutations, good = [], 0
+    for i, line in enumerate(lines[:-1]):
+        where = f"{path}:{i + 1}"
+        try:
+            mutation = Mutation.from_json(json.loads(line.decode("utf-8")), where=where)
+        except (ValueError, InputError):
+            if i == len(lines) - 2 and not lines[-1]:
+                break
+            raise InputError("the line is damaged", where=where, mend="delete the file to start over") from None
+        mutations.append(mutation)
+        good += len(line) + 1
+    return mutations, good
+
+
+class Journal:
+    """``mutations.jsonl``: one line an attempt, on disk before the next one begins."""
+
+    def __init__(self, path: Path, search: str):
+        """Open ``path`` and keep what belongs to ``search`` and is whole; the rest of the file is cut off."""
+        self.path = Path(path)
+        found, good = _parse(self.path)
+        if any(m.search != search or m.attempt != i for i, m in enumerate(found)):
+            found, good = [], 0
+        self.found = found
+        self._lengths: list[int] = []
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("r+b" if self.path.exists() else "w+b")
+            self._file.truncate(good)
+            self._file.seek(good)
+        except PermissionError:
+            raise InputError(
+                "no permission to write", where=str(self.path), mend="choose another --out folder"
+            ) from None
+
+    def keep(self, count: int) -> None:
+        """Keep only the first ``count`` attempts."""
+        self._file.seek(0)
+        good = sum(len(self._file.readline()) for _ in range(count))
+        self._file.truncate(good)
+        self._file.seek(good)
+        self.found = self.found[:count]
+
+    def append(self, mutation: Mutation) -> None:
+        """Write one attempt and wait until it is on disk. On a full disk nothing half-written is left."""
+        line = (json.dumps(mutation.to_json(), ensure_ascii=False) + "\n").encode("utf-8")
+        start = self._file.tell()
+        try:
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(start)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise KvoptError(
+                    f"{self.path}: the disk is full; free space and run again, finished attempts are kept"
+                ) from error
+            raise
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

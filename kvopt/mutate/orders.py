@@ -1,0 +1,100 @@
+"""Orders of mutations, whose first K are chosen: ``best-mutations:K``, ``diverse-mutations:K``, ``random-mutations:K``.
+
+The mutations of lowest KL are often those that changed least, and students of near-copies of one wording learn that
+wording. *diverse* therefore looks among the better half by KL for the mutation whose text is farthest from the original
+and from all that stand before it, again and again: greedy k-center (Gonzalez, 1985), at most twice the covering radius
+of the best K of that half. Every order gives nested sets: the first K are a part of the first K + 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+
+from kvopt.config.names import Order
+from kvopt.errors import InputError
+from kvopt.task.template import Template
+
+T = TypeVar("T")
+WORD = re.compile(r"\w+|[^\w\s]|\n+")
+
+
+def first_mutations(
+    order: Order,
+    count: int,
+    accepted: Mapping[str, Template],
+    ranked: Callable[[], Sequence[str]],
+    original: Template,
+    *,
+    seed: int,
+    taken: Collection[str] = (),
+    where: str,
+) -> list[str]:
+    """Names of the first ``count`` mutations of an order.
+
+    Args:
+        accepted: the accepted mutations by name, in the order of their names.
+        ranked: gives their names by forward KL, lowest first; called where the order needs it.
+        original: the template that they are mutations of.
+        seed: of the order *random*.
+        taken: what *diverse* and *random* leave out.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    if order == "random":
+        names = in_seeded_order([name for name in accepted if name not in taken], seed)
+    elif order == "diverse":
+        names = diverse_order(original, [(name, accepted[name]) for name in ranked() if name not in taken], count)
+    else:
+        names = list(ranked())
+    if len(names) < count:
+        what = f"{count} mutations are wanted, {len(names)} are there"
+        raise InputError(what, where=where, mend="raise mutations.count and run again")
+    return names[:count]
+
+
+def in_seeded_order(items: Sequence[T], seed: int) -> list[T]:
+    """All items in an order that the seed decides: the first K are a part of the first K + 1."""
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [items[i] for i in order.tolist()]
+
+
+def diverse_order(original: Template, ranked: Sequence[tuple[str, Template]], count: int) -> list[str]:
+    """The first ``count`` names of a greedy k-center order over the better half of ``ranked``, the original being the
+    first center; then, where ``count`` is larger than that half, the others in the order of ``ranked``.
+
+    Args:
+        ranked: (name, template) by forward KL, lowest first; of equal distances the earlier one is taken.
+    """
+    better = ranked[: (len(ranked) + 1) // 2]
+    pairs, first = [word_pairs(template) for _, template in better], word_pairs(original)
+    nearest = [text_distance(own, first) for own in pairs]  # to the original or what is chosen
+    chosen: list[int] = []
+    while len(chosen) < min(count, len(better)):
+        farthest = max((i for i in range(len(better)) if i not in chosen), key=lambda i: nearest[i])
+        chosen.append(farthest)
+        nearest = [min(d, text_distance(own, pairs[farthest])) for d, own in zip(nearest, pairs, strict=True)]
+    others = [name for name, _ in ranked[len(better) :]]
+    return [better[i][0] for i in chosen] + others[: max(0, count - len(chosen))]
+
+
+def word_pairs(template: Template) -> frozenset[tuple[str, str]]:
+    """Neighbouring words, marks and line ends of each field."""
+    found: set[tuple[str, str]] = set()
+    for field in template.fields:
+        words = ["", *WORD.findall(field), ""]
+        found.update(pairwise(words))
+    return frozenset(found)
+
+
+def text_distance(a: frozenset[tuple[str, str]], b: frozenset[tuple[str, str]]) -> float:
+    """1 − resemblance of two wordings by their :func:`word_pairs` (Broder, 1997, with pairs of words as shingles): the
+    share of their different pairs that only one of them has. 0 for the same words in the same order, 1 for no pair in
+    common; a metric.
+    """
+    return 1 - len(a & b) / len(a | b) if a or b else 0.0

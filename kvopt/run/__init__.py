@@ -1,0 +1,1 @@
+"""The order of stages, the keys that say which are still good, and the folder that keeps their artefacts."""

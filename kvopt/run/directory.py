@@ -1,0 +1,176 @@
+"""The run directory: manifest, ledger, lock, and the rule that a stage whose inputs did not change is not run again.
+
+Everything in it but ``ledger.jsonl`` and ``report.*`` (which hold times) is a function of the inputs, so an interrupted
+run that is continued ends in the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kvopt.errors import InputError
+from kvopt.storage.files import canonical_json, remove_partials, write_error, write_json
+from kvopt.version import VERSION
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class RunDirectory:
+    """One run's folder. Use it inside ``with run.locked():``."""
+
+    path: Path
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Create the folder, clear what a killed process left half-written, and keep other kvopt processes out. Raises
+        InputError.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._check_ours()
+            lock = (self.path / ".lock").open("a")
+        except OSError as error:
+            raise write_error(error, self.path) from None
+        with lock:
+            _lock(lock, self.path)
+            remove_partials(self.path)
+            self._mend_ledger()
+            self._read_manifest()
+            yield
+
+    def _check_ours(self) -> None:
+        """Refuse a folder with other things in it, because a run removes contexts and partial files."""
+        if any(self.path.iterdir()) and not any((self / name).exists() for name in (".lock", "manifest.json")):
+            raise InputError(
+                "holds other files and is no run directory", where=str(self.path), mend="choose an empty --out folder"
+            )
+
+    def _mend_ledger(self) -> None:
+        """Cut off the last line of the ledger where a kill left half of it."""
+        path = self / "ledger.jsonl"
+        if path.is_file() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+            os.truncate(path, data.rfind(b"\n") + 1)
+
+    def _read_manifest(self) -> None:
+        path = self / "manifest.json"
+        if not path.is_file():
+            return
+        try:
+            manifest = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"is damaged: {error}", where=str(path), mend="delete it; what depended on it is made again"
+            ) from None
+        if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+            raise InputError(
+                "was not written by this version of kvopt", where=str(path), mend="choose another --out folder"
+            )
+        self.manifest = manifest
+
+    def describe(self, **facts: Any) -> None:
+        """Record what the run stands on: hashes, versions, seed, device."""
+        self.manifest = {
+            "format_version": FORMAT_VERSION,
+            "kvopt_version": VERSION,
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "transformers", "peft", "tokenizers", "safetensors")},
+            },
+            **facts,
+            "stages": self.manifest.get("stages", {}),
+        }
+        self.write_manifest()
+
+    def write_manifest(self) -> None:
+        write_json(self / "manifest.json", self.manifest)
+
+    def begin(self, stage: str, key: str, *artefacts: str) -> None:
+        """Before a stage works: when its key changed, its old artefacts go, so nothing of another job is taken up."""
+        stages = self.manifest.setdefault("stages", {})
+        if stages.get(stage) != key:
+            for name in artefacts:
+                target = self / name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                else:
+                    target.unlink(missing_ok=True)
+            stages[stage] = key
+            self.write_manifest()
+
+    def keep_stages(self, names: set[str]) -> None:
+        """Forget stages that the config no longer has."""
+        stages = self.manifest.get("stages", {})
+        self.manifest["stages"] = {name: stages[name] for name in sorted(stages) if name in names}
+        self.write_manifest()
+
+    @contextlib.contextmanager
+    def ledger(self, stage: str, **facts: Any) -> Iterator[dict[str, Any]]:
+        """Time a stage; the block may add counts (tokens_in, tokens_out, model_calls) to the entry, which is written
+        at its end, unless the block finds that there was nothing to do and sets ``entry["nothing_new"]``.
+        """
+        entry: dict[str, Any] = {"stage": stage, **facts}
+        start = time.perf_counter()
+        outcome = "interrupted"
+        try:
+            yield entry
+            outcome = "done"
+        except Exception:
+            outcome = "failed"
+            raise
+        finally:
+            entry |= {
+                "outcome": outcome,
+                "seconds": round(time.perf_counter() - start, 3),
+                "peak_memory_bytes": peak_memory(),
+            }
+            if not entry.get("nothing_new"):
+                self._append_to_ledger((canonical_json(entry) + "\n").encode("utf-8"))
+
+    def _append_to_ledger(self, line: bytes) -> None:
+        """Add a whole line or nothing; a full disk must not hide what else went wrong, nor stop a run that goes on."""
+        with contextlib.suppress(OSError), (self / "ledger.jsonl").open("ab", buffering=0) as file:
+            start = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(line) != len(line):
+                    file.truncate(start)
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(start)
+
+
+def peak_memory() -> int:
+    """The process's peak resident memory so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _lock(lock: Any, path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # no such lock on Windows
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(
+            "another kvopt is working in this run directory",
+            where=str(path),
+            mend="wait for it, or choose another --out",
+        ) from None

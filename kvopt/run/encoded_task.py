@@ -1,0 +1,156 @@
+"""A task as one base sees it: every row as token ids, and contexts encoded for its rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from kvopt.base.generate import stop_ids
+from kvopt.base.loading import Base
+from kvopt.config.document import Config
+from kvopt.contexts.context import Context, NoContext, TextContext
+from kvopt.errors import InputError
+from kvopt.mutate.mutation import Mutation
+from kvopt.run.inputs import Inputs
+from kvopt.task.examples import Dataset
+from kvopt.task.seam import Encoded, Encoder
+from kvopt.task.template import Template
+
+
+@dataclass(frozen=True)
+class EncodedTask:
+    """Inputs and a base, joined at the token seam.
+
+    Attributes:
+        inputs: config, template and data.
+        base: the frozen model.
+        encoder: for the base's tokenizer and the config's chat template arguments.
+        encoded: all examples under the original template, train, selection and validation in this order. With
+            ``scope: all`` the bodies of learned contexts keep the slots alone; the reference still sees the whole
+            template.
+    """
+
+    inputs: Inputs
+    base: Base
+    encoder: Encoder
+    encoded: Encoded
+
+    @property
+    def config(self) -> Config:
+        return self.inputs.config
+
+    @property
+    def template(self) -> Template:
+        return self.inputs.template
+
+    @property
+    def dataset(self) -> Dataset:
+        return self.inputs.dataset
+
+    @cached_property
+    def gold(self) -> dict[str, tuple[int, ...]]:
+        """Gold ids by example; the same under every context."""
+        return {row.example_id: row.gold for row in self.encoded.rows}
+
+    # ---- rows
+
+    def rows(self, split: str) -> Encoded:
+        """The original's rows of ``train``, ``selection`` or ``validation``."""
+        return self.encoded.select([example.id for example in getattr(self.dataset, split)])
+
+    def bare_rows(self, split: str) -> Encoded:
+        """The rows that soft and KV contexts (and ``none``) stand in front of: the original's, or with ``scope: all``
+        the slots' own.
+        """
+        return self._bare.select([example.id for example in getattr(self.dataset, split)])
+
+    def rows_for(self, context: Context, split: str) -> Encoded:
+        """The rows of a split as a context's ``bodies`` takes them: those of :meth:`rows` for text, else
+        :meth:`bare_rows`.
+        """
+        return self.rows(split) if isinstance(context, TextContext) else self.bare_rows(split)
+
+    @cached_property
+    def _bare(self) -> Encoded:
+        if self.config.template.scope == "leading":
+            return self.encoded
+        bare = self.template.without_trailing_static()
+        return self.encoder.encode(bare, self.inputs.examples, gold=self.gold, window=self.base.geometry.window)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row behind a learned context."""
+        return max(len(row) for row in self._bare.rows)
+
+    def check_window(self, name: str, tokens: int) -> None:
+        """Raises InputError where so many slots and the longest row do not fit the window."""
+        window, longest = self.base.geometry.window, self.longest
+        if tokens + longest > window:
+            raise InputError(
+                f"{tokens} slots and the longest row ({longest} tokens) do not fit the window of {window} tokens",
+                where=f"contexts.{name}.tokens",
+                mend=f"at most {window - longest} fit",
+            )
+
+    @cached_property
+    def answer_ends(self) -> frozenset[int]:
+        """Ids that end a generated answer: the base's own and the one that gold outputs end with."""
+        ends = {row.gold[-1] for row in self.encoded.rows} if self.config.template.end_token else set()
+        return stop_ids(self.base) | (ends if len(ends) == 1 else set())
+
+    @property
+    def tokens_identity(self) -> list[Any]:
+        """What token ids depend on beside the template: tokenizer, chat template, data."""
+        return [self.base.identity["tokenizer"], self.base.identity["chat_template"], self.dataset.sha256]
+
+    # ---- contexts
+
+    @cached_property
+    def original(self) -> TextContext:
+        """The template itself."""
+        return TextContext("original", self.template, self.encoded)
+
+    @cached_property
+    def none(self) -> NoContext:
+        """No template at all."""
+        return NoContext("none", self.encoder.bos())
+
+    def text_context(self, name: str, template: Template, lineage: dict[str, Any] | None = None) -> TextContext:
+        """A text context, encoded for selection and validation rows. Raises SeamError when gold ids change under it."""
+        scored = (*self.dataset.selection, *self.dataset.validation)
+        gold = {example.id: self.gold[example.id] for example in scored}
+        encoded = self.encoder.encode(template, scored, gold=gold, window=self.base.geometry.window)
+        return TextContext(name, template, encoded, lineage or {})
+
+    def mutation_context(self, mutation: Mutation) -> TextContext:
+        """An accepted mutation as a context. Raises SeamError as :meth:`text_context`."""
+        if mutation.template is None or mutation.name is None:
+            raise ValueError("a rejected mutation is no context")
+        lineage = {
+            "id": mutation.id, "family": mutation.family, "operators": list(mutation.operators),
+            "parents": list(mutation.lineage), "seed": mutation.seed,
+        }  # fmt: skip
+        return self.text_context(mutation.name, mutation.template, lineage)
+
+    def for_training(self, context: TextContext) -> TextContext:
+        """The same text context, encoded for the training rows, however long they get. Raises SeamError when gold ids
+        change under it.
+        """
+        train = self.dataset.train
+        encoded = self.encoder.encode(context.template, train, gold={e.id: self.gold[e.id] for e in train})
+        return replace(context, encoded=encoded)
+
+    def candidate_ids(self, template: Template) -> tuple[int, ...]:
+        """All token ids of a candidate on the first few rows; raises SeamError when their gold ids change under it."""
+        probes = self.dataset.selection[:4] or self.dataset.train[:4]
+        encoded = self.encoder.encode(template, probes, gold={e.id: self.gold[e.id] for e in probes})
+        return (*encoded.prefix, *(token for row in encoded.rows for token in row.body))
+
+
+def encode_task(inputs: Inputs, base: Base) -> EncodedTask:
+    """Encode all rows for a base. Raises SeamError or InputError for the first row that cannot be."""
+    section = inputs.config.template
+    encoder = Encoder(base.tokenizer, section.chat_kwargs, section.end_token)
+    encoded = encoder.encode(inputs.template, inputs.examples, window=base.geometry.window)
+    return EncodedTask(inputs, base, encoder, encoded)

@@ -1,0 +1,64 @@
+"""What a run reads before any model is there: config, template and data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kvopt.config.document import Config
+from kvopt.config.mutations import MutationsConfig
+from kvopt.storage.files import RELATIVE, read_text
+from kvopt.task.examples import Dataset, Example, load_dataset
+from kvopt.task.template import Template
+from kvopt.task.template_files import configured_template
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A config with what it names, read and checked.
+
+    Attributes:
+        config: as read by ``load_config``.
+        base_dir: the folder that its paths are relative to.
+        template: C, without ``{{keep:…}}`` marks.
+        kept: the literals that these marks name.
+        dataset: training, selection and validation rows.
+    """
+
+    config: Config
+    base_dir: Path
+    template: Template
+    kept: tuple[str, ...]
+    dataset: Dataset
+
+    @cached_property
+    def examples(self) -> tuple[Example, ...]:
+        """All rows: train, selection and validation in this order."""
+        return (*self.dataset.train, *self.dataset.selection, *self.dataset.validation)
+
+    @property
+    def context_names(self) -> list[str]:
+        """Names of the contexts that the config learns."""
+        return [context.name for context in self.config.contexts]
+
+    @property
+    def mutations(self) -> MutationsConfig:
+        """The ``mutations`` section, with the template's marked literals among those protected."""
+        section = self.config.mutations
+        protect = tuple(dict.fromkeys((*section.protect, *self.kept)))
+        return section.model_copy(update={"protect": protect})
+
+    def resolved(self) -> dict[str, Any]:
+        """The config as it is written down: whole, with the text of a template file in place of its path."""
+        tree = self.config.model_dump(mode="json")
+        if (file := self.config.template.file) is not None:
+            tree["template"] |= {"file": None, "text": read_text(self.base_dir / file, RELATIVE)}
+        return tree
+
+
+def read_inputs(config: Config, base_dir: Path) -> Inputs:
+    """Read the template and the data of a config. Raises InputError for the first fault."""
+    template, kept = configured_template(config.template, base_dir)
+    return Inputs(config, base_dir, template, kept, load_dataset(config.data, template, base_dir, config.seed))

@@ -1,0 +1,303 @@
+"""A run: the order of its stages and the folder that keeps what they make. Each can be killed and taken up again.
+
+Nothing here is made by looking at an attribute: every stage is a call, which makes what it needs first and remembers it
+while the run lives. The stages themselves are functions (``stages.py``, ``scoring.py``, ``sampling.py``,
+``leaderboard.py``).
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from kvopt.base.loading import Base, load_base
+from kvopt.config.contexts import ContextConfig
+from kvopt.config.document import Config
+from kvopt.config.names import ContextName, unknown_context
+from kvopt.console.progress import Progress
+from kvopt.contexts.context import Context, TextContext
+from kvopt.contexts.folder import TensorContext, load_context
+from kvopt.errors import InputError
+from kvopt.measure.moments import StoredMoments, drop_moments
+from kvopt.measure.reference import Reference
+from kvopt.measure.score import Score, TokenScores
+from kvopt.mutate.mutation import Mutation
+from kvopt.run import scoring, stages
+from kvopt.run.catalogue import Catalogue, accepted_mutation
+from kvopt.run.directory import RunDirectory
+from kvopt.run.encoded_task import EncodedTask, encode_task
+from kvopt.run.inputs import read_inputs
+from kvopt.run.leaderboard import Entry, make_leaderboard
+from kvopt.run.sampling import make_samples
+from kvopt.run.workspace import Workspace
+from kvopt.storage.files import write_text
+
+RESOLVED = "# Every setting of this run; relative paths start at the folder of the config file that it was given.\n"
+
+
+class Run:
+    """One config in one run directory.
+
+    Args:
+        config: as read by ``load_config``; ``base_dir`` is the folder that its paths are relative to.
+        out: the run directory.
+        say: gets a line for each stage; default: stderr.
+        bars: whether progress bars are shown (None: only on a terminal).
+
+    Attributes:
+        inputs: config, template and data, read and checked.
+        at: the run directory with the progress of this run.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        base_dir: Path,
+        out: Path,
+        *,
+        say: Callable[[str], None] | None = None,
+        bars: bool | None = None,
+    ) -> None:
+        say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+        self.at = Workspace(RunDirectory(out), Progress(say, bars))
+        self.inputs = read_inputs(config, base_dir)
+        for warning in self.inputs.dataset.warnings:
+            say(f"warning: {warning}")
+        self._base: Base | None = None
+        self._task: EncodedTask | None = None
+        self._reference: Reference | None = None
+        self._moments: StoredMoments | None = None
+        self._mutations: list[Mutation] | None = None
+        self._contexts: dict[str, TextContext] | None = None
+        self._ranked: list[tuple[TextContext, Score]] | None = None
+        self._learned: dict[str, TensorContext] = {}
+
+    @property
+    def config(self) -> Config:
+        return self.inputs.config
+
+    @property
+    def directory(self) -> RunDirectory:
+        return self.at.directory
+
+    def silent(self) -> Workspace:
+        """The run directory, for a process that reports nothing."""
+        return Workspace(self.directory, Progress(lambda line: None, False))
+
+    # ---- what everything stands on
+
+    @contextmanager
+    def opened(self) -> Iterator[Run]:
+        """Lock the directory, load the base, encode the data, and write what the run stands on: a fault before that
+        leaves what was there.
+        """
+        with self.directory.locked():
+            self._describe()
+            yield self
+
+    def use_base(self, base: Base) -> None:
+        """Take a base that is loaded already, in place of loading the config's."""
+        self._base, self._task = base, None
+
+    def load_base(self) -> Base:
+        """The config's base, loaded at the first call."""
+        if self._base is None:
+            self.at.say(f"base: {self.config.model.base}")
+            self._base = load_base(self.config.model)
+        return self._base
+
+    def task(self) -> EncodedTask:
+        """Template and data as the base sees them, encoded at the first call."""
+        if self._task is None:
+            self._task = encode_task(self.inputs, self.load_base())
+        return self._task
+
+    def _describe(self) -> None:
+        task, base = self.task(), self.load_base()
+        for context in self.config.contexts:
+            task.check_window(context.name, context.tokens or 0)
+        self._warn_of_windows(task)
+        resolved = yaml.safe_dump(self.inputs.resolved(), sort_keys=False, allow_unicode=True)
+        write_text(self.directory / "config.yaml", RESOLVED + resolved)
+        self.directory.describe(
+            seed=self.config.seed,
+            device=str(base.device),
+            threads=torch.get_num_threads(),
+            dtype=str(base.dtype).removeprefix("torch."),
+            base={"name": base.name, **base.identity},
+            template_sha256=task.template.sha256,
+            data_sha256=task.dataset.sha256,
+            tokens_sha256=task.encoded.sha256(),
+        )
+
+    def _warn_of_windows(self, task: EncodedTask) -> None:
+        sliding = task.base.geometry.sliding_window
+        end = len(task.encoded.prefix) + max(len(row) for row in task.encoded.rows)
+        if sliding is not None and end > sliding:
+            self.at.say(
+                f"warning: sliding-window layers see {sliding} tokens back; the longest row ends"
+                f" {end} tokens behind the template's start, so they forget part of it"
+            )
+
+    # ---- stages
+
+    def reference(self) -> Reference:
+        """Hidden states of the base under the original template, for every row."""
+        if self._reference is None:
+            self._reference = stages.make_reference(self.task(), self.at)
+        return self._reference
+
+    def moments(self) -> StoredMoments | None:
+        """The reference's moments of the training rows, with ``reference.storage: moments``."""
+        if self._moments is None:
+            self._moments = stages.make_moments(self.task(), self.reference(), self.at)
+        return self._moments
+
+    def mutations(self) -> list[Mutation]:
+        """Every candidate tried, accepted or not."""
+        if self._mutations is None:
+            self._mutations = stages.make_mutations(self.task(), self.at)
+        return self._mutations
+
+    def mutation_contexts(self) -> dict[str, TextContext]:
+        """Accepted mutations as contexts, by name."""
+        if self._contexts is None:
+            self._contexts = stages.mutation_contexts(self.task(), self.mutations(), self.at)
+        return self._contexts
+
+    def ranked_mutations(self) -> list[tuple[TextContext, Score]]:
+        """Accepted mutations by forward KL on the selection rows, lowest first."""
+        if self._ranked is None:
+            contexts = list(self.mutation_contexts().values())
+            scored = [
+                (context, self.score(context, "selection"))
+                for context in self.at.progress.over("scoring mutations", contexts)
+            ]
+            self._ranked = sorted(scored, key=lambda pair: (pair[1].kl_forward.mean, pair[0].name))
+        return self._ranked
+
+    def learned(self, only: Sequence[str] = ()) -> list[TensorContext]:
+        """The contexts of the config, learned in order (or those named in ``only``, with what they start from)."""
+        known = {context.name: context for context in self.config.contexts}
+        for name in only:
+            if name not in known:
+                raise InputError(f"no context {name!r} in the config", mend="known: " + (", ".join(known) or "none"))
+        return [self._learn(known[name]) for name in only or known]
+
+    def _learn(self, config: ContextConfig) -> TensorContext:
+        if config.name not in self._learned:
+            ids, source = self._start_of(config)
+            self._learned[config.name] = stages.make_learned(
+                self.task(), config, ids, source, self.reference(), self.moments(), self.at
+            )
+        return self._learned[config.name]
+
+    def _start_of(self, config: ContextConfig) -> tuple[Sequence[int], TensorContext | None]:
+        """Token ids of the text that a context starts from, and the context where it starts from one."""
+        name = config.start.source
+        if name is None:
+            return self.task().encoded.prefix, None
+        if name.form == "counted" and not self.ranked_mutations():
+            raise InputError("no mutation was accepted", where="init: best-mutation", mend="raise mutations.count")
+        [context] = self.catalogue([name]).named(name, "init")
+        if isinstance(context, TextContext):
+            return context.encoded.prefix, None
+        assert isinstance(context, TensorContext)
+        return (), context
+
+    # ---- contexts by name
+
+    def catalogue(self, names: Iterable[ContextName]) -> Catalogue:
+        """The contexts that these names can mean: mutations and learned contexts among them are made now."""
+        names = list(names)
+        mutated = any(name.form in ("counted", "mutation") for name in names) and self.config.mutations.count > 0
+        ranked = any(name.form == "counted" and name.order != "random" for name in names)
+        wanted = [name.argument for name in names if name.argument in self.inputs.context_names]
+        learned = {name: self.learned([name])[0] for name in dict.fromkeys(wanted)}
+        return Catalogue(
+            self.task(),
+            self.mutation_contexts() if mutated else {},
+            tuple(context.name for context, _ in self.ranked_mutations()) if ranked else (),
+            learned,
+            self.at.say,
+        )
+
+    def stored_contexts(self, spec: str) -> list[Context]:
+        """The contexts that a ``--context`` names, as they are stored: nothing is made or learned."""
+        name = ContextName.parse(spec, "--context")
+        if name.form == "counted":
+            raise unknown_context(
+                spec,
+                "--context",
+                ["original", "none", *self.inputs.context_names],
+                ("text", "mutations", "mutation", "plain"),
+            )
+        learned, mutations = {}, {}
+        folder = self.directory / "contexts" / name.argument
+        if name.argument in self.inputs.context_names and folder.is_dir():
+            learned[name.argument] = load_context(folder, self.task().base, name=name.argument)
+        mutation = accepted_mutation(self.directory / "mutations.jsonl", name.argument)
+        if mutation is not None:
+            mutations[name.argument] = self.task().mutation_context(mutation)
+        catalogue = Catalogue(self.task(), mutations, (), learned, self.at.say)
+        return catalogue.named(name, "--context", folder=Path())
+
+    # ---- scores
+
+    def score(self, context: Context, split: str = "validation") -> Score:
+        """A context's score on a split."""
+        return scoring.score(self.task(), self.reference(), context, split, self.at)
+
+    def token_scores(self, context: Context, split: str = "validation") -> TokenScores:
+        """Per-token arrays of :meth:`score`."""
+        return scoring.token_scores(self.task(), self.reference(), context, split, self.at)
+
+    def noise_floor(self) -> dict[str, Any]:
+        """Forward KL of the original against itself through another batching."""
+        return scoring.noise_floor(self.task(), self.reference(), self.at)
+
+    def entries(self) -> list[Entry]:
+        """Every context of the run with its scores: original, none, mutations, learned contexts."""
+        task, over = self.task(), self.at.progress.over
+        contexts = self.learned()
+        best = self.ranked_mutations()[: self.config.score.best]
+        entries = [Entry.of(c, self.score(c)) for c in over("scoring", [task.original, task.none, *contexts])]
+        entries += [Entry.of(c, self.score(c), selection) for c, selection in over("scoring best mutations", best)]
+        return entries
+
+    # ---- all of it
+
+    def run(self) -> dict[str, Any]:
+        """All stages; returns the leaderboard as written to ``leaderboard.json``."""
+        best = self.config.score.best
+        entries = self.entries()
+        unreported = [Entry.of(context, None, selection) for context, selection in self.ranked_mutations()[best:]]
+        board = make_leaderboard(self.task(), entries, unreported, self.noise_floor(), self.at)
+        top = [context for context, _ in self.ranked_mutations()[: min(1, best)]]
+        samples = make_samples(self.task(), self.reference(), top, self.learned(), self.token_scores, self.at)
+        stage_names = {"reference", *(f"contexts/{c.name}" for c in self.config.contexts)}
+        stage_names |= {name for name in self.directory.manifest.get("stages", {}) if name.startswith("students/")}
+        stage_names |= {"samples"} if samples else set()
+        self.directory.keep_stages(stage_names | ({"mutations"} if self.config.mutations.count else set()))
+        self._drop_stale()
+        return board
+
+    def _drop_stale(self) -> None:
+        """Remove what this config does not give: contexts, scores against another reference, states, mutations."""
+        if self.config.mutations.count == 0:
+            (self.directory / "mutations.jsonl").unlink(missing_ok=True)
+        scoring.drop_other_scores(self.reference(), self.at)
+        if self.config.reference.storage == "hidden":
+            drop_moments(self.directory / "reference")
+        folder = self.directory / "contexts"
+        for child in folder.iterdir() if folder.is_dir() else ():
+            if child.is_dir() and child.name not in self.inputs.context_names and not child.name.startswith("."):
+                shutil.rmtree(child)
+        shutil.rmtree(self.directory / ".state", ignore_errors=True)

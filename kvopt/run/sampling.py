@@ -1,0 +1,72 @@
+"""``samples.json``: single validation examples under the contexts that the report shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from kvopt.console.progress import advance
+from kvopt.contexts.context import Context, TextContext
+from kvopt.contexts.folder import TensorContext
+from kvopt.measure.reference import Reference
+from kvopt.measure.samples import GOLD_LIMIT, SampleLimits, Shown, collect
+from kvopt.measure.score import TokenScores
+from kvopt.run.encoded_task import EncodedTask
+from kvopt.run.workspace import Workspace
+from kvopt.storage.files import sha256_json, write_json
+
+SAMPLES = "samples.json"
+
+
+def read_samples(at: Workspace) -> dict[str, Any] | None:
+    """The stored samples with their key; None where there are none that can be read."""
+    with suppress(OSError, ValueError):
+        stored = json.loads((at.directory / SAMPLES).read_text("utf-8"))
+        return stored if isinstance(stored, dict) else None
+    return None
+
+
+def make_samples(
+    task: EncodedTask,
+    reference: Reference,
+    best: Sequence[TextContext],
+    learned: Sequence[TensorContext],
+    scores: Callable[[Context], TokenScores],
+    at: Workspace,
+) -> dict[str, Any] | None:
+    """Samples of the original, the ``best`` mutations, the learned contexts with the lowest KL, and no context at all;
+    as they are stored where nothing changed, None when the config wants none.
+
+    Args:
+        scores: gives a context's numbers on the validation rows.
+    """
+    config = task.config.report
+    if config.examples == 0:
+        (at.directory / SAMPLES).unlink(missing_ok=True)
+        return None
+
+    def shown(context: Context) -> Shown:
+        return Shown(context, context.bodies(task.rows_for(context, "validation")), scores(context))
+
+    trained = [shown(context) for context in learned]
+    closest = sorted(range(len(trained)), key=lambda i: float(trained[i].scores.kl.mean()))[: config.contexts]
+    original = shown(task.original)
+    others = [*(shown(c) for c in best), *(trained[i] for i in sorted(closest)), shown(task.none)]
+    limits = SampleLimits(config.examples, config.top_k, config.max_new_tokens)
+    facts = [(s.context.name, s.context.kind, s.context.sha256(), s.bodies.sha256()) for s in (original, *others)]
+    size, ends = task.config.score.batch_size, task.answer_ends
+    key = sha256_json([reference.key, task.dataset.sha256, vars(limits), facts, size, sorted(ends), GOLD_LIMIT])
+    at.directory.begin("samples", key, SAMPLES)
+    stored = read_samples(at)
+    if stored is not None and stored.get("key") == key:
+        return stored
+    with at.directory.ledger("samples") as entry, at.progress.bar("samples", 1 + len(others), "context") as bar:
+        document = collect(
+            task.base, reference, original, others, task.dataset.validation, limits, stop=ends, progress=advance(bar)
+        )
+        fed = [s.context.tokens + sum(map(len, s.bodies.rows)) // len(s.bodies.rows) for s in (original, *others)]
+        entry |= {"tokens_in": sum(fed) * len(document["examples"]), "contexts": len(fed)}
+    write_json(at.directory / SAMPLES, {"key": key, **document})
+    return {"key": key, **document}

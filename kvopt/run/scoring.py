@@ -1,0 +1,55 @@
+"""Scores of contexts on a split, kept in ``scores/`` and taken from there when nothing changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvopt.contexts.context import Context
+from kvopt.measure.reference import Reference
+from kvopt.measure.score import Score, TokenScores, score_tokens, summarize
+from kvopt.run.encoded_task import EncodedTask
+from kvopt.run.workspace import Workspace
+from kvopt.storage.files import file_name, sha256_json
+from kvopt.storage.tensors import stored_key
+
+
+def token_scores(
+    task: EncodedTask, reference: Reference, context: Context, split: str, at: Workspace, batch_size: int | None = None
+) -> TokenScores:
+    """A context's numbers on every gold token of a split (``train``, ``selection`` or ``validation``)."""
+    batch_size = batch_size or task.config.score.batch_size
+    rows = task.rows_for(context, split)
+    key = f"{reference.key}:{sha256_json([context.sha256(), rows.sha256(), batch_size])}"
+    name = file_name(context.name)
+    path = at.directory / "scores" / f"{name}.{split}.b{batch_size}.safetensors"
+    if stored_key(path) == key:
+        return TokenScores.read(path)
+    with at.directory.ledger(f"scores/{name}.{split}", tokens_in=context.tokens + sum(map(len, rows.rows))):
+        scores = score_tokens(task.base, context, rows, reference, batch_size=batch_size)
+    scores.write(path, key)
+    return scores
+
+
+def score(task: EncodedTask, reference: Reference, context: Context, split: str, at: Workspace) -> Score:
+    """A context's score on a split: means per gold token, with intervals over rows."""
+    scores = token_scores(task, reference, context, split, at)
+    return summarize(scores, seed=task.config.seed, resamples=task.config.score.resamples)
+
+
+def noise_floor(task: EncodedTask, reference: Reference, at: Workspace) -> dict[str, Any]:
+    """Forward KL of the original against itself through another batching: nothing below it means anything."""
+    sizes = [task.config.reference.batch_size, max(1, task.config.score.batch_size // 3)]
+    scores = token_scores(task, reference, task.original, "validation", at, sizes[1])
+    kl = summarize(scores, resamples=task.config.score.resamples).kl_forward
+    return {
+        "kl_forward": abs(kl.mean),
+        "batch_sizes": sizes,
+        "dtype": str(task.base.dtype).removeprefix("torch."),
+    }
+
+
+def drop_other_scores(reference: Reference, at: Workspace) -> None:
+    """Remove scores against another reference."""
+    for path in (at.directory / "scores").glob("*.safetensors"):
+        if (stored_key(path) or "").partition(":")[0] != reference.key:
+            path.unlink()

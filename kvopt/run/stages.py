@@ -1,0 +1,226 @@
+"""The stages that come before scores: each makes one artefact of its inputs, in a run directory.
+
+What is there and belongs to the same inputs is taken from there, so an interrupted stage goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from kvopt.base.completion import local_completion
+from kvopt.config.contexts import ContextConfig
+from kvopt.console.progress import advance, step_reporter
+from kvopt.contexts.adapter import read_record
+from kvopt.contexts.context import KVContext, SoftContext, TextContext
+from kvopt.contexts.folder import TensorContext, load_context, save_context
+from kvopt.errors import InputError
+from kvopt.learn.descent import optimize
+from kvopt.learn.start_task import StartTask, initial_tensor
+from kvopt.measure.moments import StoredMoments, check_head
+from kvopt.measure.reference import Reference, build_reference, open_reference, reference_key
+from kvopt.mutate.generators import build_generator
+from kvopt.mutate.mutation import Mutation, read_mutations
+from kvopt.mutate.search import mutate, summary
+from kvopt.run.encoded_task import EncodedTask
+from kvopt.run.workspace import Workspace
+from kvopt.storage.files import sha256_json
+
+MATCHING_ROWS = 64
+"""Training rows whose bodies give the queries of attention matching."""
+
+
+# ---- reference
+
+
+def read_reference(task: EncodedTask, at: Workspace) -> Reference:
+    """The stored reference of this task. Raises InputError where it is not there, not whole, or another's."""
+    key = reference_key(task.base, task.encoded, task.config.reference.batch_size)
+    return open_reference(at.directory / "reference", key)
+
+
+def make_reference(task: EncodedTask, at: Workspace) -> Reference:
+    """Hidden states of the base under the original template, for every row; what is there already is kept."""
+    batch_size = task.config.reference.batch_size
+    if task.config.reference.storage == "moments":
+        check_head(task.base.head)
+    at.directory.begin("reference", reference_key(task.base, task.encoded, batch_size), "reference")
+    with suppress(InputError):  # not there or not whole: what is missing is computed now
+        return read_reference(task, at)
+    rows = task.encoded.rows
+    with at.directory.ledger("reference", rows=len(rows)) as entry, at.progress.bar("reference", len(rows)) as bar:
+        reference = build_reference(
+            task.base,
+            task.original.prefix(task.base),
+            task.encoded,
+            at.directory / "reference",
+            batch_size=batch_size,
+            progress=advance(bar),
+        )
+        entry |= {
+            "tokens_in": len(task.encoded.prefix) + sum(map(len, rows)),
+            "gold_tokens": task.encoded.gold_tokens,
+        }
+    return reference
+
+
+def make_moments(task: EncodedTask, reference: Reference, at: Workspace) -> StoredMoments | None:
+    """The reference's moments of the training rows; None without ``reference.storage: moments``."""
+    if task.config.reference.storage != "moments":
+        return None
+    rows = task.rows("train").rows
+    moments = StoredMoments(reference, [row.example_id for row in rows])
+    with (
+        at.directory.ledger("reference/moments", rows=len(rows)) as entry,
+        at.progress.bar("moments", len(rows)) as bar,
+    ):
+        entry |= {} if moments.build(task.base.head, advance(bar)) else {"nothing_new": True}
+    return moments
+
+
+# ---- mutations
+
+
+def make_mutations(task: EncodedTask, at: Workspace) -> list[Mutation]:
+    """Every candidate tried, accepted or not; goes on from ``mutations.jsonl``."""
+    section, base = task.inputs.mutations, task.base
+    if section.count == 0:
+        return []
+    local = section.generator.kind == "local" and "paraphrase" in section.operators
+    asked = section.model_dump(mode="json", exclude={"count", "max_attempts"})
+    scope, seed = task.config.template.scope, task.config.seed
+    key = sha256_json(
+        [task.template.to_json(), asked, scope, seed, task.tokens_identity]
+        + ([base.identity, str(base.dtype)] if local else [])
+    )
+    at.directory.begin("mutations", key, "mutations.jsonl")
+    journal = at.directory / "mutations.jsonl"
+    before = len(read_mutations(journal))
+    usage = {"model_calls": 0, "tokens_in": 0, "tokens_out": 0}
+    generator = build_generator(
+        section.generator, task.template, complete=local_completion(base, usage), folder=task.inputs.base_dir
+    )
+    with at.directory.ledger("mutations") as entry, at.progress.bar("mutations", section.count, "mutation") as bar:
+        tried = mutate(
+            task.template,
+            section,
+            scope=scope,
+            seed=seed,
+            token_ids=task.candidate_ids,
+            window=base.geometry.window,
+            generator=generator,
+            journal=journal,
+            progress=lambda mutation: advance(bar)(int(mutation.accepted)),
+        )
+        entry |= {"accepted": sum(m.accepted for m in tried), "tried": len(tried), **usage}
+        entry |= {"nothing_new": True} if 0 < len(tried) <= before else {}
+    at.say(summary(tried, section))
+    return tried
+
+
+def mutation_contexts(task: EncodedTask, mutations: Sequence[Mutation], at: Workspace) -> dict[str, TextContext]:
+    """Accepted mutations as contexts by name; those under which gold ids change are left out, with a warning."""
+    contexts: dict[str, TextContext] = {}
+    for mutation in mutations:
+        if not mutation.accepted:
+            continue
+        try:
+            context = task.mutation_context(mutation)
+        except InputError as error:
+            at.say(f"warning: {mutation.name} is left out: {error}")
+        else:
+            contexts[context.name] = context
+    return contexts
+
+
+# ---- learned contexts
+
+
+def make_learned(
+    task: EncodedTask,
+    config: ContextConfig,
+    ids: Sequence[int],
+    source: TensorContext | None,
+    reference: Reference,
+    moments: StoredMoments | None,
+    at: Workspace,
+) -> TensorContext:
+    """One soft prompt or KV cache in ``contexts/NAME``: as it was learned, or learned now.
+
+    Args:
+        ids: token ids of the text that it starts from.
+        source: the context that it starts from, in place of a text.
+        reference, moments: what the descent is measured against.
+
+    Raises:
+        InputError: the slots do not fit. KvoptError: the descent diverged.
+    """
+    init = config.start
+    tokens = config.tokens or (source.tokens if source else len(ids))
+    task.check_window(config.name, tokens)
+    train, held_out = task.bare_rows("train"), task.bare_rows("selection")
+    seed = task.config.seed if config.seed is None else config.seed
+    settings = config.model_dump(mode="json", exclude={"name", "init"}) | {"tokens": tokens, "init": init.settings}
+    key = sha256_json(
+        [
+            settings,
+            list(ids),
+            source and source.sha256(),
+            seed,
+            moments.key if moments else reference.key,
+            train.sha256(),
+            held_out.sha256(),
+        ]
+    )
+    folder = at.directory / "contexts" / config.name
+    record = read_record(folder) if folder.is_dir() else None
+    if record is not None and record.get("key") == key:
+        return load_context(folder, task.base)
+    checkpoint = at.directory / ".state" / f"{config.name}.safetensors"
+    at.directory.begin(f"contexts/{config.name}", key, f"contexts/{config.name}")
+    start = StartTask(task.base, config.name, config.kind, tokens, ids, train.rows[:MATCHING_ROWS], source, seed)
+    with (
+        at.directory.ledger(f"contexts/{config.name}") as entry,
+        at.progress.bar(config.name, config.steps, unit="step") as bar,
+    ):
+        descent = optimize(
+            task.base,
+            initial_tensor(init.start, start),
+            config,
+            train.rows,
+            held_out.rows,
+            reference,
+            moments=moments,
+            seed=seed,
+            checkpoint=checkpoint,
+            key=key,
+            report=step_reporter(bar),
+        )
+        entry |= {
+            "steps": descent.steps,
+            "tokens_in": descent.steps * config.batch_size * sum(map(len, train.rows)) // len(train.rows),
+        }
+    context: TensorContext = (
+        KVContext(config.name, descent.tensor) if config.kind == "kv" else SoftContext(config.name, descent.tensor)
+    )
+    facts = {
+        "key": key,
+        "template_sha256": task.template.sha256,
+        "data_sha256": task.dataset.sha256,
+        "reference_key": reference.key,
+        "scope": task.config.template.scope,
+        "template_tokens": len(task.encoded.prefix),
+        "objective": "forward KL[p(.|V,C) || p(.|V,C')] per gold token",
+        "settings": settings | {"seed": seed, "init": config.init},
+        "best_step": descent.step,
+        "history": descent.history,
+    }
+    save_context(context, folder, task.base, frozen=min(config.frozen, tokens), record=facts)
+    checkpoint.unlink(missing_ok=True)
+    return context
+
+
+def learning_history(name: str, at: Workspace) -> list[Mapping[str, Any]]:
+    """Train and held-out KL by step of a learned context, as its folder says."""
+    return (read_record(at.directory / "contexts" / name) or {}).get("history", [])

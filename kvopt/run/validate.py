@@ -1,0 +1,84 @@
+"""``kvopt validate``: everything that can be checked without the model's weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvopt.base.loading import load_tokenizer
+from kvopt.config.contexts import ContextConfig
+from kvopt.errors import InputError
+from kvopt.run.inputs import Inputs
+from kvopt.task.seam import Encoded, Encoder
+from kvopt.task.template_files import template_from_file
+
+
+def check(inputs: Inputs) -> dict[str, Any]:
+    """Place the seam on every row of the template and data that were read, and say what there is. Raises InputError for
+    the first fault.
+    """
+    config, template, dataset = inputs.config, inputs.template, inputs.dataset
+    tokenizer, window = load_tokenizer(config.model)
+    encoder = Encoder(tokenizer, config.template.chat_kwargs, config.template.end_token)
+    encoded = encoder.encode(template, (*dataset.train, *dataset.selection, *dataset.validation), window=window)
+    longest = max(len(encoded.prefix) + len(row) for row in encoded.rows)
+    starts = _Starts(inputs, encoder, encoded, window)
+    for context in config.contexts:
+        starts.check(context)
+    return {
+        "template": "chat messages" if template.is_chat else "text",
+        "slots": list(template.slots),
+        "context_tokens": len(encoded.prefix),
+        "rows": {split: len(getattr(dataset, split)) for split in ("train", "selection", "validation")},
+        "gold_tokens": encoded.gold_tokens,
+        "longest_row_tokens": longest,
+        "context_window": window,
+        "context_ends_with": tokenizer.decode(encoded.prefix[-8:]),
+        "first_body": tokenizer.decode(encoded.rows[0].body),
+        "first_gold": tokenizer.decode(encoded.rows[0].gold),
+        "warnings": list(dataset.warnings),
+    }
+
+
+@dataclass(frozen=True)
+class _Starts:
+    """Checks where each learned context starts and whether its slots fit."""
+
+    inputs: Inputs
+    encoder: Encoder
+    encoded: Encoded
+    window: int
+
+    def check(self, context: ContextConfig) -> None:
+        """Raises InputError when there is no such start, or it is too short or the window too small for the slots."""
+        where = f"contexts.{context.name}"
+        available = self._tokens_of(context, where)
+        slots = context.tokens or available or 0
+        if available is not None and slots > available:
+            raise InputError(
+                f"{slots} slots wanted, the text to start from has {available} tokens",
+                where=f"{where}.tokens",
+                mend="lower tokens, start from a longer text, or use init: random-text",
+            )
+        longest = max(len(row) for row in self.encoded.rows)
+        if slots + longest > self.window:
+            raise InputError(
+                f"{slots} slots and the longest row ({longest} tokens) do not fit the window of {self.window} tokens",
+                where=f"{where}.tokens",
+                mend=f"at most {self.window - longest} fit",
+            )
+
+    def _tokens_of(self, context: ContextConfig, where: str) -> int | None:
+        """Tokens of the text that a context starts from; None where only a run can say, or any number goes."""
+        kind, argument = context.start.kind, context.start.argument
+        if kind == "context" and argument not in self.inputs.context_names:
+            if not (self.inputs.base_dir / argument).is_dir():
+                raise InputError(f"init {context.init!r}: no such context or folder", where=where)
+            return None
+        if kind in ("best-mutation", "mutation") and self.inputs.config.mutations.count == 0:
+            raise InputError(f"init {context.init!r} needs mutations", where=where, mend="raise mutations.count")
+        if kind == "text":
+            template = template_from_file(self.inputs.base_dir / argument, self.inputs.template)
+            probes = self.inputs.dataset.selection[:4] or self.inputs.dataset.train[:4]
+            return len(self.encoder.encode(template, probes).prefix)
+        return len(self.encoded.prefix) if kind in ("template", "strided", "matched") else None

@@ -1,0 +1,1 @@
+"""Bytes on disk: written whole or not at all, hashed, locked against other processes."""

@@ -1,0 +1,193 @@
+"""The built-in data: short functions of the running Python's own standard library and what their docstrings say.
+
+The inputs V are functions without their docstring, the outputs Y the docstrings' first lines. Sources are read and
+parsed, never imported, so the choice depends on the installed files alone. Modules are divided by a hash of their name:
+no validation function comes from a module that is trained on.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import sysconfig
+import textwrap
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from kvopt.errors import InputError
+from kvopt.storage.files import sha256_bytes
+
+BUILTIN_NAME = "stdlib-docstrings"
+MAX_LINES = 12
+MAX_PER_MODULE = 8
+VALIDATION_SHARE = 0.25
+SKIPPED_FOLDERS = """
+test tests idle_test idlelib lib2to3 site-packages dist-packages turtledemo ensurepip _vendor pip distutils setuptools
+tkinter encodings __pycache__ lib-dynload pydoc_data __phello__
+"""
+SKIPPED_MODULES = "antigravity this turtle _pydecimal sre_compile sre_parse sre_constants"
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+SUMMARY = re.compile(r"[A-Z][a-z]+ [ -_a-~]*[A-Za-z0-9)'\"]\.")
+# first words that stand in the imperative
+VERBS = """
+Abort Accept Acquire Activate Add Adjust Advance Allocate Allow Append Apply Arrange Assert Assign Attach Begin Bind
+Block Build Calculate Call Cancel Change Check Choose Clean Clear Clone Close Collapse Collect Combine Compare Compile
+Compress Compute Configure Connect Construct Consume Convert Copy Count Create Customize Decide Decode Decrement
+Define Delete Detach Determine Disable Disassemble Discard Dispatch Display Divide Drop Dump Edit Emit Enable Encode
+Enqueue Ensure Enter Escape Evaluate Examine Execute Exit Expand Extract Feed Fetch Fill Filter Find Finish Flush Fold
+Force Forget Format Free Generate Get Guess Handle Hash Indicate Inherit Initialize Insert Inspect Install Instantiate
+Interpret Invoke Issue Iterate Join Keep Kill Leave List Load Locate Lock Log Look Make Map Mark Match Merge Modify
+Move Multiply Normalize Notify Obtain Omit Open Parse Patch Pause Perform Pop Prepare Prepend Preserve Print Process
+Produce Provide Prune Push Put Query Quote Raise Rank Read Receive Recognize Record Reduce Register Release Reload
+Remove Rename Render Reorder Replace Report Represent Request Reset Resize Resolve Restore Resume Retrieve Return
+Reverse Rewind Run Save Scan Schedule Search Seek Select Send Separate Serve Set Show Shuffle Signal Skip Sort Split
+Start Stop Store Strip Subscribe Subtract Sum Suspend Switch Take Tell Terminate Test Tokenize Transform Translate
+Traverse Trigger Truncate Turn Unescape Unlock Unpack Unregister Unset Update Upgrade Use Validate Verify Visit Wait
+Wake Walk Wrap Write Yield
+"""
+
+
+@dataclass(frozen=True)
+class StdlibFunction:
+    """``code`` without its docstring, the docstring's first line, and the place (``"textwrap.py:442"``)."""
+
+    code: str
+    docstring: str
+    where: str
+
+
+def stdlib_docstrings(part: str, root: Path | None = None) -> list[StdlibFunction]:
+    """The functions of one part, ``"train"`` or ``"validation"``, in an order that mixes modules and never changes.
+
+    Args:
+        part: which of the two; they share no module, no code and no docstring.
+        root: the library's folder; by default the running Python's.
+
+    Raises:
+        InputError: when this Python keeps no readable sources.
+    """
+    root = root or Path(sysconfig.get_path("stdlib"))
+    functions = [f for is_validation, f in _chosen(root) if is_validation == (part == "validation")]
+    if not functions:
+        raise InputError("this Python has no library sources", where=str(root), mend="use data files of your own")
+    return functions
+
+
+@lru_cache(maxsize=2)
+def _chosen(root: Path) -> tuple[tuple[bool, StdlibFunction], ...]:
+    """The functions of both parts with whether they are for validation: no code and no docstring comes twice."""
+    chosen: list[tuple[str, str, StdlibFunction]] = []
+    for path in _sources(root):
+        name = path.relative_to(root).as_posix()
+        functions = sorted(_functions(path, name), key=lambda f: _hash(f.code))
+        chosen += [(_hash("order", name, f.code), name, f) for f in functions[:MAX_PER_MODULE]]
+    codes: set[str] = set()
+    docstrings: set[str] = set()
+    result = []
+    for _, name, function in sorted(chosen, key=lambda item: item[:2]):
+        if function.code in codes or function.docstring in docstrings:
+            continue
+        codes.add(function.code)
+        docstrings.add(function.docstring)
+        result.append((_in_validation(name), function))
+    return tuple(result)
+
+
+def _hash(*parts: str) -> str:
+    return sha256_bytes("\0".join(parts).encode("utf-8", "surrogatepass"))
+
+
+def _in_validation(module: str) -> bool:
+    return int(_hash("validation", module)[:8], 16) / 2**32 < VALIDATION_SHARE
+
+
+def _sources(root: Path) -> list[Path]:
+    skipped_folders, skipped_modules = set(SKIPPED_FOLDERS.split()), set(SKIPPED_MODULES.split())
+    paths = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in skipped_folders]
+        for name in files:
+            stem, suffix = os.path.splitext(name)
+            if suffix == ".py" and stem not in skipped_modules and "test" not in stem:
+                paths.append(Path(folder, name))
+    return sorted(paths)
+
+
+def _functions(path: Path, name: str) -> Iterator[StdlibFunction]:
+    """The usable functions of one file: at module level and in its classes."""
+    try:
+        text = path.read_text("utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text)
+    except (OSError, UnicodeDecodeError, SyntaxError, ValueError):
+        return
+    lines = text.split("\n")
+    for node in _definitions(tree):
+        summary = _summary(node)
+        code = _code_without_docstring(node, lines) if summary else None
+        if summary and code:
+            yield StdlibFunction(code, summary, f"{name}:{node.lineno}")
+
+
+def _definitions(tree: ast.Module) -> Iterator[Function]:
+    for node in tree.body:
+        for inner in node.body if isinstance(node, ast.ClassDef) else [node]:
+            if isinstance(inner, Function):
+                yield inner
+
+
+def _summary(node: Function) -> str | None:
+    """The docstring's first line if it is one plain sentence that obeys the demo's template, else None."""
+    head, _, rest = (ast.get_docstring(node) or "").partition("\n")
+    head = head.strip()
+    first = head.split(" ")[0]
+    complete = not rest or not rest.split("\n")[0].strip()
+    plain = SUMMARY.fullmatch(head) and not re.search(r"`|\*|: |\. [A-Z]|  |<|\b(XXX|TODO)\b|deprecated", head)
+    return (
+        head
+        if complete and first in VERBS.split() and plain and 15 <= len(head) <= 90 and head.count(" ") < 15
+        else None
+    )
+
+
+def _code_without_docstring(node: Function, lines: list[str]) -> str | None:
+    """The function's source, dedented, if it is short, says something and can be cut cleanly."""
+    docstring, body = node.body[0], node.body[1:]
+    start = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+    end, cut = node.end_lineno or 0, docstring.end_lineno or 0
+    if not body or end - start - (cut - docstring.lineno) > MAX_LINES + 1:
+        return None
+    if docstring.lineno <= _header_end(node) or body[0].lineno <= cut or _has_long_string(body):
+        return None
+    after = lines[cut:end]
+    while after and not after[0].strip():
+        after.pop(0)
+    code = textwrap.dedent("\n".join(line.rstrip() for line in lines[start - 1 : docstring.lineno - 1] + after))
+    usable = code.count("\n") < MAX_LINES and "\t" not in code and "\x0c" not in code and code.isascii()
+    return code if usable and _says_something(body, code) else None
+
+
+def _header_end(node: Function) -> int:
+    """The last line of the signature, as far as the tree knows."""
+    inside: list[ast.arg | ast.expr] = [*node.args.args, *node.args.kwonlyargs, *node.args.defaults]
+    ends = [part.end_lineno or 0 for part in inside]
+    return max([node.lineno, *ends])
+
+
+def _has_long_string(body: list[ast.stmt]) -> bool:
+    """Whether a string runs over several lines: moving the code to the left would change it."""
+    strings = [n for statement in body for n in ast.walk(statement) if isinstance(n, ast.Constant | ast.JoinedStr)]
+    return any(string.end_lineno != string.lineno for string in strings)
+
+
+def _says_something(body: list[ast.stmt], code: str) -> bool:
+    trivial = isinstance(body[0], ast.Pass | ast.Raise) or (
+        isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
+    )
+    return not trivial and len(code) >= 60 and max(map(len, code.split("\n"))) <= 100

@@ -1,0 +1,104 @@
+"""Templates from where they are written: the config, and files that say it in the shape of the run's own template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kvopt.config.sections import TemplateConfig
+from kvopt.errors import InputError
+from kvopt.storage.files import read_text
+from kvopt.task.keep_marks import take_marks
+from kvopt.task.template import Slot, Template, parse, unparse
+
+
+def configured_template(section: TemplateConfig, base_dir: Path) -> tuple[Template, tuple[str, ...]]:
+    """A config's template without its ``{{keep:…}}`` marks, and the literals that they mark. Raises InputError."""
+    if section.file is not None:
+        template = Template.from_file(base_dir / section.file)
+    elif section.text is not None:
+        template = Template.from_text(section.text)
+    else:
+        template = Template.from_messages([message.model_dump() for message in section.messages or []])
+    return take_marks(template)
+
+
+def template_from_file(path: Path, original: Template) -> Template:
+    """The template that a file stands for.
+
+    ``.json``, ``.yaml`` and ``.yml`` hold ``messages`` or ``text``. Any other file is plain text: with the original's
+    slots it is the whole prompt (one user message for a chat template); without slots it takes the place of the static
+    text before the first slot.
+
+    Raises:
+        InputError: the file cannot be read, or its slots are not the original's.
+    """
+    source = read_text(path)
+    return template_of(_mapping(source, path) if is_structured(path) else source, original, where=str(path))
+
+
+def template_of(source: str | Mapping[str, Any], original: Template, *, where: str) -> Template:
+    """The template that plain text, or a mapping with ``messages`` or ``text``, stands for, as in
+    :func:`template_from_file`. Raises InputError, with ``where``, for slots that are not the original's.
+    """
+    if not isinstance(source, str):
+        template = Template.from_json(source, where=where)
+    elif any(isinstance(part, Slot) for part in parse(source)):
+        content = {"role": "user", "content": source}
+        template = (
+            Template.from_messages([content], where=where)
+            if original.is_chat
+            else Template.from_text(source, where=where)
+        )
+    else:
+        template = _with_leading(original, source, where)
+    template, _ = take_marks(template, where=where)
+    if sorted(template.slot_sequence) != sorted(original.slot_sequence):
+        raise InputError(
+            f"has the slots {', '.join(template.slot_sequence)}, the template has {', '.join(original.slot_sequence)}",
+            where=where,
+        )
+    return template
+
+
+def is_structured(path: Path) -> bool:
+    """Whether a file holds JSON or YAML, by its ending, and not a text."""
+    return path.suffix.lower() in (".json", ".yaml", ".yml")
+
+
+def structured(source: str, path: Path) -> Any:
+    """The value of a file that :func:`is_structured`. Raises InputError."""
+    try:
+        return json.loads(source) if path.suffix.lower() == ".json" else yaml.safe_load(source)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: JSON, and dates that do not exist
+        raise InputError(f"not valid JSON or YAML: {error}".replace("\n", " "), where=str(path)) from None
+
+
+def _mapping(source: str, path: Path) -> dict[str, Any]:
+    value = structured(source, path)
+    if not isinstance(value, dict):
+        raise InputError("is not a mapping with messages or text", where=str(path))
+    return value
+
+
+def _with_leading(original: Template, text: str, where: str) -> Template:
+    fields = list(original.fields)
+    first = next(i for i, field in enumerate(fields) if any(isinstance(part, Slot) for part in parse(field)))
+    if not original.is_chat:
+        parts = parse(fields[0])
+        start = next(i for i, part in enumerate(parts) if isinstance(part, Slot))
+        return original.with_fields([text + unparse(parts[start:])])
+    if first == 0:
+        raise InputError(
+            "has no slots, and the template's first message holds one",
+            where=where,
+            mend="write the slots into the text",
+        )
+    kept = [{"role": m.role, "content": m.content} for m in original.messages[first:]]
+    return Template.from_messages(
+        [{"role": original.messages[0].role, "content": text.rstrip("\n")}, *kept], where=where
+    )

@@ -1,0 +1,130 @@
+"""What the command line asks of a run about students: train them, evaluate them, conduct a study.
+
+Each opens the stages of a run in the right order; the stages themselves are functions of their inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvopt.config.evaluation import EvaluateConfig
+from kvopt.config.students import StudentConfig
+from kvopt.errors import InputError
+from kvopt.run.run import Run
+from kvopt.train.arms import settings_of, study_arms, trained_students
+from kvopt.train.evaluation.conditions import (
+    Condition,
+    check_names,
+    conditions,
+    conditions_named,
+    evaluated_names,
+    names_behind,
+)
+from kvopt.train.evaluation.evaluate import Evaluator
+from kvopt.train.evaluation.models import subjects
+from kvopt.train.evaluation.probes import load_probes
+from kvopt.train.launch import Launch
+from kvopt.train.stages import check_student, chosen, contexts_of, make_students, needs_reference, train_ordered
+from kvopt.train.study.study import StudyRunner
+from kvopt.train.validate import check_evaluation
+
+
+def train_students(run: Run, only: Sequence[str] = ()) -> list[dict[str, Any]] | None:
+    """Train the config's students (or those in ``only``) in order; returns the record of each.
+
+    Under ``accelerate launch`` every process calls it; only the first locks and writes the run directory, and the
+    others return None.
+
+    Raises:
+        InputError: an unknown student or context, settings that do not fit. KvoptError: a student diverged.
+    """
+    configs = chosen(run.inputs, only)
+    if not configs:
+        raise InputError("the config has none", where="students", mend="kvopt config prints an example")
+    launch = Launch(run.config.model.device)
+    if launch.is_first:
+        with run.opened():
+            records = train_chosen(run, configs, launch)
+        launch.share(None)
+        return records
+    train_ordered(run.task(), run.silent(), launch)  # the first process speaks for all
+    return None
+
+
+def train_chosen(run: Run, configs: Sequence[StudentConfig], launch: Launch | None = None) -> list[dict[str, Any]]:
+    """As :func:`train_students`, in a run that is open; ``configs`` from :func:`chosen`."""
+    catalogue = run.catalogue(contexts_of(run.inputs, configs))
+    reference = run.reference() if needs_reference(configs) else None
+    return make_students(catalogue, configs, reference, run.at, launch)
+
+
+def evaluator_of(
+    run: Run,
+    students: Sequence[StudentConfig],
+    settings: EvaluateConfig | None = None,
+    specs: Sequence[str] = (),
+    only: Sequence[Condition] | None = None,
+) -> Evaluator:
+    """What measures models of an open run.
+
+    Args:
+        students: all that the config trains (their mutations are not held out).
+        settings: instead of the config's ``evaluate`` section.
+        specs: contexts by name, instead of those of the section.
+        only: these conditions, instead of those of the section.
+    """
+    settings = settings or run.config.evaluate
+    task = run.task()
+    whole = not specs and only is None
+    probes = None
+    if settings.probes is not None and only is None:
+        probes = load_probes(task, settings.probes, settings.batch_size)
+    if only is None and specs:
+        only = _named(run, specs, settings, students)
+    if only is None:
+        catalogue = run.catalogue(evaluated_names(run.inputs, settings, students))
+        only = conditions(catalogue, settings, students)
+    return Evaluator(task, only, run.reference(), settings, run.at, probes if whole else None, whole)
+
+
+def _named(
+    run: Run, specs: Sequence[str], settings: EvaluateConfig, students: Sequence[StudentConfig]
+) -> list[Condition]:
+    """The conditions that ``--context`` names: one of the config's, a whole group, or any other context. Mutations and
+    learned contexts are made only where a spec asks for them.
+    """
+    named: list[Condition] = []
+    for spec in specs:
+        catalogue = run.catalogue(names_behind(spec, run.inputs, settings, students))
+        known = conditions_named(spec, catalogue, settings, students)
+        named += known or [Condition("other", context) for context in run.stored_contexts(spec)]
+    unique = list({condition.name: condition for condition in named}.values())
+    check_names(unique, "--context")
+    return unique
+
+
+def evaluate_all(run: Run, names: Sequence[str] = (), specs: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """``kvopt evaluate``: the documents of these models (default: the base and every trained student), under these
+    contexts (default: those of the config).
+    """
+    models = subjects(run.task(), run.at, names)
+    check_evaluation(run.inputs)
+    evaluator = evaluator_of(run, trained_students(run.config), specs=specs)
+    return [evaluator.evaluate(model) for model in models]
+
+
+def study_runner(run: Run) -> StudyRunner:
+    """The study of an open run; its arms are checked before any work. Raises InputError."""
+    arms = study_arms(run.config)
+    for arm in arms:
+        check_student(run.inputs, arm.config)
+    students = trained_students(run.config)
+    catalogue = run.catalogue(contexts_of(run.inputs, [arm.config for arm in arms]))
+    evaluator = evaluator_of(run, students, settings_of(run.config).evaluate)
+    return StudyRunner(catalogue, evaluator, run.reference(), lambda c: run.score(c, "selection"), run.at)
+
+
+def conduct_study(run: Run, report: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    """``kvopt study`` in an open run: train and evaluate what is missing; returns the document of ``study.json``."""
+    return study_runner(run).conduct(report)

@@ -1,0 +1,111 @@
+"""One student's training as a job: what it stands on, how long it lasts, what it meets when, and what comes of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvopt.base.loading import Base
+from kvopt.config.students import StudentConfig
+from kvopt.measure.reference import Reference
+from kvopt.train.distill.teacher import Teacher
+from kvopt.train.pool import Pool
+from kvopt.train.schedules import Schedule, build_schedule
+from kvopt.train.student import Student
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a student is trained and what it meets when.
+
+    Attributes:
+        steps: optimizer steps. batch_size: items a step.
+    """
+
+    schedule: Schedule
+    pool: Pool
+    steps: int
+    batch_size: int
+
+    def items(self, positions: Sequence[int], kept: tuple[int, ...]) -> list[tuple[int, int]]:
+        """(row, context) at each position of the stream."""
+        return [(self.schedule.row(p), self.schedule.context(p, kept)) for p in positions]
+
+    def step_items(self, step: int, kept: tuple[int, ...]) -> list[tuple[int, int]]:
+        """All items of a step (from 0)."""
+        return self.items(range(step * self.batch_size, (step + 1) * self.batch_size), kept)
+
+    def epoch(self, step: int) -> float:
+        """Passes over the rows before a step."""
+        return step * self.batch_size / self.schedule.per_epoch
+
+
+def make_plan(config: StudentConfig, pool: Pool, seed: int) -> Plan:
+    """The plan of a config: ``steps`` as given, or as many as the epochs or tokens take, up to a whole step."""
+    schedule = build_schedule(config.schedule, pool.rows, pool.weights, seed)
+    if config.steps is not None:
+        steps = config.steps
+    elif config.tokens is not None:
+        steps, seen = 0, 0
+        endless = Plan(schedule, pool, 0, config.batch_size)
+        while seen < config.tokens:
+            seen += sum(pool.tokens(*item) for item in endless.step_items(steps, ()))
+            steps += 1
+    else:
+        steps = math.ceil((config.epochs or 1) * schedule.per_epoch / config.batch_size - 1e-9)
+    return Plan(schedule, pool, steps, config.batch_size)
+
+
+@dataclass
+class Trained:
+    """A trained student and how it got there.
+
+    Attributes:
+        student: its model, trained.
+        steps: optimizer steps, all of them. resumed: those that an earlier process had done.
+        tokens: through the student (see ``Pool.tokens``). gold_tokens: that the loss was computed on.
+        history: ``{"step", "epoch", "loss", "grad_norm", "learning_rate"}`` every ``log_every`` steps; the loss is the
+            mean per gold token since the last entry.
+        stages: ``{"step", "gold_nll", "kept"}`` at every scoring of the pool (state-adaptive).
+    """
+
+    student: Student
+    steps: int
+    resumed: int
+    tokens: int
+    gold_tokens: int
+    history: list[dict[str, Any]]
+    stages: list[dict[str, Any]]
+
+
+@dataclass
+class Job:
+    """What one student's training stands on.
+
+    Args:
+        key: identity of the job; checkpoints of another are not taken up.
+        folder: where checkpoints go.
+        logs: where TensorBoard events go.
+        report: called with (step, loss) at every entry of the history.
+        teacher: for on-policy distillation.
+        start: a student folder to go on from.
+    """
+
+    base: Base
+    config: StudentConfig
+    pool: Pool
+    seed: int
+    key: str
+    folder: Path
+    logs: Path
+    reference: Reference | None = None
+    report: Callable[[int, float], None] | None = None
+    teacher: Teacher | None = None
+    start: Path | None = None
+    plan: Plan = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plan = make_plan(self.config, self.pool, self.seed)

@@ -1,0 +1,32 @@
+"""Files of an evaluation: one JSON object a row, each with the key of what it depends on, so that a file says by itself
+whether it is still good. They are written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kvopt.storage.files import write_jsonl
+
+KEY = "key"
+
+
+def stored_rows(path: Path, key: str, count: int) -> list[dict[str, Any]] | None:
+    """The rows of a file that belongs to ``key`` and has ``count`` rows; None for any other, or none."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+        rows = [json.loads(line) for line in text.split("\n")[:-1]]  # answers may hold other ends of lines
+    except (OSError, ValueError):
+        return None
+    if len(rows) != count or any(not isinstance(row, dict) or row.get(KEY) != key for row in rows):
+        return None
+    return rows
+
+
+def write_rows(path: Path, key: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Store rows under ``key``; returns them as :func:`stored_rows` would."""
+    keyed = [{KEY: key, **row} for row in rows]
+    write_jsonl(path, keyed)
+    return keyed

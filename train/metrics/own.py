@@ -1,0 +1,86 @@
+"""A user's own metric: a Python function of one answer.
+
+``python:package.module:function`` or ``python:path/to/file.py:function`` (relative to the config file) names a function
+``f(answer: str, gold: str, values: dict[str, str])`` that returns a bool, a number, or a dict of names to those.
+The value reported is the mean over answers; with a dict, the first name is the one that tables show.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvopt.errors import InputError
+from kvopt.storage.files import sha256_file
+from kvopt.train.metrics.base import Item, Metric, Verdict
+
+Function = Callable[[str, str, dict[str, str]], Any]
+
+
+@dataclass(frozen=True)
+class Own(Metric):
+    """The mean of ``function`` over answers; ``identity`` changes with the file that it stands in."""
+
+    function: Function = lambda answer, gold, values: 0.0
+    target: str = ""
+    identity: str = ""
+
+    def verdict(self, item: Item) -> Verdict:
+        try:
+            found = self.function(item.answer, item.gold, dict(item.values))
+        except Exception as error:  # the user's code may raise anything, and it is the user's to mend
+            what = f"raised {type(error).__name__} on the answer to {item.example_id}: {error}"
+            raise InputError(what, where=self.target) from error
+        if found == {}:
+            raise InputError(f"gave an empty dict for the answer to {item.example_id}", where=self.target)
+        if not isinstance(found, dict):
+            return Verdict({self.name: (self._number(found, item), 1.0)})
+        return Verdict({f"{self.name}.{key}": (self._number(value, item), 1.0) for key, value in found.items()})
+
+    def _number(self, value: Any, item: Item) -> float:
+        if isinstance(value, bool | int | float) and math.isfinite(value):
+            return float(value)
+        what = f"gave {value!r} for the answer to {item.example_id}"
+        raise InputError(what, where=self.target, mend="return a bool, a finite number, or a dict of names to those")
+
+
+def load_own(target: str, name: str, base_dir: Path) -> Own:
+    """The metric that ``python:MODULE_OR_FILE:FUNCTION`` names. Raises InputError."""
+    place, _, attribute = target.removeprefix("python:").rpartition(":")
+    if not place or not attribute:
+        raise InputError(
+            "names no function", where=target, mend="write python:module:function or python:file.py:function"
+        )
+    path = base_dir / place
+    module = _from_file(path, target) if place.endswith(".py") else _imported(place, target)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        what = f"{place} has no function {attribute!r}"
+        raise InputError(what, where=target, mend="define it as f(answer, gold, values)")
+    return Own(name, function, target, sha256_file(path) if place.endswith(".py") else place)
+
+
+def _from_file(path: Path, target: str) -> Any:
+    if not path.is_file():
+        raise InputError(f"no such file: {path}", where=target, mend="paths are relative to the config file")
+    spec = importlib.util.spec_from_file_location(f"kvopt_metric_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's file may raise anything while it is loaded
+        raise InputError(f"cannot be loaded: {type(error).__name__}: {error}", where=target) from error
+    return module
+
+
+def _imported(name: str, target: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # as above
+        raise InputError(f"cannot be imported: {type(error).__name__}: {error}", where=target) from error

@@ -1,0 +1,33 @@
+"""The part of ``kvopt validate`` that is about students: what their sections name is there and can be read, without a
+model.
+"""
+
+from __future__ import annotations
+
+from kvopt.run.inputs import Inputs
+from kvopt.train.arms import study_arms
+from kvopt.train.evaluation.conditions import hand_written
+from kvopt.train.evaluation.probes import probe_examples
+from kvopt.train.metrics import build_metrics
+from kvopt.train.stages import check_student, chosen
+
+
+def check_students(inputs: Inputs) -> None:
+    """Check the sections ``students`` and ``study``. Raises InputError for the first fault."""
+    if inputs.config.students:
+        chosen(inputs)
+    if inputs.config.study is not None:
+        for arm in study_arms(inputs.config):
+            check_student(inputs, arm.config)
+
+
+def check_evaluation(inputs: Inputs) -> None:
+    """Read what the section ``evaluate`` names (and that of a study): metrics, hand-written templates, probes. Raises
+    InputError.
+    """
+    study = inputs.config.study
+    for settings in (inputs.config.evaluate, *([study.evaluate] if study and study.evaluate else [])):
+        build_metrics(settings.metrics, inputs.base_dir)
+        hand_written(inputs, settings)
+        if settings.probes is not None:
+            probe_examples(inputs, settings.probes)
