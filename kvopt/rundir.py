@@ -23,6 +23,7 @@ from typing import Any
 import kvopt
 from kvopt.errors import InputError
 from kvopt.files import canonical_json, remove_partials, write_error, write_json
+from kvopt.locks import LockHeld, acquire_lock
 
 FORMAT_VERSION = 1
 
@@ -45,11 +46,16 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_ours()
-            lock = (self.path / ".lock").open("a")
+            lock = acquire_lock(self / ".lock", wait=False)
+        except LockHeld:
+            raise InputError(
+                "another kvopt is working in this run directory",
+                where=str(self.path),
+                mend="wait for it, or choose another --out",
+            ) from None
         except OSError as error:
             raise write_error(error, self.path) from None
         with lock:
-            _lock(lock, self.path)
             remove_partials(self.path)
             self._mend_ledger()
             self._read_manifest()
@@ -159,18 +165,3 @@ def peak_memory() -> int:
     """The process's peak resident memory so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _lock(lock: Any, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # no such lock on Windows
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(
-            "another kvopt is working in this run directory",
-            where=str(path),
-            mend="wait for it, or choose another --out",
-        ) from None
