@@ -22,11 +22,11 @@ from kvopt.config import Config
 from kvopt.contexts import TextContext
 from kvopt.contexts.initial import InitialTask, initial_tensor
 from kvopt.encoding import Encoded, Row, length_buckets, make_batch
+from kvopt.kernels.memory import peak_resident
 from kvopt.model import Base
 from kvopt.optimize import context_loss
 from kvopt.reference import Reference
 from kvopt.run import Run
-from kvopt.rundir import peak_memory
 from kvopt.score import score_tokens
 
 
@@ -67,7 +67,7 @@ def _timed(name: str, work: Callable[[], float], repeats: int, warm: bool = True
         start = time.perf_counter()
         value = work()
         seconds.append(time.perf_counter() - start)
-    return Variant(name, statistics.median(seconds), peak_memory(), value)
+    return Variant(name, statistics.median(seconds), peak_resident(), value)
 
 
 def _prepared(config: Config, base_dir: Path, folder: str) -> Run:

@@ -10,9 +10,7 @@ import contextlib
 import json
 import os
 import platform
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +21,7 @@ from typing import Any
 import kvopt
 from kvopt.errors import InputError
 from kvopt.files import canonical_json, remove_partials, write_error, write_json
+from kvopt.kernels.memory import peak_resident
 from kvopt.locks import LockHeld, acquire_lock
 
 FORMAT_VERSION = 1
@@ -144,7 +143,7 @@ class RunDirectory:
             entry |= {
                 "outcome": outcome,
                 "seconds": round(time.perf_counter() - start, 3),
-                "peak_memory_bytes": peak_memory(),
+                "peak_memory_bytes": peak_resident(),
             }
             if not entry.get("nothing_new"):
                 self._append_to_ledger((canonical_json(entry) + "\n").encode("utf-8"))
@@ -159,9 +158,3 @@ class RunDirectory:
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(start)
-
-
-def peak_memory() -> int:
-    """The process's peak resident memory so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
