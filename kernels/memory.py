@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import resource
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 class AllocationMeter(TorchDispatchMode):
@@ -49,28 +55,33 @@ def _storage_key(tensor: Tensor) -> int:
 
 
 def reset_peak(device: torch.device) -> int:
-    """Bytes in use now; where the system allows it, the peak is counted from here."""
+    """Bytes in use now, with the peak counted from here; where the system cannot do that, the peak until now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return _status("VmRSS")
+        return peak_resident()
+    return psutil.Process().memory_info().rss
 
 
 def peak(device: torch.device) -> int:
     """The largest number of bytes in use since ``reset_peak``."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if Path("/proc/self/status").exists():
-        return _status("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
 
 
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
+def peak_resident() -> int:
+    """The most resident memory that this process had at any time, in bytes.
+
+    Linux is asked for VmHWM, because ``getrusage`` there counts what the parent held when it started this process.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest if sys.platform == "darwin" else highest * 1024

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -51,6 +52,19 @@ def python(code: str, cwd: Path, *options: str, **environment: str) -> str:
 
 def test_this_installation_shows_only_kvopt_from_another_folder(tmp_path: Path) -> None:
     assert Path(python(LOOK_AROUND.format(root=str(ROOT)), tmp_path)).name == "kvopt"
+
+
+def test_no_module_of_kvopt_needs_what_windows_lacks() -> None:
+    missing_there = {"curses", "fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+    files = [file for folder in ("kvopt", "kernels", "train") for file in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 100
+    for file in files:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        optional = {id(node) for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in optional:
+                names = {alias.name for alias in node.names} if isinstance(node, ast.Import) else {node.module}
+                assert not names & missing_there, f"{file}:{node.lineno}"
 
 
 def test_kvopt_imports_without_triton(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-from filelock import FileLock
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from kvopt.errors import InputError
+from kvopt.storage.locks import acquire_lock
 
 TIMEOUT = 4.0  # seconds until the hub counts as unreachable
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
@@ -40,15 +40,12 @@ def locked(path: Path) -> Iterator[None]:
     """Hold a lock beside ``path`` against other processes; it is released when the process ends, however it ends."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_name(f".{path.name}.lock"))
-        lock.acquire()
+        lock = acquire_lock(path.with_name(f".{path.name}.lock"))
     except OSError as error:
         mend = "set KVOPT_CACHE to a folder you can write to"
         raise InputError(f"no permission to write ({error.strerror})", where=str(path.parent), mend=mend) from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -22,11 +22,11 @@ from kvopt.base.loading import Base
 from kvopt.config.contexts import Init
 from kvopt.config.document import Config
 from kvopt.contexts import TextContext
+from kvopt.kernels.memory import peak_resident
 from kvopt.learn.descent import context_loss
 from kvopt.learn.start_task import StartTask, initial_tensor
 from kvopt.measure.reference import Reference, build_reference
 from kvopt.measure.score import score_tokens
-from kvopt.run.directory import peak_memory
 from kvopt.run.run import Run
 from kvopt.task.seam import Encoded, Row, length_buckets, make_batch
 
@@ -68,7 +68,7 @@ def _timed(name: str, work: Callable[[], float], repeats: int, warm: bool = True
         start = time.perf_counter()
         value = work()
         seconds.append(time.perf_counter() - start)
-    return Variant(name, statistics.median(seconds), peak_memory(), value)
+    return Variant(name, statistics.median(seconds), peak_resident(), value)
 
 
 def _prepared(config: Config, base_dir: Path, folder: str) -> Run:

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from einops import reduce
-from scipy.stats import bootstrap
 from torch import Tensor
 
 from kvopt.base.loading import Base
 from kvopt.base.prefix import Prefix, gold_states
 from kvopt.contexts.context import Context
 from kvopt.kernels import Head, KLOptions, linear_scores
+from kvopt.measure.bootstrap import bounds, drawn_rows
 from kvopt.measure.reference import Reference
 from kvopt.storage.tensors import read_tensors, write_tensors
 from kvopt.task.seam import Encoded, Row
@@ -155,35 +155,25 @@ def score_prefix(
 
 def summarize(scores: TokenScores, *, seed: int = 0, resamples: int = 2000) -> Score:
     """Means per gold token with bootstrap intervals over examples (percentile method, ``resamples`` draws)."""
+    draws = drawn_rows(len(scores.counts), seed, resamples)
     return Score(
-        kl_forward=_interval(scores, scores.kl, seed, resamples),
+        kl_forward=_interval(scores, scores.kl, draws),
         kl_forward_p95=float(np.percentile(scores.kl.numpy(), 95)),
-        gold_nll=_interval(scores, scores.nll, seed, resamples),
+        gold_nll=_interval(scores, scores.nll, draws),
         top1_agreement=float(reduce(scores.agree.double(), "g ->", "mean")),
         examples=len(scores.counts),
         gold_tokens=int(scores.counts.sum()),
     )
 
 
-def _interval(scores: TokenScores, values: Tensor, seed: int, resamples: int) -> Interval:
+def _interval(scores: TokenScores, values: Tensor, draws: np.ndarray) -> Interval:
+    """``draws``: [resamples, N] positions of examples."""
     sums, counts = scores.by_example(values).numpy(), scores.counts.double().numpy()
     mean = float(sums.sum() / counts.sum())
     if len(sums) < 2:
         return Interval(mean, None)
-
-    def ratio(total: np.ndarray, tokens: np.ndarray, axis: int = -1) -> np.ndarray:
-        return total.sum(axis=axis) / tokens.sum(axis=axis)
-
-    result = bootstrap(
-        (sums, counts),
-        ratio,
-        paired=True,
-        vectorized=True,
-        method="percentile",
-        n_resamples=resamples,
-        rng=np.random.default_rng(seed),
-    )
-    return Interval(mean, (float(result.confidence_interval.low), float(result.confidence_interval.high)))
+    low, high = bounds(sums[draws].sum(-1) / counts[draws].sum(-1))
+    return Interval(mean, (float(low), float(high)))
 
 
 def naive_scores(

@@ -10,9 +10,7 @@ import contextlib
 import json
 import os
 import platform
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from kvopt.errors import InputError
+from kvopt.kernels.memory import peak_resident
 from kvopt.storage.files import canonical_json, remove_partials, write_error, write_json
+from kvopt.storage.locks import LockHeld, acquire_lock
 from kvopt.version import VERSION
 
 FORMAT_VERSION = 1
@@ -45,11 +45,16 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_ours()
-            lock = (self.path / ".lock").open("a")
+            lock = acquire_lock(self / ".lock", wait=False)
+        except LockHeld:
+            raise InputError(
+                "another kvopt is working in this run directory",
+                where=str(self.path),
+                mend="wait for it, or choose another --out",
+            ) from None
         except OSError as error:
             raise write_error(error, self.path) from None
         with lock:
-            _lock(lock, self.path)
             remove_partials(self.path)
             self._mend_ledger()
             self._read_manifest()
@@ -138,7 +143,7 @@ class RunDirectory:
             entry |= {
                 "outcome": outcome,
                 "seconds": round(time.perf_counter() - start, 3),
-                "peak_memory_bytes": peak_memory(),
+                "peak_memory_bytes": peak_resident(),
             }
             if not entry.get("nothing_new"):
                 self._append_to_ledger((canonical_json(entry) + "\n").encode("utf-8"))
@@ -153,24 +158,3 @@ class RunDirectory:
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(start)
-
-
-def peak_memory() -> int:
-    """The process's peak resident memory so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _lock(lock: Any, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # no such lock on Windows
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(
-            "another kvopt is working in this run directory",
-            where=str(path),
-            mend="wait for it, or choose another --out",
-        ) from None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
 
-from kvopt.kernels import Head, KLOptions, TopK, linear_kl, linear_scores, moments_of
-from kvopt.kernels.memory import AllocationMeter
+from kvopt.kernels import Head, KLOptions, TopK, linear_kl, linear_scores, memory, moments_of
+from kvopt.kernels.memory import AllocationMeter, peak_resident
 from kvopt.kernels.memory_curve import run_memory
 from kvopt.kernels.torch_backend import BLOCK_BYTES
 
@@ -105,3 +108,20 @@ def test_the_curve_is_measured_in_processes_of_their_own_and_written(tmp_path, c
         assert entry["extra_mib"] < 60
     assert "| 96 |" in capsys.readouterr().err
     assert (tmp_path / "bench-kl-memory.json").is_file()
+
+
+def test_the_peak_of_a_process_holds_what_was_freed_and_not_what_its_parent_held():
+    size = 2**30
+    held = torch.ones(size, dtype=torch.uint8)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        of_child = pool.apply(peak_resident)
+    del held
+    assert 2**20 < of_child < size <= peak_resident()
+
+
+def test_without_the_resource_module_the_peak_is_that_of_windows(monkeypatch):
+    counters = SimpleNamespace(rss=3, peak_wset=7)
+    monkeypatch.setattr(memory, "resource", None)
+    monkeypatch.setattr(memory, "Path", lambda path: SimpleNamespace(exists=lambda: False))
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: counters))
+    assert peak_resident() == 7

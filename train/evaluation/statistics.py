@@ -2,20 +2,19 @@
 
 Every quantity is a ratio of sums over examples: under context c, Σ_i numerator[c, i] / Σ_i denominator[c, i]. A group
 of contexts has the mean, lowest and highest, standard deviation (over the contexts at hand, divisor n) and spread
-(highest − lowest) of these values. Intervals are 95 % percentile bootstraps over examples (scipy): one draw takes the
-same examples under every context, so that a group's interval is that of a paired comparison.
+(highest − lowest) of these values. Intervals are 95 % percentile bootstraps over examples: one draw takes the same
+examples under every context, so that a group's interval is that of a paired comparison.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap
 
+from kvopt.measure.bootstrap import bounds, row_draws
 from kvopt.train.metrics.base import Ratio
 from kvopt.train.metrics.json_answers import same_value
 
@@ -34,16 +33,8 @@ def summarize(
     names, quantities, pairs = _arranged(ratios)
     members = {group: [names.index(name) for name in chosen] for group, chosen in groups.items()}
 
-    def statistic(counts: np.ndarray) -> np.ndarray:
-        """[outputs, draws] for counts [draws, examples] of how often each example was drawn."""
-        values = _drawn_values(pairs, counts)
-        over = [_mean_and_spread(values[m]) for m in members.values()]
-        return np.concatenate([*values, *(mean for mean, _ in over), *(spread for _, spread in over)])
-
-    low, high = _interval(statistic, pairs.shape[2], seed, resamples)
+    low, high = _intervals(pairs, list(members.values()), seed, resamples)
     values = _quotients(np.moveaxis(pairs.sum(2), -1, 0))  # [contexts, quantities]
-    shape = (-1, len(quantities))
-    low, high = low.reshape(shape), high.reshape(shape)
     by_context = {
         name: {
             q: {"mean": _number(values[c, i]), "ci95": _pair(low[c, i], high[c, i])} for i, q in enumerate(quantities)
@@ -70,21 +61,13 @@ def ratio_of(rows: Sequence[Ratio], *, seed: int, resamples: int) -> dict[str, A
     return by_context[""][""]
 
 
-def row_draws(examples: int, seed: int, resamples: int) -> np.ndarray:
-    """How often each example is drawn, [resamples, examples] float64: a function of its arguments alone, so that what
-    two models give in the same draw can be subtracted.
-    """
-    drawn = np.random.default_rng(seed).multinomial(examples, np.full(examples, 1 / examples), size=resamples)
-    return drawn.astype(np.float64)
-
-
 def redrawn(
     ratios: Ratios, groups: Mapping[str, Sequence[str]], draws: np.ndarray
 ) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
     """Group → quantity → (mean over the group's contexts, spread over them), each [draws]; NaN where a draw has none.
 
     Args:
-        draws: from :func:`row_draws`.
+        draws: from :func:`kvopt.measure.bootstrap.row_draws`.
     """
     names, quantities, pairs = _arranged(ratios)
     values = _drawn_values(pairs, draws)
@@ -130,32 +113,19 @@ def _mean_and_spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values.mean(0), values.max(0) - values.min(0)
 
 
-def _interval(
-    statistic: Callable[[np.ndarray], np.ndarray], examples: int, seed: int, resamples: int
+def _intervals(
+    pairs: np.ndarray, members: Sequence[Sequence[int]], seed: int, resamples: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Percentiles 2.5 and 97.5 of each output of the statistic; NaN where there are none."""
+    """Lower and upper bounds [contexts + 2 · groups, quantities]: of each context, of each group's mean, and of each
+    group's spread; NaN where there are none.
+    """
+    contexts, quantities, examples, _ = pairs.shape
     if examples < 2:
-        nothing = np.full(len(statistic(np.ones((1, examples)))), np.nan)
+        nothing = np.full((contexts + 2 * len(members), quantities), np.nan)
         return nothing, nothing
-
-    def of_positions(positions: np.ndarray, axis: int = -1) -> np.ndarray:
-        drawn = positions.reshape(-1, examples).astype(np.int64)
-        counts = np.stack([np.bincount(row, minlength=examples) for row in drawn]).astype(np.float64)
-        found = statistic(counts)
-        return found.reshape(len(found), *positions.shape[:-1])
-
-    with warnings.catch_warnings():  # draws in which a quantity does not exist give NaN, which is what we report
-        warnings.simplefilter("ignore")
-        result = bootstrap(
-            (np.arange(examples),),
-            of_positions,
-            vectorized=True,
-            method="percentile",
-            n_resamples=resamples,
-            batch=500,
-            rng=np.random.default_rng(seed),
-        )
-    return np.asarray(result.confidence_interval.low), np.asarray(result.confidence_interval.high)
+    values = _drawn_values(pairs, row_draws(examples, seed, resamples))
+    over = [_mean_and_spread(values[chosen]) for chosen in members]
+    return bounds(np.stack([*values, *(mean for mean, _ in over), *(spread for _, spread in over)]))
 
 
 def _of_group(values: np.ndarray) -> dict[str, Any]:

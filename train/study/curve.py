@@ -15,6 +15,8 @@ import numpy as np
 from scipy.optimize import OptimizeWarning, curve_fit
 from scipy.stats import f as f_distribution
 
+from kvopt.measure.bootstrap import bounds, drawn_rows
+
 HIGHEST_B = 8.0
 MOST_EVALUATIONS = 300
 LEAST_COUNTS = 3
@@ -45,14 +47,14 @@ def fit_curve(points: Mapping[int, Sequence[float]], *, seed: int = 0, resamples
     wordings = np.array(counts, dtype=np.float64) + 1
     fit = _fit(wordings, values)
     seeds = values.shape[1]
-    drawn = np.sort(np.random.default_rng(seed).integers(seeds, size=(resamples, seeds)), axis=1)
+    drawn = np.sort(drawn_rows(seeds, seed, resamples), axis=1)
     fits = {tuple(draw): _fit(wordings, values[:, draw]) for draw in np.unique(drawn, axis=0)} if seeds > 1 else {}
     draws = [fits[tuple(draw)] for draw in drawn] if fits else []
     good = [draw for draw in draws if draw is not None]
     share = len(good) / len(draws) if draws else None
     interval = None
     if fit is not None and share is not None and share >= LEAST_SHARE:
-        low, high = np.percentile(np.array(good), [2.5, 97.5], axis=0)
+        low, high = bounds(np.array(good).T)
         interval = {name: [float(low[i]), float(high[i])] for i, name in enumerate("abc")}
     return {
         "counts": counts,

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
+from kvopt.measure.bootstrap import bounds, drawn_rows
+
 
 def over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
     """``{"mean", "ci95", "std", "seeds"}``; ci95 and std are None for one seed, all are where a value is missing."""
@@ -44,11 +46,10 @@ def over_rows_and_seeds(draws: Sequence[Mapping[str, np.ndarray]], *, seed: int)
     if not shared:
         return {}
     values = np.stack([[one[name] for name in shared] for one in draws], axis=-1)  # [quantities, resamples, seeds]
-    chosen = np.random.default_rng([seed, 1]).integers(len(draws), size=values.shape[1:])
-    means = np.take_along_axis(values, chosen[None], axis=-1).mean(-1)
-    bounds = np.percentile(means, [2.5, 97.5], axis=-1).T
+    chosen = drawn_rows(len(draws), [seed, 1], values.shape[1])
+    low, high = bounds(np.take_along_axis(values, chosen[None], axis=-1).mean(-1))
     known = np.isfinite(values).all((1, 2))
-    return {name: bounds[i].tolist() if known[i] else None for i, name in enumerate(shared)}
+    return {name: [float(low[i]), float(high[i])] if known[i] else None for i, name in enumerate(shared)}
 
 
 def compared(arm: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:

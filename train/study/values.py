@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from kvopt.measure.bootstrap import row_draws
 from kvopt.train.evaluation.document import Measured
-from kvopt.train.evaluation.statistics import Ratios, redrawn, row_draws
+from kvopt.train.evaluation.statistics import Ratios, redrawn
 
 
 def by_path(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
