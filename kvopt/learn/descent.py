@@ -55,11 +55,14 @@ class Descent:
 
 @dataclass
 class _State:
-    """All that changes while training; what a checkpoint holds."""
+    """All that changes while training; what a checkpoint holds.
+
+    A checkpoint's tensors are the trainable slots, AdamW's two moments (``first_moment``, ``second_moment``) and the
+    best state; its numbers are those of NUMBERS, as JSON.
+    """
 
     trainable: Tensor
-    first_moment: Tensor
-    second_moment: Tensor
+    optimizer: torch.optim.AdamW
     best: Tensor
     step: int = 0
     best_step: int = 0
@@ -68,22 +71,46 @@ class _State:
     history: list[dict[str, Any]] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
 
-    TENSORS = ("trainable", "first_moment", "second_moment", "best")
     NUMBERS = ("step", "best_step", "best_kl", "since_best", "history", "recent")
+
+    @classmethod
+    def begin(cls, trainable: Tensor, best: Tensor, config: ContextConfig) -> _State:
+        """The state before the first step."""
+        trainable = trainable.detach().requires_grad_(True)
+        return cls(trainable, torch.optim.AdamW([trainable], weight_decay=config.weight_decay), best)
 
     def save(self, path: Path, key: str) -> None:
         numbers = json.dumps({name: getattr(self, name) for name in self.NUMBERS}).encode()
-        tensors = {name: getattr(self, name) for name in self.TENSORS}
-        write_tensors(path, tensors | {"numbers": torch.frombuffer(bytearray(numbers), dtype=torch.uint8)}, key)
+        adam = self.optimizer.state_dict()["state"].get(0, {})
+        zeros = torch.zeros_like(self.trainable)
+        tensors = {
+            "trainable": self.trainable,
+            "first_moment": adam.get("exp_avg", zeros),
+            "second_moment": adam.get("exp_avg_sq", zeros),
+            "best": self.best,
+            "numbers": torch.frombuffer(bytearray(numbers), dtype=torch.uint8),
+        }
+        write_tensors(path, tensors, key)
 
     @classmethod
-    def load(cls, path: Path, key: str, device: torch.device) -> _State | None:
+    def load(cls, path: Path, key: str, config: ContextConfig, device: torch.device) -> _State | None:
         """The checkpoint at ``path``, None when there is none, it is damaged, or it belongs to another job."""
         if stored_key(path) != key:
             return None
         tensors = read_tensors(path)
-        numbers = json.loads(bytes(tensors["numbers"].tolist()))
-        return cls(**{name: tensors[name].to(device) for name in cls.TENSORS}, **numbers)
+        numbers = json.loads(bytes(tensors.pop("numbers").tolist()))
+        on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+        state = cls.begin(on_device["trainable"], on_device["best"], config)
+        adam = {
+            "step": torch.tensor(float(numbers["step"])),
+            "exp_avg": on_device["first_moment"],
+            "exp_avg_sq": on_device["second_moment"],
+        }
+        groups = state.optimizer.state_dict()["param_groups"]
+        state.optimizer.load_state_dict({"state": {0: adam}, "param_groups": groups})
+        for name in cls.NUMBERS:
+            setattr(state, name, numbers[name])
+        return state
 
 
 def context_prefix(base: Base, kind: str, tensor: Tensor) -> Prefix:
@@ -146,12 +173,11 @@ def optimize(
     Raises:
         KvoptError: the loss or the gradient is not finite; the last checkpoint is kept.
     """
-    frozen = min(config.frozen, initial.shape[0])
+    frozen, initial = min(config.frozen, initial.shape[0]), initial.detach()
     head, initial = initial[:frozen].to(base.device), initial.to(base.device)
-    state = checkpoint and _State.load(checkpoint, key, base.device)
+    state = checkpoint and _State.load(checkpoint, key, config, base.device)
     if not state:
-        start = initial[frozen:].clone()
-        state = _State(start, torch.zeros_like(start), torch.zeros_like(start), initial.clone())
+        state = _State.begin(initial[frozen:].clone(), initial.clone(), config)
     job = _Job(base, config, head, train, held_out, reference, moments, seed)
     if not state.history:
         _measure(job, state)
@@ -205,12 +231,13 @@ def context_loss(
 
 
 def _step(job: _Job, state: _State, checkpoint: Path | None) -> float:
-    config = job.config
-    trainable = state.trainable.requires_grad_(True)
+    config, trainable = job.config, state.trainable
     rows = [job.train[i] for i in batch_at(state.step, len(job.train), config.batch_size, job.seed)]
+    state.optimizer.zero_grad(set_to_none=True)
     loss = context_loss(job.base, config.kind, torch.cat([job.frozen, trainable]), rows, job.reference, job.moments)
-    (gradient,) = torch.autograd.grad(loss, trainable)
-    value, norm = float(loss.detach()), float(gradient.norm())
+    loss.backward(inputs=[trainable])
+    assert trainable.grad is not None
+    value, norm = float(loss.detach()), float(trainable.grad.norm())
     if not (math.isfinite(value) and math.isfinite(norm)):
         kept = (
             f"the state of step {state.best_step} is kept in {checkpoint}"
@@ -221,24 +248,12 @@ def _step(job: _Job, state: _State, checkpoint: Path | None) -> float:
             f"contexts.{config.name}: loss {value} with gradient norm {norm} at step {state.step}; {kept};"
             " lower learning_rate"
         )
-    gradient = gradient * min(1.0, config.clip / (norm + 1e-12))
-    state.trainable = _adamw(trainable.detach(), gradient, state, config)
+    trainable.grad.mul_(min(1.0, config.clip / (norm + 1e-12)))
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate_at(state.step, config)
+    state.optimizer.step()
     state.step += 1
     state.recent.append(value)
-    return value
-
-
-def _adamw(value: Tensor, gradient: Tensor, state: _State, config: ContextConfig) -> Tensor:
-    """One step of torch's AdamW (betas 0.9, 0.999) with its moments kept in the state."""
-    optimizer = torch.optim.AdamW([value], lr=learning_rate_at(state.step, config), weight_decay=config.weight_decay)
-    optimizer.state[value] = {
-        "step": torch.tensor(float(state.step)),
-        "exp_avg": state.first_moment,
-        "exp_avg_sq": state.second_moment,
-    }
-    value.grad = gradient
-    optimizer.step()
-    value.grad = None
     return value
 
 
