@@ -4,9 +4,8 @@ import pytest
 
 from kvopt.errors import InputError
 from kvopt.mutate.mutation import read_mutations
-from kvopt.task.keep_marks import take_marks
 from kvopt.task.template import Template
-from kvopt.task.template_files import template_from_file
+from kvopt.task.template_files import take_marks, template_from_file
 from tests.jobs import run_job, write_job
 
 

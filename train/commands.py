@@ -13,6 +13,7 @@ from kvopt.config.students import StudentConfig
 from kvopt.errors import InputError
 from kvopt.run.run import Run
 from kvopt.train.arms import settings_of, study_arms, trained_students
+from kvopt.train.early_checks import check_evaluation
 from kvopt.train.evaluation.conditions import (
     Condition,
     check_names,
@@ -25,9 +26,8 @@ from kvopt.train.evaluation.evaluate import Evaluator
 from kvopt.train.evaluation.models import subjects
 from kvopt.train.evaluation.probes import load_probes
 from kvopt.train.launch import Launch
-from kvopt.train.stages import check_student, chosen, contexts_of, make_students, needs_reference, train_ordered
 from kvopt.train.study.study import StudyRunner
-from kvopt.train.validate import check_evaluation
+from kvopt.train.training import check_student, chosen, contexts_of, make_students, needs_reference, train_ordered
 
 
 def train_students(run: Run, only: Sequence[str] = ()) -> list[dict[str, Any]] | None:

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from kvopt.train.layers import layer_of
+from kvopt.train.student import layer_of
 
 _NUMBER = re.compile(r"(^|\.)\d+(?=\.|$)")
 

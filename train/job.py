@@ -18,7 +18,7 @@ from kvopt.train.student import Student
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """How long a student is trained and what it meets when.
 
     Attributes:
@@ -43,20 +43,20 @@ class Plan:
         return step * self.batch_size / self.schedule.per_epoch
 
 
-def make_plan(config: StudentConfig, pool: Pool, seed: int) -> Plan:
+def make_plan(config: StudentConfig, pool: Pool, seed: int) -> TrainingPlan:
     """The plan of a config: ``steps`` as given, or as many as the epochs or tokens take, up to a whole step."""
     schedule = build_schedule(config.schedule, pool.rows, pool.weights, seed)
     if config.steps is not None:
         steps = config.steps
     elif config.tokens is not None:
         steps, seen = 0, 0
-        endless = Plan(schedule, pool, 0, config.batch_size)
+        endless = TrainingPlan(schedule, pool, 0, config.batch_size)
         while seen < config.tokens:
             seen += sum(pool.tokens(*item) for item in endless.step_items(steps, ()))
             steps += 1
     else:
         steps = math.ceil((config.epochs or 1) * schedule.per_epoch / config.batch_size - 1e-9)
-    return Plan(schedule, pool, steps, config.batch_size)
+    return TrainingPlan(schedule, pool, steps, config.batch_size)
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Job:
     report: Callable[[int, float], None] | None = None
     teacher: Teacher | None = None
     start: Path | None = None
-    plan: Plan = field(init=False)
+    plan: TrainingPlan = field(init=False)
 
     def __post_init__(self) -> None:
         self.plan = make_plan(self.config, self.pool, self.seed)

@@ -27,7 +27,7 @@ from kvopt.base.loading import Base, enable_checkpointing
 from kvopt.config.students import StudentConfig
 from kvopt.errors import KvoptError
 from kvopt.storage.files import write_error, write_json
-from kvopt.train.distill.on_policy import OnPolicyLoss
+from kvopt.train.distill.drawn_answers import OnPolicyLoss
 from kvopt.train.forward import ContextLoss
 from kvopt.train.gold import gold_nll
 from kvopt.train.half import HalfFineTuning

@@ -10,11 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from kvopt.run.run import Run
-
-WIDTH_OF_FILES = 120  # columns of a table that goes to a file or a pipe
 
 ConfigPath = Annotated[
     Path, typer.Argument(metavar="CONFIG.yaml", help="The config file; kvopt init writes a starter.")
@@ -43,14 +39,8 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=not unicode, allow_nan=False))
 
 
-def console() -> Console:
-    """Standard output for tables: as wide as the terminal, or :data:`WIDTH_OF_FILES` where there is none."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES, highlight=False)
-
-
 def show_board(board: dict[str, Any], folder: Path, as_json: bool) -> None:
+    from kvopt.console.tables import console
     from kvopt.report.board_table import board_table
 
     if as_json:

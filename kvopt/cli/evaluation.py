@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvopt.cli.common import ConfigPath, Json, Out, Sets, console, open_run, print_json
+from kvopt.cli.common import ConfigPath, Json, Out, Sets, open_run, print_json
 from kvopt.cli.report import leave_page, renew_page
 
 if TYPE_CHECKING:
@@ -58,10 +58,10 @@ def study(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json 
     run = open_run(config, sets, out)
     from kvopt.train.arms import study_arms
     from kvopt.train.commands import conduct_study
+    from kvopt.train.early_checks import check_evaluation
     from kvopt.train.launch import one_process
-    from kvopt.train.stages import check_student
     from kvopt.train.study.tables import tables
-    from kvopt.train.validate import check_evaluation
+    from kvopt.train.training import check_student
 
     one_process("a study")
     for arm in study_arms(run.config):  # a fault in the grid is told before a model is loaded
@@ -79,6 +79,8 @@ def study(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json 
 
 
 def show(views: list[Any]) -> None:
+    from kvopt.console.tables import console
+
     out = console()
     for view in views:
         renderable: RenderableType = view

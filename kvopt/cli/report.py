@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvopt.cli.common import Json, console, print_json, say
+from kvopt.cli.common import Json, print_json, say
 
 SEVERAL = Path("comparison")
 
@@ -60,6 +60,7 @@ def chosen_formats(formats: str | None) -> tuple[str, ...]:
 
 def show_report(report: dict[str, Any], folders: list[Path]) -> None:
     """The table of one run or several, what to take, and whether their numbers can be compared."""
+    from kvopt.console.tables import console
     from kvopt.report.tables import terminal_table
 
     out = console()

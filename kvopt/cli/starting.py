@@ -49,7 +49,7 @@ def validate(config: ConfigPath, sets: Sets = None, as_json: Json = False) -> No
     from kvopt.config.document import load_config
     from kvopt.run.run import Run
     from kvopt.run.validate import check
-    from kvopt.train.validate import check_evaluation, check_students
+    from kvopt.train.early_checks import check_evaluation, check_students
 
     settings, base_dir = load_config(config, sets or ())
     run = Run(settings, base_dir, Path("runs") / settings.name, say=lambda line: None)  # the report holds the warnings

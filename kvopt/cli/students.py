@@ -53,7 +53,7 @@ def export_data(
     as_json: Json = False,
 ) -> None:
     """Write the training rows under every text context as JSONL, which any SFT trainer reads. Calls no model."""
-    from kvopt.export.rows import choices_of, export_rows
+    from kvopt.export.training_rows import choices_of, export_rows
     from kvopt.storage.files import write_jsonl
 
     run = open_run(config, sets, run_folder)
@@ -74,7 +74,7 @@ def prepared(run: Run) -> Callable[[], list[dict[str, Any]]]:
         return list
     from kvopt.train.commands import train_chosen
     from kvopt.train.launch import one_process
-    from kvopt.train.stages import chosen
+    from kvopt.train.training import chosen
 
     one_process("kvopt run")
     configs = chosen(run.inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -10,11 +10,6 @@ from kvopt.config.kinds import Family, Options
 from kvopt.config.names import ContextName
 from kvopt.config.section import NAME, Section
 from kvopt.errors import InputError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from kvopt.learn.start_task import StartTask
 
 STARTS = Family("kvopt.learn.starts", "init")
 _ON_TEXTS = {"template": "", "text": "a file", "mutation": "a mutation's name", "best-mutation": ""}
@@ -24,8 +19,12 @@ _ON_TEXTS = {"template": "", "text": "a file", "mutation": "a mutation's name", 
 class Start(Options):
     """Where a learned context starts: the options of one member of :data:`STARTS`."""
 
-    def tensor(self, task: StartTask) -> Tensor:
-        """The starting value, on the base's device: kv [T, L, 2, H, d], soft [T, D]."""
+    def tensor(self, task: Any) -> Any:
+        """The starting value, on the base's device: kv [T, L, 2, H, d], soft [T, D] (a torch tensor).
+
+        Args:
+            task: the :class:`kvopt.learn.start_task.StartTask` to start.
+        """
         raise NotImplementedError
 
 

@@ -1,9 +1,20 @@
-"""The one style of tables on a terminal."""
+"""The one style of tables, on a terminal or in a file."""
 
 from __future__ import annotations
 
+import sys
+
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
+
+WIDTH_OF_FILES = 120
+"""Columns of a table that goes to a file or a pipe."""
+
+
+def console() -> Console:
+    """Standard output for tables: as wide as the terminal, or :data:`WIDTH_OF_FILES` where there is none."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES, highlight=False)
 
 
 def plain_table(title: str | None = None, caption: str | None = None) -> Table:

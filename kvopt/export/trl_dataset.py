@@ -29,7 +29,7 @@ def write(source: Source, place: Path, options: Options) -> Written:
     """
     from kvopt.config.document import load_config
     from kvopt.config.students import ContextChoice
-    from kvopt.export.rows import export_rows
+    from kvopt.export.training_rows import export_rows
     from kvopt.run.inputs import read_inputs
 
     if source.run is None:

@@ -11,10 +11,10 @@ from pathlib import Path
 from random import Random
 
 from kvopt.config.mutations import FAMILIES, MutationsConfig
-from kvopt.mutate.generators.base import Generator, Proposal, Request
 from kvopt.mutate.generators.rules import compose
 from kvopt.mutate.mutation import Journal, Mutation, counts_by_reason
 from kvopt.mutate.operator import RULE_FAMILIES, Operator, operators
+from kvopt.mutate.proposals import Generator, Proposal, Request
 from kvopt.mutate.spans import compile_protect
 from kvopt.mutate.validity import Checker, Rejection, Scope, TokenIds
 from kvopt.storage.files import sha256_json

@@ -12,12 +12,13 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from kvopt.console.progress import Progress
 from kvopt.errors import InputError
 from kvopt.kernels.memory import peak_resident
 from kvopt.storage.files import canonical_json, remove_partials, write_error, write_json
@@ -158,3 +159,16 @@ class RunDirectory:
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(start)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What every stage is given beside its inputs: a locked run directory and the progress to report to."""
+
+    directory: RunDirectory
+    progress: Progress
+
+    @property
+    def say(self) -> Callable[[str], None]:
+        """Gets a line for each stage."""
+        return self.progress.say

@@ -10,8 +10,8 @@ from typing import Any
 
 from kvopt.contexts.context import Context
 from kvopt.measure.score import Score
+from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
-from kvopt.run.workspace import Workspace
 from kvopt.storage.files import sha256_json, write_json, write_jsonl, write_text
 
 SPLITS = ("train", "selection", "validation")

@@ -31,12 +31,11 @@ from kvopt.measure.score import Score, TokenScores
 from kvopt.mutate.mutation import Mutation
 from kvopt.run import scoring, stages
 from kvopt.run.catalogue import Catalogue, accepted_mutation
-from kvopt.run.directory import RunDirectory
+from kvopt.run.directory import RunDirectory, Workspace
 from kvopt.run.encoded_task import EncodedTask, encode_task
 from kvopt.run.inputs import read_inputs
 from kvopt.run.leaderboard import Entry, make_leaderboard
 from kvopt.run.sampling import make_samples
-from kvopt.run.workspace import Workspace
 from kvopt.storage.files import write_text
 
 RESOLVED = "# Every setting of this run; relative paths start at the folder of the config file that it was given.\n"

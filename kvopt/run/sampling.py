@@ -13,8 +13,8 @@ from kvopt.contexts.folder import TensorContext
 from kvopt.measure.reference import Reference
 from kvopt.measure.samples import GOLD_LIMIT, SampleLimits, Shown, collect
 from kvopt.measure.score import TokenScores
+from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
-from kvopt.run.workspace import Workspace
 from kvopt.storage.files import sha256_json, write_json
 
 SAMPLES = "samples.json"

@@ -7,8 +7,8 @@ from typing import Any
 from kvopt.contexts.context import Context
 from kvopt.measure.reference import Reference
 from kvopt.measure.score import Score, TokenScores, score_tokens, summarize
+from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
-from kvopt.run.workspace import Workspace
 from kvopt.storage.files import file_name, sha256_json
 from kvopt.storage.tensors import stored_key
 

@@ -23,8 +23,8 @@ from kvopt.measure.reference import Reference, build_reference, open_reference, 
 from kvopt.mutate.generators import build_generator
 from kvopt.mutate.mutation import Mutation, read_mutations
 from kvopt.mutate.search import mutate, summary
+from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
-from kvopt.run.workspace import Workspace
 from kvopt.storage.files import sha256_json
 
 MATCHING_ROWS = 64

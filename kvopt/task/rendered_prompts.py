@@ -18,7 +18,7 @@ OUTPUT_COLUMNS = ("output", "completion")
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedPrompts:
     """Prompts, what to call each in messages (``"prompts.jsonl:3"``), and the gold outputs if the file has them."""
 
     prompts: tuple[Prompt, ...]
@@ -36,7 +36,7 @@ def infer_file(path: Path) -> Inferred:
     return replace(infer_template(rendered.prompts, rendered.names), outputs=rendered.outputs)
 
 
-def read_rendered(path: Path) -> Rendered:
+def read_rendered(path: Path) -> RenderedPrompts:
     """Read a file of rendered prompts.
 
     Args:
@@ -49,13 +49,13 @@ def read_rendered(path: Path) -> Rendered:
     """
     if path.suffix.lower() == ".txt":
         prompts, names = _text_prompts(path)
-        return Rendered(tuple(prompts), tuple(names), None)
+        return RenderedPrompts(tuple(prompts), tuple(names), None)
     read = [_prompt(record) for record in read_records(path.name, path.parent, "train")]
     missing = [name for _, output, name in read if output is None]
     if missing and len(missing) < len(read):
         raise InputError("the row has no output, but others do", where=missing[0])
     outputs = None if missing or not read else tuple(output for _, output, _ in read if output is not None)
-    return Rendered(tuple(prompt for prompt, _, _ in read), tuple(name for _, _, name in read), outputs)
+    return RenderedPrompts(tuple(prompt for prompt, _, _ in read), tuple(name for _, _, name in read), outputs)
 
 
 def _text_prompts(path: Path) -> tuple[list[str], list[str]]:

@@ -15,10 +15,10 @@ import pytest
 from kvopt.config.mutations import EndpointGenerator, MutationsConfig, NoGenerator
 from kvopt.errors import InputError
 from kvopt.mutate.generators import build_generator
-from kvopt.mutate.generators.base import Proposal, Request, marked
 from kvopt.mutate.generators.endpoint import EndpointParaphraser
 from kvopt.mutate.generators.file import FileVariants
 from kvopt.mutate.generators.local import LocalParaphraser
+from kvopt.mutate.proposals import Proposal, Request, marked
 from kvopt.mutate.search import accepted, counts_by_reason, mutate
 from kvopt.mutate.spans import mask
 from kvopt.task.template import Template

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvopt.mutate.blocks import blocks, join
 from kvopt.mutate.generators.rules import apply_operator
 from kvopt.mutate.operator import RULE_FAMILIES, operators
 from kvopt.mutate.spans import MARK, MarkError, compile_protect, find_spans, mask
-from kvopt.mutate.text import blocks, join
 from kvopt.task.template import SLOT, Template
 
 PIECES = [

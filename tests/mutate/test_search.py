@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from kvopt.config.mutations import MutationsConfig, NoGenerator
 from kvopt.errors import InputError
-from kvopt.mutate.generators.base import Proposal, Request
 from kvopt.mutate.mutation import Mutation, counts_by_reason, read_mutations
+from kvopt.mutate.proposals import Proposal, Request
 from kvopt.mutate.search import accepted, mutate, summary
 from kvopt.mutate.validity import Rejection
 from kvopt.task.template import Template

@@ -22,7 +22,7 @@ from kvopt.train.evaluation.conditions import held_out_mutations, mutations_in_u
 from kvopt.train.evaluation.models import subject
 from kvopt.train.evaluation.tables import tables
 from kvopt.train.metrics.judge import Judge
-from kvopt.train.stages import chosen
+from kvopt.train.training import chosen
 from tests.jobs import artefacts, stages_in, write_rows
 from tests.train.evaluated import WORDS, open_evaluated, student, write_evaluated
 

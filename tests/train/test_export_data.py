@@ -15,7 +15,7 @@ from kvopt.cli import app
 from kvopt.config.document import load_config
 from kvopt.config.names import ORDERS, ContextName
 from kvopt.errors import InputError
-from kvopt.export.rows import choices_of, export_rows
+from kvopt.export.training_rows import choices_of, export_rows
 from kvopt.run.inputs import read_inputs
 from kvopt.run.run import Run
 from tests.jobs import rows, run_job, write_job, write_rows

@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from kvopt.errors import InputError
-from kvopt.train.layers import layer_of
-from kvopt.train.merging.adapter import average, read_adapter, truncate, write_adapter
 from kvopt.train.merging.lines import depth_scale, scale_adapter, scale_weights
+from kvopt.train.merging.lora_adapter import average, read_adapter, truncate, write_adapter
 from kvopt.train.merging.soup import average_weights, greedy_soup
+from kvopt.train.student import layer_of
 from tests.tiny import tiny_model
 
 LAYERS = 3

@@ -13,9 +13,9 @@ from kvopt.config.document import load_config
 from kvopt.config.model import ModelConfig
 from kvopt.run.run import Run
 from kvopt.train.gold import gold_nll
-from kvopt.train.merging.adapter import read_adapter
 from kvopt.train.merging.folders import best_soup
 from kvopt.train.merging.lines import depth_scale
+from kvopt.train.merging.lora_adapter import read_adapter
 from kvopt.train.student import full_student, load_student, lora_student, read_student_record, save_student
 from tests.jobs import write_job
 from tests.tiny import tiny_folder

@@ -24,7 +24,7 @@ from kvopt.kernels import Head
 from kvopt.run.run import Run
 from kvopt.task.seam import Row
 from kvopt.train.commands import train_students
-from kvopt.train.distill.on_policy import OnPolicyLoss, evaluating
+from kvopt.train.distill.drawn_answers import OnPolicyLoss, evaluating
 from kvopt.train.distill.teacher import Teacher
 from kvopt.train.job import Job
 from kvopt.train.losses import Gold, OnPolicyDivergence

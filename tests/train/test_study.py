@@ -20,10 +20,10 @@ from kvopt.train.commands import conduct_study, study_runner
 from kvopt.train.evaluation.conditions import held_out_mutations
 from kvopt.train.evaluation.models import subject
 from kvopt.train.pool import build_pool
-from kvopt.train.stages import contexts_of
 from kvopt.train.study import values
 from kvopt.train.study.document import Result
 from kvopt.train.study.tables import tables
+from kvopt.train.training import contexts_of
 from tests.jobs import artefacts, stages_in
 from tests.tiny import tiny_folder
 from tests.train.evaluated import open_evaluated, student, write_evaluated

@@ -12,9 +12,9 @@ from dataclasses import replace
 from kvopt.base.generate import answer_text, generate
 from kvopt.config.students import OwnAnswersConfig, StudentConfig
 from kvopt.console.progress import advance
+from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.run.inputs import Inputs
-from kvopt.run.workspace import Workspace
 from kvopt.storage.files import sha256_json
 from kvopt.task.seam import Encoded, Row
 from kvopt.train.keyed_rows import stored_rows, write_rows

@@ -28,8 +28,8 @@ from kvopt.base.generate import answer_text, generate
 from kvopt.config.evaluation import EvaluateConfig
 from kvopt.console.progress import advance
 from kvopt.measure.reference import Reference
+from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
-from kvopt.run.workspace import Workspace
 from kvopt.storage.files import file_name, sha256_json, write_json
 from kvopt.task.examples import Example
 from kvopt.train.evaluation.conditions import Condition

@@ -10,8 +10,8 @@ from typing import Any
 
 from kvopt.base.loading import Base
 from kvopt.errors import InputError
+from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
-from kvopt.run.workspace import Workspace
 from kvopt.train.student import load_student, read_student_record
 
 BASE = "base"

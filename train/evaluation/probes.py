@@ -16,9 +16,9 @@ from kvopt.config.evaluation import ProbesConfig
 from kvopt.console.progress import advance
 from kvopt.errors import InputError
 from kvopt.measure.reference import Reference, build_reference
+from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.run.inputs import Inputs
-from kvopt.run.workspace import Workspace
 from kvopt.storage.files import sha256_json
 from kvopt.task.columns import Columns, NoValue
 from kvopt.task.examples import Example

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kvopt.base.loading import Base, quiet
 from kvopt.errors import InputError
-from kvopt.train.merging.adapter import CONFIG, Adapter, average, read_adapter, truncate, write_adapter
 from kvopt.train.merging.lines import scale_adapter, scale_weights
+from kvopt.train.merging.lora_adapter import CONFIG, Adapter, average, read_adapter, truncate, write_adapter
 from kvopt.train.merging.soup import average_weights, greedy_soup
 from kvopt.train.student import load_student, write_student_folder
 

@@ -14,8 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvopt.train.layers import layer_of
-from kvopt.train.merging.adapter import Adapter
+from kvopt.train.merging.lora_adapter import Adapter
+from kvopt.train.student import layer_of
 
 _BEFORE = ("embed", "wte", "wpe")  # parts of the names that embeddings have in transformers
 

@@ -30,8 +30,8 @@ from kvopt.train.evaluation.models import BASE, Subject, subject
 from kvopt.train.launch import one_process
 from kvopt.train.sequence.tasks import SequenceTask, opened
 from kvopt.train.sequence.transfer import transfer
-from kvopt.train.stages import chosen
 from kvopt.train.student import load_student
+from kvopt.train.training import chosen
 
 FORMAT_VERSION = 1
 Scores = dict[str, float | None]

@@ -12,7 +12,7 @@ from kvopt.config.sequence import SequenceConfig
 from kvopt.config.students import StudentConfig
 from kvopt.errors import InputError
 from kvopt.run.run import Run
-from kvopt.train.stages import check_student
+from kvopt.train.training import check_student
 
 
 @dataclass(frozen=True)

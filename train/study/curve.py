@@ -1,4 +1,5 @@
-"""What the n-th mutation buys: a power law in the number of wordings, with a bootstrap over seeds.
+"""Fits over a study's arms: how far one number explains another, and what the n-th mutation buys, a power law in the
+number of wordings with a bootstrap over seeds.
 
 y(n) = a · m^(−b) + c with m = n + 1 wordings (the original and n mutations), because a power of n itself does not exist
 at n = 0; a + c is the value without mutations and c the one that ever more of them approach. Least squares
@@ -14,11 +15,13 @@ from typing import Any
 import numpy as np
 from scipy.optimize import OptimizeWarning, curve_fit
 from scipy.stats import f as f_distribution
+from scipy.stats import linregress
 
 from kvopt.measure.bootstrap import bounds, drawn_rows
 
 HIGHEST_B = 8.0
 MOST_EVALUATIONS = 300
+LEAST_POINTS = 3
 LEAST_COUNTS = 3
 """Numbers of mutations that three parameters need at least."""
 LEAST_SHARE = 0.5
@@ -102,3 +105,21 @@ def _against_flat(wordings: np.ndarray, values: np.ndarray, fit: np.ndarray) -> 
     left = ((flat - (law - law.mean())[:, None]) ** 2).sum()
     gained = max(0.0, float((flat**2).sum() - left)) / 2
     return float(f_distribution.sf(gained / (left / free), 2, free)) if left > 0 else 0.0
+
+
+def explained(x: Sequence[float | None], y: Sequence[float | None]) -> dict[str, Any] | None:
+    """``{"points", "slope", "intercept", "r2", "p"}`` of y on x by least squares
+    (scipy.stats.linregress), over the points that have both; None for fewer than
+    three, or where x does not vary.
+    """
+    pairs = [(a, b) for a, b in zip(x, y, strict=True) if a is not None and b is not None]
+    if len(pairs) < LEAST_POINTS or len({a for a, _ in pairs}) < 2:
+        return None
+    found = linregress(*zip(*pairs, strict=True))
+    return {
+        "points": len(pairs),
+        "slope": float(found.slope),
+        "intercept": float(found.intercept),
+        "r2": float(found.rvalue) ** 2,
+        "p": float(found.pvalue),
+    }

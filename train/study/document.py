@@ -25,8 +25,7 @@ from kvopt.config.document import Config
 from kvopt.errors import InputError
 from kvopt.report.study_view import LIKELIHOOD
 from kvopt.train.arms import EQUAL_SECONDS, Arm, settings_of
-from kvopt.train.study.curve import fit_curve
-from kvopt.train.study.regression import explained
+from kvopt.train.study.curve import explained, fit_curve
 from kvopt.train.study.seeds import compared, over_rows_and_seeds, over_seeds
 from kvopt.train.study.values import by_path
 

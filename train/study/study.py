@@ -20,15 +20,15 @@ from kvopt.errors import KvoptError
 from kvopt.measure.reference import Reference
 from kvopt.measure.score import Score
 from kvopt.run.catalogue import Catalogue
-from kvopt.run.workspace import Workspace
+from kvopt.run.directory import Workspace
 from kvopt.storage.files import read_json, write_json
 from kvopt.train.arms import EQUAL_SECONDS, Arm, reference_of, settings_of, study_arms
 from kvopt.train.evaluation.evaluate import Evaluator
 from kvopt.train.evaluation.models import BASE, subject
 from kvopt.train.pool import names_of
-from kvopt.train.stages import make_students
 from kvopt.train.study.document import Result, build_document, check_quantities
 from kvopt.train.study.values import draws_by_path
+from kvopt.train.training import make_students
 
 
 @dataclass(frozen=True)

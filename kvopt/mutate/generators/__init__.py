@@ -6,10 +6,10 @@ from pathlib import Path
 
 from kvopt.config.mutations import EndpointGenerator, FileGenerator, LocalGenerator, NoGenerator
 from kvopt.errors import InputError
-from kvopt.mutate.generators.base import Complete, Generator, Proposal, Request
 from kvopt.mutate.generators.endpoint import EndpointParaphraser
 from kvopt.mutate.generators.file import FileVariants
 from kvopt.mutate.generators.local import LocalParaphraser
+from kvopt.mutate.proposals import Complete, Generator, Proposal, Request
 from kvopt.task.template import Template
 
 __all__ = ["Complete", "Generator", "Proposal", "Request", "build_generator"]

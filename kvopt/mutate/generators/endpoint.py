@@ -12,7 +12,7 @@ import httpx
 
 from kvopt.base.chat_endpoint import ChatEndpoint, ChatFailure
 from kvopt.config.mutations import EndpointGenerator
-from kvopt.mutate.generators.base import Proposal, Request, marked
+from kvopt.mutate.proposals import Proposal, Request, marked
 from kvopt.mutate.sanity import sanity
 from kvopt.mutate.spans import MARK, Field, MarkError
 from kvopt.mutate.validity import Rejection

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvopt.errors import InputError
-from kvopt.mutate.generators.base import Proposal, Request
+from kvopt.mutate.proposals import Proposal, Request
 from kvopt.mutate.validity import Rejection
 from kvopt.storage.files import RELATIVE, read_text
 from kvopt.task.template import SLOT, Template

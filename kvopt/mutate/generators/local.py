@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from kvopt.mutate.generators.base import Complete, Marked, Proposal, Request, marked
+from kvopt.mutate.blocks import capitalize, replace_spans, some, units
+from kvopt.mutate.proposals import Complete, Marked, Proposal, Request, marked
 from kvopt.mutate.sanity import sanity
 from kvopt.mutate.spans import MARK, Field, MarkError
-from kvopt.mutate.text import capitalize, replace_spans, some, units
 from kvopt.mutate.validity import Rejection
 
 SYSTEM = "You rewrite instructions in other words. Keep the meaning. Keep markers such as [K1] exactly as they are."
@@ -44,7 +44,7 @@ class LocalParaphraser:
     """Rewrites of single sentences by an injected model.
 
     Args:
-        complete: the model (:data:`kvopt.mutate.generators.base.Complete`).
+        complete: the model (:data:`kvopt.mutate.proposals.Complete`).
         samples: rewrites asked for each sentence, all in one call, so that its result never depends on other sentences.
         temperature: of the sampling.
     """

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from random import Random
 
+from kvopt.mutate.blocks import blocks, items, join, list_block
 from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import Field
-from kvopt.mutate.text import blocks, items, join, list_block
 
 
 @operator("bullet-mark", "syntax")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from random import Random
 
+from kvopt.mutate.blocks import Block, blocks, items, join, list_block, renumber, some
 from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import Field
-from kvopt.mutate.text import Block, blocks, items, join, list_block, renumber, some
 from kvopt.mutate.vocabulary import REFERS_TO_NUMBER
 
 

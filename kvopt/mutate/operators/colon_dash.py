@@ -6,9 +6,9 @@ import re
 from dataclasses import replace
 from random import Random
 
+from kvopt.mutate.blocks import blocks, items, join, list_block
 from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import MARK, Field
-from kvopt.mutate.text import blocks, items, join, list_block
 
 LABEL = re.compile(rf"((?:\*\*)?(?:{MARK}|[A-Za-z]+(?: [A-Za-z]+){{0,2}})(?:\*\*)?)(: | - | – | — | = )(?=\S)")
 MARKS = (": ", " - ", " – ", " — ")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from random import Random
 
+from kvopt.mutate.blocks import replace_spans, some
 from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import Field
-from kvopt.mutate.text import replace_spans, some
 
 NOT = {"do": "don", "does": "doesn", "did": "didn", "is": "isn", "are": "aren", "was": "wasn", "were": "weren", "should": "shouldn",  # noqa: E501
        "would": "wouldn", "could": "couldn", "has": "hasn", "have": "haven"}  # fmt: skip

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from random import Random
 
+from kvopt.mutate.blocks import replace_spans, some
 from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import Field
-from kvopt.mutate.text import replace_spans, some
 
 WORDS = re.compile(r"\b(do not|must not|should not|never|always|must|only|exactly)\b", re.I)
 STRESSED = re.compile(r"\b(DO NOT|MUST NOT|SHOULD NOT|NEVER|ALWAYS|MUST|ONLY|EXACTLY|NOT)\b")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from random import Random
 
+from kvopt.mutate.blocks import ListItem, blocks, items, join, list_block, sentences
 from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import Field
-from kvopt.mutate.text import Item, blocks, items, join, list_block, sentences
 
 
 @operator("final-periods", "syntax")
@@ -27,7 +27,7 @@ def final_periods(field: Field, rng: Random) -> str | None:
     return join(found)
 
 
-def _simple(parts: list[Item], field: Field) -> bool:
+def _simple(parts: list[ListItem], field: Field) -> bool:
     return all(
         len(item.body.split()) > 1
         and len(sentences(item.body)) == 1

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from random import Random
 
+from kvopt.mutate.blocks import blocks, capitalize, heading_of, join
 from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import MARK, Field
-from kvopt.mutate.text import blocks, capitalize, heading_of, join
 from kvopt.mutate.vocabulary import HEADINGS
 
 SHAPES = ("{}:", "## {}", "# {}", "### {}", "**{}**", "**{}:**")

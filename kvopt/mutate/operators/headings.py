@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from random import Random
 
+from kvopt.mutate.blocks import Block, blocks, capitalize, heading_of, items, join
 from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import Field
-from kvopt.mutate.text import Block, blocks, capitalize, heading_of, items, join
 from kvopt.mutate.vocabulary import HEADINGS, starts_imperative
 
 LIST_HEADINGS = ("Rules", "Guidelines", "Instructions", "Requirements")

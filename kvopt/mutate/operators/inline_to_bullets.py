@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from random import Random
 
+from kvopt.mutate.blocks import Block, blocks, items, join
 from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import MARK, Field
-from kvopt.mutate.text import Block, blocks, items, join
 
 INLINE = re.compile(rf":[ \t]+({MARK}(?:, {MARK})+,? (?:(?:and|or) )?{MARK})\.?(?=[ \t]*(?:\r?\n|$)|[ \t]+\S)")
 BARE = re.compile(rf"{MARK}$")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from random import Random
 
+from kvopt.mutate.blocks import Block, ListItem, blocks, capitalize, items, join, lower_first
 from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import Field
-from kvopt.mutate.text import Block, Item, blocks, capitalize, items, join, lower_first
 from kvopt.mutate.vocabulary import REFERS_TO_NUMBER, starts_imperative
 
 
@@ -38,7 +38,7 @@ def list_to_prose(field: Field, rng: Random) -> str | None:
     return join(found)
 
 
-def _can_flow(parts: list[Item], field: Field) -> bool:
+def _can_flow(parts: list[ListItem], field: Field) -> bool:
     return len(parts) > 1 and not any(
         "\n" in item.body or field.holds_slot(item.body) or not item.body for item in parts
     )

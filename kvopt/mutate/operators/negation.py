@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from random import Random
 
+from kvopt.mutate.blocks import replace_spans, some, units
 from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import Field
-from kvopt.mutate.text import replace_spans, some, units
 from kvopt.mutate.vocabulary import IMPERATIVES
 
 FORBID = re.compile(r"(Do not|Don['’]t|Never|You must not|You should never|You must never|You should not) ([a-z]+)\b")

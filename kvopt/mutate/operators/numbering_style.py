@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from random import Random
 
+from kvopt.mutate.blocks import blocks, items, join, list_block, renumber
 from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import Field
-from kvopt.mutate.text import blocks, items, join, list_block, renumber
 from kvopt.mutate.vocabulary import REFERS_TO_NUMBER
 
 STYLES = ("1.", "1)", "(1)", "a.", "a)", "(a)")

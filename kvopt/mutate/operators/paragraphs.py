@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from random import Random
 
+from kvopt.mutate.blocks import Block, blocks, join, sentences
 from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import Field
-from kvopt.mutate.text import Block, blocks, join, sentences
 from kvopt.mutate.vocabulary import STARTS_DEPENDENT
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from random import Random
 
+from kvopt.mutate.blocks import Block, ListItem, blocks, join, list_block, number_marker, sentences
 from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import Field
-from kvopt.mutate.text import Block, Item, blocks, join, list_block, number_marker, sentences
 from kvopt.mutate.vocabulary import STARTS_DEPENDENT
 
 
@@ -29,7 +29,7 @@ def prose_to_list(field: Field, rng: Random) -> str | None:
     at, intro, tail = rng.choice(sites)
     style = rng.choice(["-", "-", "*", "•", "1.", "1)"])
     markers = [number_marker(style, i) if "1" in style else style for i in range(len(tail))]
-    made = list_block([Item("", m, " ", s.rstrip(), newline) for m, s in zip(markers, tail, strict=True)])
+    made = list_block([ListItem("", m, " ", s.rstrip(), newline) for m, s in zip(markers, tail, strict=True)])
     head = [Block("paragraph", " ".join(intro) + newline), Block("blank", newline)] if intro else []
     before = [Block("blank", newline)] if at and found[at - 1].kind == "paragraph" else []
     end = found[at].end

@@ -6,9 +6,9 @@ import re
 from dataclasses import replace
 from random import Random
 
+from kvopt.mutate.blocks import Block, blocks, heading_of, items, join, list_block
 from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import Field
-from kvopt.mutate.text import Block, blocks, heading_of, items, join, list_block
 from kvopt.mutate.vocabulary import ANAPHORA, REFERS_TO_NUMBER
 
 RULES = re.compile(r"\b(rules?|guidelines?|requirements?|conventions?|notes?|constraints?|remarks?)\b", re.I)

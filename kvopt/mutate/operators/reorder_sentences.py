@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from random import Random
 
+from kvopt.mutate.blocks import blocks, join, sentences
 from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import Field
-from kvopt.mutate.text import blocks, join, sentences
 from kvopt.mutate.vocabulary import ANAPHORA, starts_imperative
 
 PREFIX = re.compile(r"^(please |always |never |do not |don't |only |you must |you should )", re.I)

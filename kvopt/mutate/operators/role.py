@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from random import Random
 
+from kvopt.mutate.blocks import capitalize, replace_spans, some, units
 from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import Field
-from kvopt.mutate.text import capitalize, replace_spans, some, units
 from kvopt.mutate.vocabulary import starts_imperative
 
 ROLE = re.compile(r"(You are|You're|You’re|Act as|Take the role of|You act as|You play the role of) (?=(?:a|an|the) )")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from random import Random
 
+from kvopt.mutate.blocks import blocks, capitalize, join, lower_first, sentences, some
 from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import Field
-from kvopt.mutate.text import blocks, capitalize, join, lower_first, sentences, some
 from kvopt.mutate.vocabulary import starts_imperative
 
 STARTS = re.compile(r"(Do not|Don't|Don’t|Never|Always|You|Please|The|Each|Every|If|When|All|Only) ")

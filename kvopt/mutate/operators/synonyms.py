@@ -6,10 +6,10 @@ import re
 from functools import cache
 from random import Random
 
+from kvopt.mutate.blocks import capitalize, replace_spans
 from kvopt.mutate.operator import operator
 from kvopt.mutate.phrases import CONTEXTUAL, GROUPS
 from kvopt.mutate.spans import Field
-from kvopt.mutate.text import capitalize, replace_spans
 
 
 @cache

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from random import Random
 
+from kvopt.mutate.blocks import capitalize, lower_first, replace_spans, some, units
 from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import Field
-from kvopt.mutate.text import capitalize, lower_first, replace_spans, some, units
 from kvopt.mutate.vocabulary import IMPERATIVES, starts_imperative
 
 MODALS = ("should", "must", "are to", "need to", "have to")

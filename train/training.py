@@ -16,9 +16,9 @@ from kvopt.config.students import StudentConfig
 from kvopt.errors import InputError
 from kvopt.measure.reference import Reference
 from kvopt.run.catalogue import Catalogue
+from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.run.inputs import Inputs
-from kvopt.run.workspace import Workspace
 from kvopt.storage.files import sha256_json
 from kvopt.train.distill.own_answers import check_own_answers, with_own_answers
 from kvopt.train.distill.teacher import Teacher, check_teacher, load_teacher, teacher_name

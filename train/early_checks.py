@@ -9,7 +9,7 @@ from kvopt.train.arms import study_arms
 from kvopt.train.evaluation.conditions import hand_written
 from kvopt.train.evaluation.probes import probe_examples
 from kvopt.train.metrics import build_metrics
-from kvopt.train.stages import check_student, chosen
+from kvopt.train.training import check_student, chosen
 
 
 def check_students(inputs: Inputs) -> None:

@@ -46,7 +46,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Item:
+class ListItem:
     """One list item: ``indent marker gap body`` and what separates it from the next."""
 
     indent: str
@@ -141,7 +141,7 @@ def _list_end(lines: Sequence[str], start: int, first: re.Match[str]) -> int:
     return end
 
 
-def items(block: Block) -> list[Item]:
+def items(block: Block) -> list[ListItem]:
     """The top-level items of a list block; continuation and nested lines stay in the item's body."""
     lines = LINE.findall(block.text)
     first = ITEM.match(lines[0])
@@ -158,11 +158,11 @@ def items(block: Block) -> list[Item]:
         assert match is not None
         body = whole[match.end() :]
         stripped = body.rstrip()
-        found.append(Item(match[1], match[2], match[3], stripped, body[len(stripped) :]))
+        found.append(ListItem(match[1], match[2], match[3], stripped, body[len(stripped) :]))
     return found
 
 
-def list_block(parts: Sequence[Item]) -> Block:
+def list_block(parts: Sequence[ListItem]) -> Block:
     return Block("list", "".join(item.text for item in parts))
 
 
@@ -171,7 +171,7 @@ def number_marker(style: str, position: int) -> str:
     return style.replace("1", str(position + 1)) if "1" in style else style.replace("a", chr(ord("a") + position))
 
 
-def renumber(parts: Sequence[Item], style: str) -> list[Item]:
+def renumber(parts: Sequence[ListItem], style: str) -> list[ListItem]:
     return [replace(item, marker=number_marker(style, i)) for i, item in enumerate(parts)]
 
 
