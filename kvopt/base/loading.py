@@ -45,8 +45,7 @@ class Base:
         device, dtype: where and in what it runs.
         geometry: sizes and layer types.
         identity: sha256 of ``weights``, ``config``, ``tokenizer``, ``chat_template`` (None without one), and
-        ``source``, where the built-in or
-            a converted base came from (None otherwise).
+            ``source``, where the built-in or a converted base came from (None otherwise).
         capability: what running it showed (head scale, softcap, how keys rotate).
     """
 

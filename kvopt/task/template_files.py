@@ -1,8 +1,8 @@
 """Templates from where they are written: the config, and files that say it in the shape of the run's own template.
 
 Inline marks say what mutations must not change: ``{{keep:exact words}}`` in a template is ``exact words`` in every
-prompt, and protected like an entry of ``mutations.protect``. Marked text cannot hold a slot or ``}}``. A template object never
-holds marks: they are taken out where a template is read.
+prompt, and protected like an entry of ``mutations.protect``. Marked text cannot hold a slot or ``}}``. A template
+object never holds marks: they are taken out where a template is read.
 """
 
 from __future__ import annotations
