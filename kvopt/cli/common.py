@@ -27,10 +27,12 @@ def say(line: str) -> None:
 
 
 def open_run(config: Path, sets: list[str] | None, out: Path | None) -> Run:
+    """The run of a config; the config is checked before torch is loaded, so a typing error is told at once."""
     from kvopt.config.document import load_config
-    from kvopt.run.run import Run
 
     settings, base_dir = load_config(config, sets or ())
+    from kvopt.run.run import Run
+
     return Run(settings, base_dir, out or Path("runs") / settings.name, say=say)
 
 

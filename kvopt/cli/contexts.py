@@ -56,9 +56,9 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Score contexts on the validation rows: forward KL, gold NLL (= pre-update loss), top-1 agreement."""
+    run = open_run(config, sets, out)
     from kvopt.run.leaderboard import Entry, board_facts, build_leaderboard
 
-    run = open_run(config, sets, out)
     with run.opened():
         contexts = [c for spec in context or ["original", "none"] for c in run.stored_contexts(spec)]
         entries = [Entry.of(c, run.score(c)) for c in contexts]
@@ -79,9 +79,9 @@ def optimize(
     as_json: Json = False,
 ) -> None:
     """Learn the config's soft prompts and KV caches by gradient descent on the KL."""
+    run = open_run(config, sets, out)
     from kvopt.run.stages import learning_history
 
-    run = open_run(config, sets, out)
     with run.opened():
         learned = run.learned(only or ())
         rows = [

@@ -23,11 +23,12 @@ def sequence(
     """
     from kvopt.cli.evaluation import show
     from kvopt.config.sequence import load_sequence
+
+    settings, base_dir = load_sequence(config, sets or ())
     from kvopt.train.sequence.sequence import conduct
     from kvopt.train.sequence.tables import tables
     from kvopt.train.sequence.tasks import load_tasks
 
-    settings, base_dir = load_sequence(config, sets or ())
     folder = out or Path("runs") / settings.name
     document = conduct(settings, load_tasks(settings, base_dir, folder, say=say), folder)
     if as_json:

@@ -47,15 +47,16 @@ def init(
 def validate(config: ConfigPath, sets: Sets = None, as_json: Json = False) -> None:
     """Check config, template, data and the token seam, without loading the model's weights."""
     from kvopt.config.document import load_config
-    from kvopt.run.run import Run
+
+    settings, base_dir = load_config(config, sets or ())
+    from kvopt.run.inputs import read_inputs
     from kvopt.run.validate import check
     from kvopt.train.early_checks import check_evaluation, check_students
 
-    settings, base_dir = load_config(config, sets or ())
-    run = Run(settings, base_dir, Path("runs") / settings.name, say=lambda line: None)  # the report holds the warnings
-    report = check(run.inputs)
-    check_students(run.inputs)
-    check_evaluation(run.inputs)
+    inputs = read_inputs(settings, base_dir)
+    report = check(inputs)
+    check_students(inputs)
+    check_evaluation(inputs)
     if as_json:
         print_json(report)
         return

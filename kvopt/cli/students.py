@@ -27,9 +27,9 @@ def train(
     """Train the config's students on its contexts. Run it again to go on after an interruption; under `accelerate
     launch -m kvopt train …` on several processes.
     """
+    run = open_run(config, sets, out)
     from kvopt.train.commands import train_students
 
-    run = open_run(config, sets, out)
     records = train_students(run, only or ())
     if records is not None:
         show_students(records, run.directory.path, as_json)
@@ -53,10 +53,10 @@ def export_data(
     as_json: Json = False,
 ) -> None:
     """Write the training rows under every text context as JSONL, which any SFT trainer reads. Calls no model."""
+    run = open_run(config, sets, run_folder)
     from kvopt.export.training_rows import choices_of, export_rows
     from kvopt.storage.files import write_jsonl
 
-    run = open_run(config, sets, run_folder)
     choices, seed = choices_of(run.inputs, student, context or ())
     rows = list(export_rows(run.inputs, run.directory.path, choices, seed, format))
     write_jsonl(file, rows)
