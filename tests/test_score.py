@@ -12,8 +12,9 @@ from kvopt.base.prefix import gold_hidden, prefill
 from kvopt.contexts import KVContext, NoContext, SoftContext
 from kvopt.kernels import KLOptions, reference_facts
 from kvopt.measure.reference import open_reference
-from kvopt.measure.score import TokenScores, naive_logits, naive_scores, score_prefix, score_tokens, summarize
+from kvopt.measure.score import TokenScores, score_prefix, score_tokens, summarize
 from kvopt.task.seam import Encoded, make_batch
+from tests.naive import naive_logits, naive_scores
 from tests.tasks import OTHER, Task, make_task, template_for
 from tests.tiny import MODELS, tiny_base
 

@@ -129,17 +129,6 @@ def test_an_unreadable_file_is_an_input_error_that_names_it(tmp_path, data):
         Template.from_file(path)
 
 
-def test_leading_static_is_what_comes_before_the_first_slot():
-    template = Template.from_messages(
-        [
-            {"role": "system", "content": "Rules."},
-            {"role": "user", "content": r"Code \{{x}}: {{code}} end {{code}}"},
-            {"role": "user", "content": "Static."},
-        ]
-    )
-    assert template.leading_static() == ("Rules.", r"Code \{{x}}: ", "")
-
-
 def test_with_fields_replaces_the_source_and_keeps_the_roles():
     template = Template.from_messages([{"role": "system", "content": "Rules."}, {"role": "user", "content": "{{q}}"}])
     other = template.with_fields(["Other.", "{{q}}!"])

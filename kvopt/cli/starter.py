@@ -41,7 +41,7 @@ def write_inferred(prompts: Path, folder: Path, force: bool = False) -> list[Pat
         "data": {"train": "train.jsonl", "output": "output"},
     }
     write_jsonl(folder / "train.jsonl", inferred.rows())
-    notes = list(inferred.notes)
+    notes = [f"the template is {inferred.coverage:.0%} of the prompts' text; slots are the rest", *inferred.notes]
     if inferred.outputs is None:
         notes.append('train.jsonl has no outputs yet: add an "output" to every row')
     note = "".join(f"# {line}\n" for line in notes)

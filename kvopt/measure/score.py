@@ -174,33 +174,3 @@ def _interval(scores: TokenScores, values: Tensor, draws: np.ndarray) -> Interva
         return Interval(mean, None)
     low, high = bounds(sums[draws].sum(-1) / counts[draws].sum(-1))
     return Interval(mean, (float(low), float(high)))
-
-
-def naive_scores(
-    base: Base, prompts: Sequence[tuple[Sequence[int], Sequence[int]]], reference: Sequence[Tensor]
-) -> TokenScores:
-    """The test oracle and the speed baseline: the whole prompt of each pair through the model, one at a time, and all
-    of its logits in float64.
-
-    Args:
-        base: the frozen model.
-        prompts: (prompt ids, gold ids) of each row.
-        reference: the reference's logits [gold tokens, V] of each row.
-    """
-    kl, nll, agree = [], [], []
-    for (prompt, gold), logits in zip(prompts, reference, strict=True):
-        log_q = naive_logits(base, prompt, gold).double().log_softmax(-1)
-        log_p = logits.double().log_softmax(-1)
-        kl.append((log_p.exp() * (log_p - log_q)).sum(-1).float())
-        nll.append(-log_q.gather(-1, torch.tensor(gold, device=log_q.device)[:, None])[:, 0].float())
-        agree.append(log_q.argmax(-1) == log_p.argmax(-1))
-    return TokenScores(
-        torch.cat(kl), torch.cat(nll), torch.cat(agree), torch.tensor([len(gold) for _, gold in prompts])
-    )
-
-
-@torch.no_grad()
-def naive_logits(base: Base, prompt: Sequence[int], gold: Sequence[int]) -> Tensor:
-    """Logits [gold tokens, V] of plain transformers on the full prompt: no prefix, no padding, no kernels."""
-    ids = torch.tensor([[*prompt, *gold][:-1]], device=base.device)
-    return base.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]

@@ -138,7 +138,6 @@ class Journal:
         if any(m.search != search or m.attempt != i for i, m in enumerate(found)):
             found, good = [], 0
         self.found = found
-        self._lengths: list[int] = []
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("r+b" if self.path.exists() else "w+b")

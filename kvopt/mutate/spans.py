@@ -219,10 +219,6 @@ class Field:
             raise MarkError("text was put behind the first slot")
         return re.sub(MARK, lambda match: self.literals[ord(match[0]) - FIRST_MARK], text)
 
-    def with_text(self, text: str) -> Field:
-        """The same field with another masked text."""
-        return Field(text, self.literals, self.slots, self.fixed_end)
-
 
 def mask(source: str, editable: int, protect: Sequence[re.Pattern[str]] = ()) -> Field:
     """Mask a template field of which only ``source[:editable]`` may change (``len(source)`` for all of it)."""

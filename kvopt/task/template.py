@@ -168,16 +168,6 @@ class Template:
             return [{"role": m.role, "content": fill_source(m.content, values)} for m in self.messages]
         return fill_source(self.text or "", values)
 
-    def leading_static(self) -> tuple[str, ...]:
-        """What ``scope: leading`` replaces: each field's source before the first slot ("" for fields after it)."""
-        leading, found = [], False
-        for field in self.fields:
-            parts = parse(field)
-            upto = next((i for i, part in enumerate(parts) if isinstance(part, Slot)), None)
-            leading.append("" if found else unparse(parts[:upto]))
-            found = found or upto is not None
-        return tuple(leading)
-
     def without_trailing_static(self) -> Template:
         """Without the static text behind the first slot: later slots follow it, each on its own line."""
         fields, found = [], False

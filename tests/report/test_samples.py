@@ -12,10 +12,11 @@ from kvopt.base.loading import Base
 from kvopt.config.document import load_config
 from kvopt.contexts import KVContext
 from kvopt.measure.samples import SampleLimits, Shown, _answers, collect, ordering, places, token_text
-from kvopt.measure.score import TokenScores, naive_logits, score_tokens
+from kvopt.measure.score import TokenScores, score_tokens
 from kvopt.run.run import Run
 from kvopt.task.seam import Encoded, Row
 from tests.jobs import run_job, stages_in, write_job
+from tests.naive import naive_logits
 from tests.tasks import OTHER, make_task, template_for
 from tests.tiny import tiny_base
 

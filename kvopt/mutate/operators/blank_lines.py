@@ -9,8 +9,6 @@ from kvopt.mutate.blocks import Block, blocks, items, join, list_block
 from kvopt.mutate.operator import operator
 from kvopt.mutate.spans import Field
 
-FENCED = ("paragraph", "paragraph")
-
 
 @operator("blank-lines", "syntax")
 def blank_lines(field: Field, rng: Random) -> str | None:
