@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kvopt.base.loading import Base
 from kvopt.base.prefix import Prefix, prefill
+from kvopt.config.contexts import Start
 from kvopt.contexts.context import KVContext, SoftContext
 from kvopt.errors import InputError
 from kvopt.task.seam import Row
-
-if TYPE_CHECKING:
-    from kvopt.config.contexts import Start
 
 
 @dataclass(frozen=True)
