@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
+from kvopt.config.faults import build_model
 from kvopt.config.kinds import Family, Options
 from kvopt.config.names import ContextName
 from kvopt.config.section import NAME, Section
@@ -59,12 +60,7 @@ class Init:
         kind = tree.get("kind")
         if kind not in STARTS.kinds:
             raise InputError(f"unknown init {kind!r}", where=where, mend="one of " + ", ".join(STARTS.kinds))
-        try:
-            start = STARTS.options(str(kind)).model_validate(tree)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(["init", *map(str, first["loc"])])
-            raise InputError(f"{place}: {first['msg']}", where=where) from None
+        start = build_model(STARTS.options(str(kind)), tree, where)
         assert isinstance(start, Start)
         return start
 
