@@ -57,7 +57,9 @@ class Init:
 
     @staticmethod
     def _built(tree: dict[str, Any], where: str) -> Start:
-        kind = tree.get("kind")
+        if "kind" not in tree:
+            raise InputError(f"init {tree!r} has no kind", where=where, mend="write kind: NAME in it, or plain text")
+        kind = tree["kind"]
         if kind not in STARTS.kinds:
             raise InputError(f"unknown init {kind!r}", where=where, mend="one of " + ", ".join(STARTS.kinds))
         start = build_model(STARTS.options(str(kind)), tree, where)
