@@ -90,10 +90,19 @@ def _in_own_process(function: Callable[..., Variant], job: tuple[Any, ...]) -> V
 
 
 def measured(
-    name: str, work: Callable[[], float], device: torch.device, repeats: int, warm: Callable[[], object] | None = None
+    name: str,
+    work: Callable[[], float],
+    device: torch.device,
+    repeats: int,
+    *,
+    before: int,
+    warm: Callable[[], object] | None = None,
 ) -> Variant:
-    """Median seconds and peak memory of ``work``, which returns the KL to compare, after ``warm`` (default: itself)."""
-    before = reset_peak(device)
+    """Median seconds and peak memory of ``work``, which returns the KL to compare, after ``warm`` (default: itself).
+
+    Args:
+        before: bytes in use when the variant began, from ``reset_peak``.
+    """
     (warm or work)()
     seconds, value = [], 0.0
     for _ in range(repeats):
@@ -132,7 +141,7 @@ def our_step(case: StepCase, repeats: int) -> Variant:
         loss.backward()
         return float(loss.detach())
 
-    return measured("kvopt", step, case.base.device, repeats)
+    return measured("kvopt", step, case.base.device, repeats, before=reset_peak(case.base.device))
 
 
 def peft_step(case: StepCase, repeats: int) -> Variant:
@@ -141,6 +150,7 @@ def peft_step(case: StepCase, repeats: int) -> Variant:
     from peft import CartridgeConfig, get_peft_model
 
     base, rows = case.base, case.rows
+    before = reset_peak(base.device)
     batch = make_batch(rows, range(len(rows))).to(base.device)
     head = base.model.get_output_embeddings()
     with torch.no_grad():
@@ -158,7 +168,7 @@ def peft_step(case: StepCase, repeats: int) -> Variant:
         loss.backward()
         return float(loss.detach())
 
-    return measured("PEFT CARTRIDGE, full logits", step, base.device, repeats)
+    return measured("PEFT CARTRIDGE, full logits", step, base.device, repeats, before=before)
 
 
 def _our_step(config: Config, base_dir: Path, tokens: int, batch_size: int, repeats: int) -> Variant:
@@ -196,8 +206,15 @@ def our_scores(case: ScoreCase, repeats: int = 1) -> Variant:
     def work() -> float:
         return float(torch.stack([score(context) for context in case.contexts]).mean())
 
-    warm = lambda: score(case.contexts[0])  # noqa: E731
-    return measured("kvopt: one prefix, bodies", work, case.base.device, repeats, warm)
+    device = case.base.device
+    return measured(
+        "kvopt: one prefix, bodies",
+        work,
+        device,
+        repeats,
+        before=reset_peak(device),
+        warm=lambda: score(case.contexts[0]),
+    )
 
 
 def naive_scores(case: ScoreCase, repeats: int = 1) -> Variant:
@@ -217,8 +234,11 @@ def naive_scores(case: ScoreCase, repeats: int = 1) -> Variant:
                     total, count = total + float(kl.sum()), count + len(kl)
         return total / count
 
-    warm = lambda: _gold_states(base, original[:FULL_PROMPTS_PER_BATCH])  # noqa: E731
-    return measured("plain transformers: full prompts", work, base.device, repeats, warm)
+    def warm() -> object:
+        return _gold_states(base, original[:FULL_PROMPTS_PER_BATCH])
+
+    name = "plain transformers: full prompts"
+    return measured(name, work, base.device, repeats, before=reset_peak(base.device), warm=warm)
 
 
 def _our_scores(config: Config, base_dir: Path, mutations: int, rows: int) -> Variant:
