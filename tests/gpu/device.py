@@ -46,3 +46,9 @@ def random(*shape: int, seed: int = 1) -> Tensor:
 def base_on_device(kind: str, dtype: str = "float32") -> Base:
     """A tiny base of ``tests.tiny`` on the device. Shared by all callers: do not change it."""
     return load_base(ModelConfig(base=str(tiny_folder(kind)), dtype=dtype, device=str(DEVICE)))  # type: ignore[arg-type]
+
+
+def require(device: torch.device) -> None:
+    """Raises RuntimeError for a GPU that was asked for and is not there: that is a failure, never a skip."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"KVOPT_TEST_DEVICE is {device}, and torch {torch.__version__} sees no CUDA device")
