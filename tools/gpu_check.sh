@@ -15,7 +15,7 @@ Checks kvopt on the GPU of this machine and measures it there. Without names it 
   steps    a step of optimization and scoring, on models of Qwen3-4B's and Llama-3-8B's shape with random weights that
            are made on the device, against PEFT's CARTRIDGE and full prompts
 
-Each part has its own time limit (tests 170 s, kernels 180 s, steps 120 s; together at most 8 minutes), writes
+Each part has its own time limit (tests 165 s, kernels 175 s, steps 115 s; together at most 8 minutes), writes
 $OUT/PART.json and $OUT/PART.md line by line, and does not stop the next one. A part that was measured to its end with
 these sources is not run again. All output is also in $OUT/gpu_check.log. The exit code is 1 if anything failed.
 
@@ -126,9 +126,9 @@ main() {
 
   for part in "${parts[@]}"; do
     case "$part" in
-      tests) run_part tests 170 ;;
-      kernels) run_part kernels 180 ;;
-      steps) run_part steps 120 ;;
+      tests) run_part tests 165 ;;
+      kernels) run_part kernels 175 ;;
+      steps) run_part steps 115 ;;
     esac
   done
 
