@@ -15,7 +15,7 @@ from torch.nn.functional import kl_div, linear, log_softmax
 
 from kvopt.kernels.linear_kl import linear_kl
 from kvopt.kernels.options import Head, KLOptions
-from kvopt.kernels.stored import moments_of
+from kvopt.kernels.stored import Moments, moments_of
 from kvopt.kernels.table import USES
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -37,9 +37,14 @@ def _ours(options: KLOptions) -> Callable[[torch.device], Loss]:
         if options.backend.startswith("triton") and (device.type != "cuda" or find_spec("triton") is None):
             raise NotHere("needs a GPU and the triton package")
 
+        copies: list[tuple[Tensor, Tensor]] = []
+
         def loss(h: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
-            teacher = Head(weight.view_as(weight).clone()) if options.form == "direct" else None
-            return linear_kl(h, reference, Head(weight), teacher, options).loss
+            if options.form != "direct":
+                return linear_kl(h, reference, Head(weight), None, options).loss
+            if not copies or copies[0][0] is not weight:  # the teacher's own head, copied once
+                copies[:] = [(weight, weight.clone())]
+            return linear_kl(h, reference, Head(weight), Head(copies[0][1]), options).loss
 
         return loss
 
@@ -47,13 +52,12 @@ def _ours(options: KLOptions) -> Callable[[torch.device], Loss]:
 
 
 def _our_moments(device: torch.device) -> Loss:
-    stored: dict[int, object] = {}
+    stored: list[tuple[Tensor, Moments]] = []
 
     def loss(h: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
-        if id(reference) not in stored:
-            stored.clear()
-            stored[id(reference)] = moments_of(reference, Head(weight))
-        return linear_kl(h, stored[id(reference)], Head(weight)).loss  # type: ignore[arg-type]
+        if not stored or stored[0][0] is not reference:
+            stored[:] = [(reference, moments_of(reference, Head(weight)))]
+        return linear_kl(h, stored[0][1], Head(weight)).loss
 
     return loss
 
@@ -68,7 +72,14 @@ def _plain_float32(device: torch.device) -> Loss:
 
 
 def _compiled_plain(device: torch.device) -> Loss:
-    return torch.compile(_plain)
+    compiled = torch.compile(_plain)
+
+    def loss(h: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
+        for hidden in (h, reference):
+            torch._dynamo.mark_dynamic(hidden, 0)  # any number of tokens without compiling again
+        return compiled(h, reference, weight)
+
+    return loss
 
 
 def _liger(device: torch.device) -> Loss:

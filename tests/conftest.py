@@ -1,5 +1,5 @@
-"""Shared fixtures. Tests are seeded, run offline, and use one thread a worker; slow and gpu tests run only when asked
-for (``-m slow``)."""
+"""Shared fixtures. Tests are seeded, run offline, and use one thread a worker; slow tests run only when asked for
+(``-m slow``). Tests marked gpu run on the CPU unless ``KVOPT_TEST_DEVICE`` names another device."""
 
 from __future__ import annotations
 

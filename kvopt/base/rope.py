@@ -8,7 +8,7 @@ rotated dimensions, s shift.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -70,7 +70,7 @@ class Rope:
         pairing: which dimensions turn together, by layer.
     """
 
-    module: nn.Module
+    module: nn.Module = field(compare=False)
     layer_types: tuple[str, ...]
     pairing: tuple[Pairing, ...]
 

@@ -1,6 +1,8 @@
 """``kvopt bench score`` and ``kvopt bench step``: what the shared prefix and the divergence op buy, in one run.
 
-Each variant runs in a process of its own, in turn, so that its peak memory is its own; times are medians.
+From a config each variant runs in a process of its own, in turn, so that its peak memory is its own; times are medians.
+The variants themselves take a ready base (``StepCase``, ``ScoreCase``), so that a model that was never stored on disk
+can be measured in the same way, inside one process.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from kvopt.base.loading import Base
+from kvopt.base.prefix import Prefix
 from kvopt.config.contexts import Init
 from kvopt.config.document import Config
 from kvopt.contexts import TextContext
-from kvopt.kernels.memory import peak_resident
+from kvopt.kernels.memory import peak, reset_peak
 from kvopt.learn.descent import context_loss
 from kvopt.learn.start_task import StartTask, initial_tensor
 from kvopt.measure.reference import Reference, build_reference
@@ -30,15 +33,42 @@ from kvopt.measure.score import score_tokens
 from kvopt.run.run import Run
 from kvopt.task.seam import Encoded, Row, length_buckets, make_batch
 
+FULL_PROMPTS_PER_BATCH = 16
+
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a benchmark: median seconds, peak resident memory of its process, and its KL to compare."""
+    """One row of a benchmark: median seconds, peak memory, and its KL to compare.
+
+    peak_bytes: the most memory in use while it ran, the model included: resident memory of the process on a CPU, what
+    torch's allocator gave out on a GPU. extra_bytes: how much of it came on top of what was in use before.
+    """
 
     name: str
     seconds: float
     peak_bytes: int
     value: float
+    extra_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One optimization step: the rows of a batch, their reference, and a KV context [T, L, 2, H, d] to start from."""
+
+    base: Base
+    rows: Sequence[Row]
+    reference: Reference
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class ScoreCase:
+    """Text contexts to score on ``encoded`` rows (those of the original template) against their reference."""
+
+    base: Base
+    contexts: Sequence[TextContext]
+    encoded: Encoded
+    reference: Reference
 
 
 def bench_step(
@@ -60,15 +90,103 @@ def _in_own_process(function: Callable[..., Variant], job: tuple[Any, ...]) -> V
         return pool.apply(function, job)
 
 
-def _timed(name: str, work: Callable[[], float], repeats: int, warm: bool = True) -> Variant:
-    if warm:
-        work()
+def measured(
+    name: str,
+    work: Callable[[], float],
+    device: torch.device,
+    repeats: int,
+    *,
+    before: int,
+    warm: Callable[[], object] | None = None,
+) -> Variant:
+    """Median seconds and peak memory of ``work``, which returns the KL to compare, after ``warm`` (default: itself).
+
+    Args:
+        before: bytes in use when the variant began, from ``reset_peak``.
+    """
+    (warm or work)()
     seconds, value = [], 0.0
     for _ in range(repeats):
+        wait_for(device)
         start = time.perf_counter()
         value = work()
+        wait_for(device)
         seconds.append(time.perf_counter() - start)
-    return Variant(name, statistics.median(seconds), peak_resident(), value)
+    largest = peak(device)
+    return Variant(name, statistics.median(seconds), largest, value, max(0, largest - before))
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done everything that it was asked for; a GPU works on behind the caller's back."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ---- one step
+
+
+def step_case(base: Base, prefix: Prefix, encoded: Encoded, folder: Path, *, tokens: int, batch_size: int) -> StepCase:
+    """The first ``batch_size`` rows of ``encoded``, behind ``prefix``; the reference is stored in ``folder``."""
+    rows = encoded.rows[:batch_size]
+    reference = build_reference(base, prefix, Encoded(encoded.prefix, tuple(rows)), folder)
+    tensor = initial_tensor(Init("strided").start, StartTask(base, "bench", "kv", tokens, encoded.prefix))
+    return StepCase(base, rows, reference, tensor)
+
+
+def our_step(case: StepCase, repeats: int) -> Variant:
+    """Bodies behind the learned prefix, and the divergence op."""
+
+    def step() -> float:
+        leaf = case.tensor.clone().requires_grad_(True)
+        loss = context_loss(case.base, "kv", leaf, case.rows, case.reference)
+        loss.backward()
+        return float(loss.detach())
+
+    return measured("kvopt", step, case.base.device, repeats, before=reset_peak(case.base.device))
+
+
+def peft_step(case: StepCase, repeats: int) -> Variant:
+    """PEFT's CARTRIDGE over the same model, all logits, and a plain KL on the gold tokens."""
+    from einops import rearrange
+    from peft import CartridgeConfig, get_peft_model
+
+    base, rows = case.base, case.rows
+    before = reset_peak(base.device)
+    batch = make_batch(rows, range(len(rows))).to(base.device)
+    head = base.model.get_output_embeddings()
+    with torch.no_grad():
+        teacher = head(case.reference.hidden([row.example_id for row in rows]).to(base.device))
+    settings = CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(case.tensor), num_frozen_tokens=1)
+    model: Any = get_peft_model(base.model, settings)
+    model.prompt_encoder["default"].load_prompt_embeddings(rearrange(case.tensor, "t l two h d -> t (l two h d)"))
+
+    def step() -> float:
+        model.zero_grad()
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
+        logits = logits[batch.predicts[:, 0], batch.predicts[:, 1]]
+        student, target = log_softmax(logits.float(), -1), log_softmax(teacher.float(), -1)
+        loss = kl_div(student, target, reduction="sum", log_target=True) / len(student)
+        loss.backward()
+        return float(loss.detach())
+
+    return measured("PEFT CARTRIDGE, full logits", step, base.device, repeats, before=before)
+
+
+def _our_step(config: Config, base_dir: Path, tokens: int, batch_size: int, repeats: int) -> Variant:
+    with tempfile.TemporaryDirectory() as folder:
+        return our_step(_step_of(config, base_dir, folder, tokens, batch_size), repeats)
+
+
+def _peft_step(config: Config, base_dir: Path, tokens: int, batch_size: int, repeats: int) -> Variant:
+    with tempfile.TemporaryDirectory() as folder:
+        return peft_step(_step_of(config, base_dir, folder, tokens, batch_size), repeats)
+
+
+def _step_of(config: Config, base_dir: Path, folder: str, tokens: int, batch_size: int) -> StepCase:
+    run = _prepared(config, base_dir, folder)
+    task = run.task()
+    prefix, where = task.original.prefix(task.base), run.directory / "bench"
+    return step_case(task.base, prefix, task.rows("train"), where, tokens=tokens, batch_size=batch_size)
 
 
 def _prepared(config: Config, base_dir: Path, folder: str) -> Run:
@@ -77,101 +195,70 @@ def _prepared(config: Config, base_dir: Path, folder: str) -> Run:
     return run
 
 
-def _step_inputs(run: Run, tokens: int, batch_size: int) -> tuple[Sequence[Row], Reference, Tensor]:
-    task = run.task()
-    rows = task.rows("train").rows[:batch_size]
-    encoded = Encoded(task.encoded.prefix, tuple(rows))
-    reference = build_reference(task.base, task.original.prefix(task.base), encoded, run.directory / "bench")
-    start = StartTask(task.base, "bench", "kv", tokens, task.encoded.prefix)
-    return rows, reference, initial_tensor(Init("strided").start, start)
+# ---- scores
 
 
-def _our_step(config: Config, base_dir: Path, tokens: int, batch_size: int, repeats: int) -> Variant:
-    with tempfile.TemporaryDirectory() as folder:
-        run = _prepared(config, base_dir, folder)
-        rows, reference, tensor = _step_inputs(run, tokens, batch_size)
+def our_scores(case: ScoreCase, repeats: int = 1) -> Variant:
+    """One prefix for each context, then the bodies behind it."""
 
-        def step() -> float:
-            leaf = tensor.clone().requires_grad_(True)
-            loss = context_loss(run.load_base(), "kv", leaf, rows, reference)
-            loss.backward()
-            return float(loss.detach())
+    def score(context: TextContext) -> Tensor:
+        return score_tokens(case.base, context, case.encoded, case.reference).kl.mean()
 
-        return _timed("kvopt", step, repeats)
+    def work() -> float:
+        return float(torch.stack([score(context) for context in case.contexts]).mean())
 
-
-def _peft_step(config: Config, base_dir: Path, tokens: int, batch_size: int, repeats: int) -> Variant:
-    from einops import rearrange
-    from peft import CartridgeConfig, get_peft_model
-
-    with tempfile.TemporaryDirectory() as folder:
-        run = _prepared(config, base_dir, folder)
-        rows, reference, tensor = _step_inputs(run, tokens, batch_size)
-        batch = make_batch(rows, range(len(rows))).to(run.load_base().device)
-        with torch.no_grad():
-            teacher = run.load_base().model.get_output_embeddings()(reference.hidden([row.example_id for row in rows]))
-        settings = CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens, num_frozen_tokens=1)
-        model: Any = get_peft_model(run.load_base().model, settings)
-        flat = rearrange(tensor, "t l two h d -> t (l two h d)")
-        model.prompt_encoder["default"].load_prompt_embeddings(flat)
-
-        def step() -> float:
-            model.zero_grad()
-            logits = model(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
-            logits = logits[batch.predicts[:, 0], batch.predicts[:, 1]]
-            student, target = log_softmax(logits.float(), -1), log_softmax(teacher.float(), -1)
-            loss = kl_div(student, target, reduction="sum", log_target=True) / len(student)
-            loss.backward()
-            return float(loss.detach())
-
-        return _timed("PEFT CARTRIDGE, full logits", step, repeats)
+    device = case.base.device
+    return measured(
+        "kvopt: one prefix, bodies",
+        work,
+        device,
+        repeats,
+        before=reset_peak(device),
+        warm=lambda: score(case.contexts[0]),
+    )
 
 
-def _contexts(run: Run, mutations: int, rows: int) -> tuple[list[TextContext], Encoded]:
-    found = list(run.mutation_contexts().values())[:mutations]
-    encoded = run.task().rows("validation")
-    return found, Encoded(encoded.prefix, encoded.rows[:rows])
+def naive_scores(case: ScoreCase, repeats: int = 1) -> Variant:
+    """The whole prompt of every pair, in batches of similar length."""
+    base, original = case.base, _full_rows(case.encoded)
 
+    def work() -> float:
+        teacher = _gold_states(base, original)
+        total, count = 0.0, 0
+        for context in case.contexts:
+            changed = _full_rows(context.bodies(case.encoded))
+            for index in length_buckets(changed, FULL_PROMPTS_PER_BATCH):
+                rows = [changed[i] for i in index]
+                states = _gold_states(base, rows)
+                for row in rows:
+                    kl = _plain_kl(base, teacher[row.example_id], states[row.example_id])
+                    total, count = total + float(kl.sum()), count + len(kl)
+        return total / count
 
-def _rules_only(config: Config, mutations: int) -> Config:
-    settings = config.mutations.model_copy(update={"count": mutations, "operators": ("structure", "syntax", "lexical")})
-    return config.model_copy(update={"mutations": settings})
+    def warm() -> object:
+        return _gold_states(base, original[:FULL_PROMPTS_PER_BATCH])
+
+    name = "plain transformers: full prompts"
+    return measured(name, work, base.device, repeats, before=reset_peak(base.device), warm=warm)
 
 
 def _our_scores(config: Config, base_dir: Path, mutations: int, rows: int) -> Variant:
     with tempfile.TemporaryDirectory() as folder:
-        run = _prepared(_rules_only(config, mutations), base_dir, folder)
-        contexts, encoded = _contexts(run, mutations, rows)
-        reference = run.reference()
-
-        def work() -> float:
-            scores = [score_tokens(run.load_base(), context, encoded, reference).kl.mean() for context in contexts]
-            return float(torch.stack(scores).mean())
-
-        score_tokens(run.load_base(), contexts[0], encoded, reference)
-        return _timed("kvopt: one prefix, bodies", work, 1, warm=False)
+        return our_scores(_scores_of(config, base_dir, folder, mutations, rows))
 
 
 def _naive_scores(config: Config, base_dir: Path, mutations: int, rows: int) -> Variant:
     with tempfile.TemporaryDirectory() as folder:
-        run = _prepared(_rules_only(config, mutations), base_dir, folder)
-        contexts, encoded = _contexts(run, mutations, rows)
-        original = _full_rows(encoded)
+        return naive_scores(_scores_of(config, base_dir, folder, mutations, rows))
 
-        def work() -> float:
-            teacher = _gold_states(run.load_base(), original)
-            total, count = 0.0, 0
-            for context in contexts:
-                changed = _full_rows(context.bodies(encoded))
-                for index in length_buckets(changed, 16):
-                    rows = [changed[i] for i in index]
-                    states = _gold_states(run.load_base(), rows)
-                    for row in rows:
-                        kl = _plain_kl(run.load_base(), teacher[row.example_id], states[row.example_id])
-                        total, count = total + float(kl.sum()), count + len(kl)
-            return total / count
 
-        return _timed("plain transformers: full prompts", work, 1, warm=False)
+def _scores_of(config: Config, base_dir: Path, folder: str, mutations: int, rows: int) -> ScoreCase:
+    settings = config.mutations.model_copy(update={"count": mutations, "operators": ("structure", "syntax", "lexical")})
+    run = _prepared(config.model_copy(update={"mutations": settings}), base_dir, folder)
+    encoded = run.task().rows("validation")
+    encoded = Encoded(encoded.prefix, encoded.rows[:rows])
+    contexts = list(run.mutation_contexts().values())[:mutations]
+    return ScoreCase(run.task().base, contexts, encoded, run.reference())
 
 
 def _full_rows(encoded: Encoded) -> list[Row]:
@@ -180,9 +267,9 @@ def _full_rows(encoded: Encoded) -> list[Row]:
 
 @torch.no_grad()
 def _gold_states(base: Base, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Full prompts through the model in batches of 16; hidden states of gold positions by example."""
+    """Full prompts through the model in batches; hidden states of gold positions by example."""
     states: dict[str, Tensor] = {}
-    for index in length_buckets(rows, 16):
+    for index in length_buckets(rows, FULL_PROMPTS_PER_BATCH):
         batch = make_batch(rows, index).to(base.device)
         hidden = base.backbone(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).last_hidden_state
         parts = hidden[batch.predicts[:, 0], batch.predicts[:, 1]].split([len(rows[i].gold) for i in index])

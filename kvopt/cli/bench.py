@@ -25,6 +25,14 @@ def bench_kl(
         bool,
         typer.Option("--write-table", help="Measure the backends alone and write the table that picks among them."),
     ] = False,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Time to take, in seconds: fewer tokens and rounds are measured, and slow implementations left out by"
+            " name, to stay within it. 0 is no limit. Not for --memory and --write-table.",
+        ),
+    ] = 60,
     as_json: Json = False,
 ) -> None:
     """The divergence op against plain torch and other libraries: time, memory, and error by size of the KL."""
@@ -45,9 +53,9 @@ def bench_kl(
         states = real_states(REAL_TOKENS)
         timed = list(states.candidates)[2]
         inputs = Inputs(states.reference, states.candidates, states.head.weight, timed, "states of the built-in model")
-        result = run_kl([inputs], out=out)
+        result = run_kl([inputs], out=out, seconds=seconds or None)
     else:
-        result = run_kl(out=out)
+        result = run_kl(out=out, seconds=seconds or None)
     if as_json:
         print_json(result)
 

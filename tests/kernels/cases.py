@@ -47,7 +47,7 @@ def errors(p: Problem, options: KLOptions, reference_head: Head | None = None) -
     """Worst relative error of a token's divergence, and relative error of the gradient, against float64."""
     actual = p.candidate.clone().requires_grad_()
     expected = p.candidate.double().requires_grad_()
-    upstream = torch.rand(len(actual), generator=torch.Generator().manual_seed(7)) + 0.5
+    upstream = (torch.rand(len(actual), generator=torch.Generator().manual_seed(7)) + 0.5).to(actual.device)
     kl = linear_kl(actual, p.reference, p.head, reference_head, options).kl
     kl64 = linear_kl64(expected, p.reference, p.head, reference_head or p.head, options)
     (kl * upstream).sum().backward()

@@ -31,7 +31,8 @@ def context(task: Task, name: str) -> Context:
     if name == "kv":
         shape = (5, g.layers, 2, g.kv_heads, g.head_dim)
         return KVContext("kv", torch.randn(shape, generator=rng))
-    return SoftContext("soft", base.embed(torch.tensor([7, 11, 13, 17])).detach().clone())
+    ids = torch.tensor([7, 11, 13, 17], device=base.device)
+    return SoftContext("soft", base.embed(ids).detach().cpu().clone())
 
 
 def pool(task: Task, *names: str, weights: tuple[float, ...] | None = None) -> Pool:
