@@ -46,8 +46,8 @@ NOTES = [
     " within 10 % where it is above 0.01 nats.",
 ]
 SAME_KL = 0.1
-"""Largest relative difference of the KL of two variants, where it is at least LEAST_KL: a plain KL subtracts logits that
-were rounded to bfloat16, so a smaller one is mostly rounding.
+"""Largest relative difference of the KL of two variants, where it is at least LEAST_KL: a plain KL subtracts logits
+that were rounded to bfloat16, so a smaller one is mostly rounding.
 """
 LEAST_KL = 1e-2
 
