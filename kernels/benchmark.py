@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from kvopt.kernels.contenders import DEFAULT, TABLE, Loss, NotHere, build
+from kvopt.kernels.float64 import linear_kl64
 from kvopt.kernels.memory import peak, reset_peak
 from kvopt.kernels.options import Head, KLOptions
-from kvopt.kernels.reference import linear_kl64
 from kvopt.kernels.table import PATH, write_table
 
 SHAPES_CPU = [(1024, 576, 49152)]

@@ -21,7 +21,7 @@ from kvopt.kernels.rows import divergence_rows, normalize_
 from kvopt.kernels.torch_backend import Block, LogitChunks, balanced
 
 NLL_LIMIT = 0.02
-"""Divergence in nats beyond which 16-bit products may leave an NLL off by more than 1e-3 (SmolLM2: 4e-4 below it)."""
+"""Forward KL in nats beyond which 16-bit products may leave an NLL off by more than 1e-3 (SmolLM2: 4e-4 below it)."""
 
 PROBE_ROWS = 64
 """Rows spread over a call that show whether most have to be computed in float32 anyway."""
@@ -178,11 +178,10 @@ class _Job:
             log_partition, entropy = self.facts.log_partition[rows], self.facts.entropy[rows]
         else:
             log_partition, entropy = normalize_(z_t.clone())
-        work = divergence_rows(z_t, u, options.divergence, options.beta, False)
+        work = divergence_rows(z_t, u, options.formula, False)
         out.kl[rows], out.entropy[rows] = work.value, entropy
         out.reference_nll[rows] = log_partition - gold_t
         out.nll[rows] = log_partition - gold_t - gold_u + work.shift
         if certain is None:
             return None
-        size = work.value / (options.beta * (1 - options.beta)) if options.divergence == "jsd" else work.value
-        return certain & (size < NLL_LIMIT)
+        return certain & (work.value < options.formula.at_kl(NLL_LIMIT))

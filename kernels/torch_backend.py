@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvopt.kernels.options import Head, KLOptions
+from kvopt.kernels.options import Head
 from kvopt.kernels.plan import Plan
 from kvopt.kernels.products import gradient_product, logits_product
 from kvopt.kernels.refine import Refined, refine_
@@ -161,7 +161,7 @@ def value_and_hidden_gradient(
     _fill_rows(
         plan, candidate[:probe], reference[:probe], value[:probe], None if gradient is None else gradient[:probe]
     )
-    limit = rounded_limit(plan.options)
+    limit = plan.options.formula.at_kl(ROUNDED_LIMIT)
     precise = plan.precise
     rest_plan = precise if bool((value[:probe] > limit).float().mean() > 0.5) else plan
     if len(candidate) > probe:
@@ -179,14 +179,9 @@ def value_and_hidden_gradient(
     return value, gradient
 
 
-def rounded_limit(options: KLOptions) -> float:
-    """ROUNDED_LIMIT in the units of the divergence: JSD_β is about β (1−β) times the KL where both are small."""
-    return ROUNDED_LIMIT * (options.beta * (1 - options.beta) if options.divergence == "jsd" else 1.0)
-
-
 def _fill_rows(plan: Plan, candidate: Tensor, reference: Tensor, value: Tensor, gradient: Tensor | None) -> None:
     """Writes value [N] and, unless None, gradient [N, D], chunk by chunk."""
-    options, factor = plan.options, plan.head.scale / plan.options.temperature
+    divergence, factor = plan.options.formula, plan.head.scale / plan.options.temperature
     chunks, row_work = LogitChunks(plan, candidate.device, len(candidate)), row_function(plan.options.rows)
     rows_per_chunk = balanced(len(candidate), plan.rows_per_chunk)
     for start in range(0, len(candidate), rows_per_chunk):
@@ -197,7 +192,7 @@ def _fill_rows(plan: Plan, candidate: Tensor, reference: Tensor, value: Tensor, 
             rescale = torch.empty(len(u), 1, dtype=plan.accumulate, device=u.device)
         for block in chunks.blocks(z_t, u):
             rows = block.rows
-            work = row_work(block.z_t, block.u, options.divergence, options.beta, gradient is not None)
+            work = row_work(block.z_t, block.u, divergence, gradient is not None)
             value[part][rows] = work.value
             if work.gradient is not None:
                 _store_gradient(work.gradient, block.slope, out[rows], None if rescale is None else rescale[rows])
@@ -237,13 +232,13 @@ def all_gradients(
     if len(candidate) == 0:
         return by_hidden, by_weight, by_bias
     chunks, row_work = LogitChunks(plan, candidate.device, len(candidate)), row_function(options.rows)
-    factor = head.scale / options.temperature
+    divergence, factor = options.formula, head.scale / options.temperature
     for start in range(0, len(candidate), plan.rows_per_chunk):
         part = slice(start, start + plan.rows_per_chunk)
         z_t, u, out = chunks.fill(candidate[part], reference[part])
         weights = (upstream[part] * factor).to(plan.accumulate)[:, None]
         for block in chunks.blocks(z_t, u):
-            gradient = row_work(block.z_t, block.u, options.divergence, options.beta, True).gradient
+            gradient = row_work(block.z_t, block.u, divergence, True).gradient
             assert gradient is not None
             slope = block.slope
             out[block.rows] = (gradient if slope is None else gradient * slope) * weights[block.rows]

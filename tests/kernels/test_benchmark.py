@@ -8,8 +8,8 @@ import torch
 
 from kvopt.kernels import KLOptions, contenders
 from kvopt.kernels.benchmark import Inputs, run
+from kvopt.kernels.float64 import linear_kl64
 from kvopt.kernels.plan import make_plan
-from kvopt.kernels.reference import linear_kl64
 from tests.kernels.cases import problem
 
 

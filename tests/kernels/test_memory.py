@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def trained(candidate: Tensor, reference: Tensor, head: Head) -> None:
 
 def masked_reverse(candidate: Tensor, reference: Tensor, head: Head) -> None:
     mask = torch.arange(len(candidate)) % 2 == 0
-    options = OPTIONS.with_(divergence="reverse")
+    options = replace(OPTIONS, divergence="reverse")
     linear_kl(candidate.requires_grad_(), reference, head, options=options, mask=mask).loss.backward()
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from kvopt.kernels import Head, KLOptions, linear_kl, linear_scores, moments_of, reference_facts
-from kvopt.kernels.reference import linear_kl64, linear_scores64
+from kvopt.kernels.float64 import linear_kl64
 from kvopt.model import Base
 from kvopt.real_states import RealStates, real_states
-from tests.kernels.cases import relative
+from tests.kernels.cases import linear_scores64, relative
 
 pytestmark = pytest.mark.slow
 
