@@ -115,8 +115,8 @@ class KLOptions:
     """How a divergence is computed. Every field has a documented range; what is out of it raises by name.
 
     Args:
-        divergence: "forward" KL(p‖q), "reverse" KL(q‖p), or "jsd": β KL(p‖m) + (1−β) KL(q‖m), m = β p + (1−β) q; the
-            names are those of the files in divergences/.
+        divergence: "forward" KL(p‖q), "reverse" KL(q‖p), "jsd": β KL(p‖m) + (1−β) KL(q‖m), m = β p + (1−β) q, or any
+            other file of divergences/, which states its formula.
         beta: β of "jsd", strictly between 0 and 1. At the ends the formula is 0 everywhere (libraries that accept
             β = 0 or 1 mean the two KLs): use divergence="forward" or "reverse" for those.
         form: "direct" (both logits in float32), "difference" (shared head; exact near KL 0), "moments" (forward KL,
