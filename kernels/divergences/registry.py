@@ -115,9 +115,10 @@ def _is_triton(name: str) -> bool:
 
 
 def _divergence_of(module: ModuleType) -> type[Divergence] | None:
-    """The subclass that a module defines, if it does."""
+    """The subclass that a module defines itself, not one that it imports; None where it defines none."""
     classes = (entry for entry in vars(module).values() if isinstance(entry, type) and issubclass(entry, Divergence))
-    return next((entry for entry in classes if entry is not Divergence), None)
+    own = (entry for entry in classes if entry is not Divergence and entry.__module__ == module.__name__)
+    return next(own, None)
 
 
 @cache

@@ -19,14 +19,16 @@ from tests.kernels.cases import DIVERGENCES, errors, problem
 FOLDER = Path(registry.__file__).parent
 
 JEFFREYS = """
+from kvopt.kernels.divergences.forward import Forward
 from kvopt.kernels.divergences.registry import Divergence
+from kvopt.kernels.divergences.reverse import Reverse
 
 
 class Jeffreys(Divergence):
     title = "Jeffreys divergence"
 
     def exact(self, log_p, log_q):
-        return ((log_q.exp() - log_p.exp()) * (log_q - log_p)).sum(-1)
+        return Forward().exact(log_p, log_q) + Reverse().exact(log_p, log_q)
 
     def rows(self, ratios, want_gradient):
         q, d, moved = ratios.q, ratios.d, ratios.moved_mass()
@@ -68,6 +70,7 @@ def jeffreys(tmp_path, monkeypatch):
     registry.divergences.cache_clear()
     yield "jeffreys"
     registry.divergences.cache_clear()
+    registry.row_functions.cache_clear()
     for name in [name for name in sys.modules if name.startswith(f"{divergences.__name__}.jeffreys")]:
         del sys.modules[name]
 
@@ -123,6 +126,7 @@ def test_two_files_add_a_divergence(jeffreys, distance):
     backends = ["torch"] + (["triton-rows"] if os.environ.get("TRITON_INTERPRET") == "1" else [])
     for backend in backends:
         options = KLOptions(divergence=jeffreys, backend=backend)
+        assert options.formula.title == "Jeffreys divergence"
         e = errors(problem(distance, torch.float32, n=9, v=2100), options)
         assert e.kl <= 1e-3
         assert e.gradient <= 1e-3
