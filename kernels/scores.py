@@ -18,7 +18,7 @@ from kvopt.kernels.options import Head, KernelInputError, KLOptions
 from kvopt.kernels.plan import Plan, make_plan
 from kvopt.kernels.products import has_float32_output
 from kvopt.kernels.rows import divergence_rows, normalize_
-from kvopt.kernels.torch_backend import RowBlock, LogitChunks, balanced
+from kvopt.kernels.torch_backend import LogitChunks, RowBlock, balanced
 
 NLL_LIMIT = 0.02
 """Forward KL in nats beyond which 16-bit products may leave an NLL off by more than 1e-3 (SmolLM2: 4e-4 below it)."""
