@@ -24,3 +24,14 @@ class InputError(KvoptError):
         self.what, self.where, self.mend = what, where, mend
         line = f"{where}: {what}" if where else what
         super().__init__(f"{line} ({mend})" if mend else line)
+
+
+def missing_extra(extra: str, what: str, where: str | None = None) -> InputError:
+    """The error for something that needs a library of an extra, which is not installed.
+
+    Args:
+        extra: its name in pyproject.toml, such as ``"gguf"``.
+        what: what needs it, such as ``"reading a .gguf file"``.
+        where: the key, option or file that asked for it.
+    """
+    return InputError(f"{what} needs the extra {extra!r}", where=where, mend=f"pip install 'kvopt[{extra}]'")

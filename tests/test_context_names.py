@@ -51,7 +51,7 @@ def test_the_run_of_a_name_is_all_before_the_last_mark() -> None:
 
 @pytest.mark.parametrize("spec", ["text:", "mutations:", "mutation:", "context:"])
 def test_a_name_that_names_nothing_is_refused(spec: str) -> None:
-    with pytest.raises(InputError, match="here: .* names nothing"):
+    with pytest.raises(InputError, match=r"here: .* names nothing"):
         ContextName.parse(spec, "here")
 
 

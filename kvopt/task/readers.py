@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kvopt.errors import InputError
+from kvopt.errors import InputError, missing_extra
 from kvopt.task.builtin_data import BUILTIN_NAME, stdlib_docstrings
 
 BOM = b"\xef\xbb\xbf"
@@ -256,7 +256,7 @@ def _hugging_face(source: str, base_dir: Path, part: str) -> Iterator[Record]:
     try:
         import datasets
     except ImportError:
-        raise InputError("needs the datasets package", where=source, mend="pip install datasets") from None
+        raise missing_extra("data", "reading a Hugging Face data set", source) from None
     try:
         if folder.is_dir():
             loaded = datasets.load_from_disk(str(folder))

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from random import Random
-
-import httpx
+from typing import TYPE_CHECKING
 
 from kvopt.base.chat_endpoint import ChatEndpoint, ChatFailure
 from kvopt.config.mutations import EndpointGenerator
@@ -16,6 +15,9 @@ from kvopt.mutate.proposals import Proposal, Request, marked
 from kvopt.mutate.sanity import sanity
 from kvopt.mutate.spans import MARK, Field, MarkError
 from kvopt.mutate.validity import Rejection
+
+if TYPE_CHECKING:
+    import httpx
 
 SYSTEM = (
     "You rewrite the instructions of a prompt so that they mean exactly the same in other words. Markers such as [K1] stand for parts that must not change: "  # noqa: E501
