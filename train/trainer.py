@@ -32,7 +32,7 @@ from kvopt.train.forward import ContextLoss
 from kvopt.train.gold import gold_nll
 from kvopt.train.half import HalfFineTuning
 from kvopt.train.job import Job, Trained
-from kvopt.train.losses import OnPolicyDivergence, build_loss
+from kvopt.train.losses.on_policy import OnPolicyDivergence
 from kvopt.train.pool import PoolContext
 from kvopt.train.schedules import StateAdaptive
 from kvopt.train.settings import arguments, trackers
@@ -87,7 +87,7 @@ def make_student(base: Base, config: StudentConfig, seed: int) -> Student:
 
 def make_loss(job: Job, student: Student) -> ContextLoss:
     """The module that is trained: the student with the loss of its config."""
-    loss = build_loss(job.config.loss)
+    loss = job.config.loss
     if isinstance(loss, OnPolicyDivergence):
         if job.teacher is None:
             raise KvoptError("on-policy distillation needs a teacher")
