@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from kvopt.config.evaluation import CheckConfig
 from kvopt.config.losses import LOSSES, Loss
+from kvopt.config.schedules import SCHEDULES, Schedule
 from kvopt.config.section import NAME, Section, Shorthand
 
 
@@ -36,31 +37,11 @@ class LoraSettings(Section):
     targets: str | list[str] = Field("all-linear", description="all-linear, or names of linear modules")
 
 
-class ExpandConfig(Section):
-    """Every row under every context once an epoch (``weight`` times)."""
-
-    kind: Literal["expand"] = "expand"
-
-
-class ResampleConfig(Section):
-    """Every row once an epoch, its context drawn anew each time, in proportion to the weights."""
-
-    kind: Literal["resample"] = "resample"
-
-
-class StateAdaptiveConfig(Section):
-    """Every row once an epoch, under one of the contexts with the lowest gold NLL under the current student (SAPO)."""
-
-    kind: Literal["state-adaptive"]
-    every: int | None = Field(None, ge=1, description="steps between scorings of the pool; default: once, at the start")
-    keep: int = Field(1, ge=1, description="contexts that are kept until the next scoring")
-    rows: int = Field(64, ge=1, description="training rows that the pool is scored on, from the first on")
-
-
-ScheduleConfig = Annotated[ExpandConfig | ResampleConfig | StateAdaptiveConfig, Field(discriminator="kind")]
 if TYPE_CHECKING:
+    ScheduleConfig = Schedule
     LossConfig = Loss
 else:
+    ScheduleConfig = SCHEDULES.union()
     LossConfig = LOSSES.union()
 
 
@@ -94,7 +75,9 @@ class StudentConfig(Section):
     own_answers: OwnAnswersConfig | None = Field(
         None, description="train on the base's own answer where it is right; default: on gold outputs alone"
     )
-    schedule: ScheduleConfig = Field(ExpandConfig(), description="which row meets which context when; default: expand")
+    schedule: ScheduleConfig = Field(
+        SCHEDULES.options("expand")(kind="expand"), description="which row meets which context when; default: expand"
+    )
     loss: LossConfig = Field(LOSSES.options("ce")(kind="ce"), description="on gold tokens; default: ce")
     steps: int | None = Field(None, ge=1, description="optimizer steps; or epochs; or tokens")
     epochs: float | None = Field(None, gt=0, description="passes over the rows, up to a whole step (default: 1)")
@@ -135,8 +118,10 @@ class StudentConfig(Section):
         given = [name for name in ("steps", "epochs", "tokens") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of steps, epochs and tokens (given: {', '.join(given)})")
-        if self.tokens is not None and self.schedule.kind == "state-adaptive":
-            raise ValueError("state-adaptive cannot tell how many steps so many tokens are; give steps or epochs")
+        if self.tokens is not None and self.schedule.adapts:
+            raise ValueError(
+                f"{self.schedule.kind} cannot tell how many steps so many tokens are; give steps or epochs"
+            )
         if self.tokens is not None and self.loss.draws:
             raise ValueError(f"{self.loss.kind} cannot tell how many steps so many tokens are; give steps or epochs")
         if self.own_answers is not None and self.loss.anchor == "original":
@@ -150,10 +135,12 @@ class StudentConfig(Section):
             raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}")
         if self.half and self.method != "full":
             raise ValueError("half is an option of method: full")
-        if self.schedule.kind == "expand":
+        if self.schedule.whole_weights:
             for choice in self.contexts:
                 if choice.weight != int(choice.weight):
-                    raise ValueError(f"weight {choice.weight} of {choice.context!r}: expand takes whole numbers")
+                    raise ValueError(
+                        f"weight {choice.weight} of {choice.context!r}: {self.schedule.kind} takes whole numbers"
+                    )
         return self
 
     @property
