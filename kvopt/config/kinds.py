@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, reduce
 from operator import or_
@@ -68,9 +68,20 @@ class Family(Generic[Member]):
         """The options of every kind; loads all files."""
         return {kind: self.options(kind) for kind in self.kinds}
 
-    def union(self) -> Any:
-        """The type of a key that holds one member: the options of its ``kind``."""
-        return Annotated[reduce(or_, self.members.values()), Field(discriminator="kind")]
+    def union(self, only: Callable[[type[Member]], bool] = lambda member: True) -> Any:
+        """The type of a key that holds one member: the options of its ``kind``.
+
+        Args:
+            only: which of the members the key may hold; default: any.
+        """
+        return Annotated[reduce(or_, filter(only, self.members.values())), Field(discriminator="kind")]
+
+    def complete(self, **types: Any) -> None:
+        """Give members whose options hold other members the unions that they name in their annotations: these exist
+        only when all files are loaded.
+        """
+        for member in self.members.values():
+            member.model_rebuild(_types_namespace=types)
 
 
 @cache
