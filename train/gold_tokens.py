@@ -18,9 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from kvopt.errors import KvoptError
 from kvopt.kernels import Head, KLOptions, linear_kl
 
-CHUNK_BYTES = 256 * 2**20
-"""float32 logits that are kept for the backward pass at most; beyond, chunks are computed a second time there."""
-
 
 @dataclass(frozen=True)
 class Gold:
@@ -32,6 +29,8 @@ class Gold:
         head: the student's head (frozen with LoRA, trained with full fine-tuning).
         anchor: [G, D] the base's (or teacher's) states for the same tokens, where the loss asks for them.
         anchor_head: the base's head, with ``anchor``.
+        chunk_bytes: of float32 logits that live at once; what does not fit is computed in chunks, and a second time in
+            the backward pass.
     """
 
     hidden: Tensor
@@ -39,10 +38,11 @@ class Gold:
     head: Head
     anchor: Tensor | None = None
     anchor_head: Head | None = None
+    chunk_bytes: int = 256 * 2**20
 
-    def log_probs(self, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
-        """log p(gold token), [G] float32; no more than ``chunk_bytes`` of logits live until the backward pass."""
-        return self.over_logits(_log_probs, chunk_bytes)
+    def log_probs(self) -> Tensor:
+        """log p(gold token), [G] float32."""
+        return self.over_logits(_log_probs)
 
     def divergence(self, divergence: str, beta: float = 0.5) -> Tensor:
         """KL(anchor ‖ student) ("forward"), KL(student ‖ anchor) ("reverse") or the JSD ("jsd") at every gold token,
@@ -52,29 +52,22 @@ class Gold:
         options = KLOptions(divergence=divergence, beta=beta)
         return linear_kl(self.hidden, anchor, self.head, anchor_head, options).kl
 
-    def over_logits(self, formula: Callable[[Tensor, Tensor], Tensor], chunk_bytes: int = CHUNK_BYTES) -> Tensor:
-        """Any formula of the student's logits, [G]: ``formula(logits [R, V] float32, ids [R])`` gives [R].
-
-        Args:
-            chunk_bytes: of logits that live at once; what the formula itself allocates comes on top.
+    def over_logits(self, formula: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Any formula of the student's logits, [G]: ``formula(logits [R, V] float32, ids [R])`` gives [R]. What it
+        allocates itself comes on top of ``chunk_bytes``.
         """
 
         def piece(hidden: Tensor, ids: Tensor) -> Tensor:
             return formula(self.head.logits(hidden), ids)
 
-        return self._in_chunks(piece, [self.hidden, self.ids], chunk_bytes // (4 * self.head.size))
+        return self._in_chunks(piece, [self.hidden, self.ids], matrices=1)
 
-    def over_both_logits(
-        self, formula: Callable[[Tensor, Tensor, Tensor], Tensor], chunk_bytes: int = CHUNK_BYTES
-    ) -> Tensor:
+    def over_both_logits(self, formula: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """Any formula of the student's and the anchor's logits, [G]: ``formula(logits [R, V], anchor_logits [R, V],
         ids [R])``, float32 each, gives [R]. No gradient flows into the anchor's.
 
         Where both have one frozen head W, the student's logits are the anchor's plus (h − h0) Wᵀ: a 16-bit product then
         rounds their difference relative to itself, and not relative to the logits, which are far larger.
-
-        Args:
-            chunk_bytes: of logits that live at once; what the formula itself allocates comes on top.
         """
         anchor, anchor_head = self._anchored()
         one_head = self.head.same_as(anchor_head) and not self.head.trained
@@ -90,7 +83,7 @@ class Gold:
             moved = replace(uncapped, bias=None).logits(hidden.float() - anchor.float())
             return formula(self._capped(anchor_logits + moved), self._capped(anchor_logits), ids)
 
-        return self._in_chunks(piece, [self.hidden, anchor, self.ids], chunk_bytes // (8 * self.head.size))
+        return self._in_chunks(piece, [self.hidden, anchor, self.ids], matrices=2)
 
     def _anchored(self) -> tuple[Tensor, Head]:
         if self.anchor is None or self.anchor_head is None:
@@ -101,11 +94,9 @@ class Gold:
         cap = self.head.softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _in_chunks(self, piece: Callable[..., Tensor], tensors: list[Tensor], rows: int) -> Tensor:
-        """``piece`` of so many rows of the tensors at a time; all but a single chunk are computed again in the backward
-        pass.
-        """
-        rows = max(1, rows)
+    def _in_chunks(self, piece: Callable[..., Tensor], tensors: list[Tensor], *, matrices: int) -> Tensor:
+        """``piece`` of some rows of the tensors at a time, as many as so many matrices of logits may have."""
+        rows = max(1, self.chunk_bytes // (4 * self.head.size * matrices))
         if len(self.ids) <= rows:
             return piece(*tensors)
         chunks = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
