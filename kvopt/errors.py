@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class KvoptError(Exception):
     """Something failed that is not the user's input (exit code 1)."""
@@ -35,3 +38,16 @@ def missing_extra(extra: str, what: str, where: str | None = None) -> InputError
         where: the key, option or file that asked for it.
     """
     return InputError(f"{what} needs the extra {extra!r}", where=where, mend=f"pip install 'kvopt[{extra}]'")
+
+
+@contextmanager
+def from_extra(extra: str, where: str | None = None) -> Iterator[None]:
+    """Imports of packages that an extra of kvopt installs. Raises InputError, one line, where one of them is absent."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "kvopt").partition(".")[0]
+        if package == "kvopt":
+            raise
+        what = f"the package {package} is not installed"
+        raise InputError(what, where=where, mend=f"pip install 'kvopt[{extra}]'") from None

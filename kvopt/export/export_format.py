@@ -49,7 +49,7 @@ class ExportFormat(Options):
         raise NotImplementedError
 
 
-FORMATS = Family("kvopt.export.formats", "format")
+FORMATS: Family[ExportFormat] = Family("kvopt.export.formats", "format")
 
 
 def export_formats() -> dict[str, type[ExportFormat]]:

@@ -34,7 +34,7 @@ class CacheFormat(ExportFormat):
 
     def write(self, source: Source, place: Path) -> Written:
         """``prefix.safetensors`` (fp32) and ``generate.py``. A soft prompt is prefilled, which loads the base."""
-        from kvopt.export.prefix_file import write_prefix
+        from kvopt.export.source import write_prefix
         from kvopt.storage.files import write_bytes
 
         states = source.states

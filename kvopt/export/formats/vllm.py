@@ -48,7 +48,7 @@ class VllmFormat(ExportFormat):
         """``prefix.safetensors``, ``vllm.json`` with the placeholder ids, and the connector. Raises InputError when the
         slots do not fill blocks.
         """
-        from kvopt.export.prefix_file import write_prefix
+        from kvopt.export.source import write_prefix
         from kvopt.export.vllm_connector import check_blocks
         from kvopt.storage.files import sha256_bytes, write_bytes, write_json
 
