@@ -1,4 +1,4 @@
-"""The command line: a thin face over the run. ``--json`` prints one document on stdout; everything else goes to stderr.
+"""The command line: one function for each command. ``--json`` prints one document on stdout, and nothing else there.
 
 Exit codes: 0 done, 1 failed, 2 the input is wrong, 130 interrupted (the same command goes on).
 """
