@@ -1,4 +1,4 @@
-"""The divergence op: KL between the outputs of two hidden states under a head, without an N x V tensor.
+"""The divergence op: exact KL between two next-token distributions, from hidden states, without storing all logits.
 
 Installed as ``kvopt.kernels``; depends on torch alone. Start with ``linear_kl`` (values and gradients) and
 ``linear_scores`` (values only, everything a context is scored by).

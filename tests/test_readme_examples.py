@@ -1,7 +1,10 @@
-"""The README's Python runs as it stands there, on a tiny base; the three uses take at most twelve lines each."""
+"""The README's Python runs as it stands there, on a tiny base; the three uses take at most twelve lines each. Its table
+of folders says what the folders say of themselves.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -16,7 +19,8 @@ from kvopt.learn.start_task import StartTask, initial_tensor
 from tests.jobs import SYSTEM, rows
 from tests.tiny import tiny_base, tiny_folder
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text("utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 USES = {
     "optimize": next(code for code in BLOCKS if "optimize_context(" in code and "export" not in code),
@@ -79,3 +83,17 @@ def test_every_other_block_runs_too(here: Path) -> None:
     for code in BLOCKS:
         if code not in USES.values():
             exec(code, {"base_model": AutoModelForCausalLM.from_pretrained(tiny_folder("llama"))})
+
+
+def test_the_folder_table_has_every_package_and_its_own_first_sentence() -> None:
+    table = dict(re.findall(r"^\| `([\w/]+)/` \| (.+) \|$", README, flags=re.M))
+    packages = {
+        ("" if folder.is_symlink() else "kvopt/") + folder.name: folder / "__init__.py"
+        for folder in (ROOT / "kvopt").iterdir()
+        if (folder / "__init__.py").is_file()
+    }
+    sentences = {}
+    for name, init in packages.items():
+        words = " ".join((ast.get_docstring(ast.parse(init.read_text("utf-8"))) or "").split())
+        sentences[name] = words.partition(". ")[0].rstrip(".") + "."
+    assert {name: table.get(name) for name in packages} == sentences

@@ -1,1 +1,4 @@
-"""Training of students on sampled and learned contexts (installed as `kvopt.train`)."""
+"""Students: models that are trained under sampled and learned contexts, and then measured.
+
+Installed as ``kvopt.train``.
+"""

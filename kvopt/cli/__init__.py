@@ -1,11 +1,12 @@
-"""The command line: a thin face over the run. ``--json`` prints one document on stdout; everything else goes to stderr.
+"""The command line: one function for each command. ``--json`` prints one document on stdout, and nothing else there.
 
-Exit codes: 0 done, 1 failed, 2 the input is wrong, 130 interrupted (the same command goes on).
+Exit codes: 0 done, 1 failed, 2 the input is wrong, 130 interrupted (give the same command again to continue).
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import signal
 import sys
 import threading
@@ -24,46 +25,64 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="kvopt",
-    help="Find contexts that make a language model behave as a prompt template makes it behave.",
+    help="Find contexts that make a language model behave as a prompt template makes it behave: other wordings, soft"
+    " prompts, KV caches. Compare them, export them, and train models (students) under them."
+    "\n\nStart with kvopt demo, or with kvopt init for a template of your own.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "demo": starting.demo,
-    "init": starting.init,
-    "validate": starting.validate,
-    "run": contexts.run_all,
-    "mutate": contexts.mutate,
-    "score": contexts.score,
-    "optimize": contexts.optimize,
-    "train": students.train,
-    "export-data": students.export_data,
-    "evaluate": evaluation.evaluate,
-    "study": evaluation.study,
-    "sequence": sequence.sequence,
-    "compare": report.compare,
-    "export": exporting.export,
-    "inspect": contexts.inspect,
-    "lines": merging.lines,
-    "soup": merging.soup,
-    "move": exporting.move,
-    "compose": exporting.compose,
-    "truncate": exporting.truncate,
-    "config": starting.show_config,
+PANELS: dict[str, dict[str, Callable[..., Any]]] = {
+    "Start": {
+        "demo": starting.demo,
+        "init": starting.init,
+        "validate": starting.validate,
+        "config": starting.show_config,
+    },
+    "Contexts: find, compare, export": {
+        "run": contexts.run_all,
+        "mutate": contexts.mutate,
+        "optimize": contexts.optimize,
+        "score": contexts.score,
+        "compare": report.compare,
+        "inspect": contexts.inspect,
+        "export": exporting.export,
+        "move": exporting.move,
+        "compose": exporting.compose,
+        "truncate": exporting.truncate,
+    },
+    "Students: train, measure": {
+        "train": students.train,
+        "evaluate": evaluation.evaluate,
+        "study": evaluation.study,
+        "sequence": sequence.sequence,
+        "lines": merging.lines,
+        "soup": merging.soup,
+        "export-data": students.export_data,
+    },
 }
-for name, command in COMMANDS.items():
-    app.command(name)(command)
+"""The commands, in the groups that ``kvopt --help`` shows."""
 
-bench = typer.Typer(help="Benchmarks that print ratios from one run.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
+
+def _help(command: Callable[..., Any]) -> str:
+    """A docstring with every paragraph on one line, so that the terminal's width decides where lines end."""
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+for panel, commands in PANELS.items():
+    for name, command in commands.items():
+        app.command(name, help=_help(command), rich_help_panel=panel)(command)
+
+bench = typer.Typer(help="Measure speed and memory against other libraries.", no_args_is_help=True)
+app.add_typer(bench, name="bench", rich_help_panel="Speed")
 BENCHMARKS: dict[str, Callable[..., Any]] = {
     "kl": benchmarks.bench_kl,
     "step": benchmarks.bench_step,
     "score": benchmarks.bench_score,
 }
 for name, command in BENCHMARKS.items():
-    bench.command(name)(command)
+    bench.command(name, help=_help(command))(command)
 
 
 def main() -> None:
@@ -104,7 +123,7 @@ def _ctrl_c() -> Iterator[list[int]]:
 
 
 def _explain(error: Exception) -> None:
-    """Leave with one line for every error that has one; return from any other."""
+    """Exit with one line for every error that has one; return for any other."""
     if isinstance(error, KvoptError):
         _fail(str(error), error.exit_code)
     if isinstance(error, BrokenPipeError):

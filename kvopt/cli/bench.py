@@ -14,35 +14,40 @@ REAL_TOKENS = 512
 
 
 def bench_kl(
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write JSON and a picture here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Also write JSON, a table and a picture here.")
+    ] = None,
     memory: Annotated[
-        bool, typer.Option("--memory", help="Measure extra memory by number of tokens instead, up to 131,072.")
+        bool, typer.Option("--memory", help="Measure memory instead of time, for up to 131,072 tokens.")
     ] = False,
     real: Annotated[
-        bool, typer.Option("--real", help="On hidden states of the built-in model instead of random ones.")
+        bool, typer.Option("--real", help="Use hidden states of the built-in model instead of random ones.")
     ] = False,
     write_table: Annotated[
         bool,
-        typer.Option("--write-table", help="Measure the backends alone and write the table that picks among them."),
+        typer.Option(
+            "--write-table",
+            help="Measure only kvopt's own backends, and write the table that chooses one.",
+        ),
     ] = False,
     seconds: Annotated[
         float,
         typer.Option(
             min=0,
-            help="Time to take, in seconds: fewer tokens and rounds are measured, and slow implementations left out by"
-            " name, to stay within it. 0 is no limit. Not for --memory and --write-table.",
+            help="About how many seconds to take. To stay within them, fewer tokens and rounds are measured, and slow"
+            " implementations are left out and named. 0 is no limit. Not for --memory and --write-table.",
         ),
     ] = 60,
     as_json: Json = False,
 ) -> None:
-    """The divergence op against plain torch and other libraries: time, memory, and error by size of the KL."""
+    """Compare the KL op with plain torch and other libraries: time, memory, and error for small and large KL."""
     from kvopt.kernels.benchmark import KLInputs, run_table
     from kvopt.kernels.benchmark import run as run_kl
     from kvopt.kernels.memory_curve import run_memory
 
     if memory + real + write_table > 1:
         given = [name for name, on in (("--memory", memory), ("--real", real), ("--write-table", write_table)) if on]
-        raise InputError("measure different things", where=" and ".join(given), mend="give one of them")
+        raise InputError("cannot be measured in one call", where=" and ".join(given), mend="give one of them")
     if memory:
         result = run_memory(out=out)
     elif write_table:
@@ -63,7 +68,7 @@ def bench_kl(
 
 
 def bench_step(config: ConfigPath, sets: Sets = None, as_json: Json = False) -> None:
-    """One optimization step against PEFT's CARTRIDGE with a plain full-logits KL: time and peak memory."""
+    """Compare one optimization step with PEFT's CARTRIDGE and a KL of all logits: time and peak memory."""
     from kvopt.bench import steps as benchmark
     from kvopt.config.document import load_config
 
@@ -73,12 +78,12 @@ def bench_step(config: ConfigPath, sets: Sets = None, as_json: Json = False) -> 
 
 def bench_score(
     config: ConfigPath,
-    mutations: Annotated[int, typer.Option(help="Text mutations to score.")] = 8,
-    rows: Annotated[int, typer.Option(help="Validation rows.")] = 64,
+    mutations: Annotated[int, typer.Option(help="How many text mutations to score.")] = 8,
+    rows: Annotated[int, typer.Option(help="How many validation rows to score them on.")] = 64,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
-    """Scoring mutations behind a shared prefix against full prompts for each pair: wall-clock ratio."""
+    """Compare scoring mutations after a shared prefix with running every full prompt: time."""
     from kvopt.bench import steps as benchmark
     from kvopt.config.document import load_config
 

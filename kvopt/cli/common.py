@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from kvopt.run.run import Run
 
 ConfigPath = Annotated[
-    Path, typer.Argument(metavar="CONFIG.yaml", help="The config file; kvopt init writes a starter.")
+    Path, typer.Argument(metavar="CONFIG.yaml", help="The config file; kvopt init writes one to start with.")
 ]
 Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change one config value; may be repeated.")
+    list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change one value of the config; may be repeated.")
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run directory (default: runs/NAME).")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
 
 
 def say(line: str) -> None:

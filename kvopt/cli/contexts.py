@@ -13,8 +13,9 @@ from kvopt.cli.students import prepared, show_students
 
 
 def run_all(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json = False) -> None:
-    """All stages: reference, mutations, learned contexts, scores, leaderboard, students. Run it again to go on after
-    an interruption.
+    """Find mutations, learn contexts, score all of them, write the leaderboard and the report, train the students.
+
+    Stages that are up to date are not run again. After an interruption, give the same command again to continue.
     """
     run = open_run(config, sets, out)
     train_students = prepared(run)
@@ -28,7 +29,10 @@ def run_all(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Jso
 
 
 def mutate(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json = False) -> None:
-    """Sample text mutations of the template; writes mutations.jsonl with every candidate and why it was rejected."""
+    """Sample other wordings (mutations) of the template.
+
+    mutations.jsonl gets every candidate, with the reason if it was rejected.
+    """
     run = open_run(config, sets, out)
     with run.opened():
         found = run.mutations()
@@ -48,14 +52,21 @@ def score(
     context: Annotated[
         list[str] | None,
         typer.Option(
-            "--context", help="original, none, text:FILE, mutations:FILE, a context's name or folder; may be repeated."
+            "--context",
+            help="What to score: original, none, text:FILE, mutations:FILE, or a context's name or folder; may be"
+            " repeated. Default: original and none.",
         ),
     ] = None,
     sets: Sets = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Score contexts on the validation rows: forward KL, gold NLL (= pre-update loss), top-1 agreement."""
+    """Score contexts on the validation rows: forward KL, gold NLL, top-1 agreement.
+
+    Forward KL is the divergence from the model under the template, in nats per token of the gold outputs (the expected
+    answers); 0 means the same behaviour. Gold NLL is the loss on these tokens. Top-1 agreement is the share of them for
+    which the most likely token is the template's.
+    """
     run = open_run(config, sets, out)
     from kvopt.run.leaderboard import Entry, board_facts, build_leaderboard
 
@@ -72,13 +83,13 @@ def score(
 def optimize(
     config: ConfigPath,
     only: Annotated[
-        list[str] | None, typer.Option("--only", metavar="NAME", help="Learn this context only; may be repeated.")
+        list[str] | None, typer.Option("--only", metavar="NAME", help="Learn only this context; may be repeated.")
     ] = None,
     sets: Sets = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Learn the config's soft prompts and KV caches by gradient descent on the KL."""
+    """Learn the soft prompts and KV caches of the config, by gradient descent on the KL to the template."""
     run = open_run(config, sets, out)
     from kvopt.run.stages import learning_history
 
@@ -106,9 +117,10 @@ def optimize(
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A learned context.")], as_json: Json = False
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of a context.")],
+    as_json: Json = False,
 ) -> None:
-    """Say what a context folder is, for which base, how good, and how to use it."""
+    """Say what a context folder holds, for which model, how good it is, and how to use it."""
     from kvopt.export.inspection import describe, describe_text
 
     facts = describe(folder)

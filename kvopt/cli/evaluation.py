@@ -24,16 +24,17 @@ def evaluate(
         typer.Option(
             "--context",
             metavar="SPEC",
-            help="Only under this context: one of the config's, a group (held-out, templates, learned), or as in "
-            "kvopt score; may be repeated.",
+            help="Measure only under this context: one of the config's, a group (held-out, templates, learned), or one"
+            " as for kvopt score; may be repeated.",
         ),
     ] = None,
     sets: Sets = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the base and the trained students on the validation rows: answers, likelihoods, forgetting. Run it again
-    to go on after an interruption.
+    """Measure the base and the trained students on the validation rows: answers, likelihoods, forgetting.
+
+    After an interruption, give the same command again to continue.
     """
     run = open_run(config, sets, out)
     from kvopt.train.commands import evaluate_all
@@ -52,8 +53,10 @@ def evaluate(
 
 
 def study(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json = False) -> None:
-    """Train every student with every seed at an equal budget, evaluate and compare them; writes study.json, the
-    leaderboard of their contexts and the page. Run it again to go on after an interruption.
+    """Compare students: train each with every seed at an equal budget, evaluate them, and report the differences.
+
+    Writes study.json, the leaderboard of the contexts and the report page. After an interruption, give the same command
+    again to continue.
     """
     run = open_run(config, sets, out)
     from kvopt.train.arms import study_arms
@@ -64,7 +67,7 @@ def study(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json 
     from kvopt.train.training import check_student
 
     one_process("a study")
-    for arm in study_arms(run.config):  # a fault in the grid is told before a model is loaded
+    for arm in study_arms(run.config):  # a mistake in the study is reported before a model is loaded
         check_student(run.inputs, arm.config)
     check_evaluation(run.inputs)
     with run.opened():

@@ -13,21 +13,24 @@ from kvopt.errors import InputError
 if TYPE_CHECKING:
     from kvopt.base.loading import Base
 
-NewFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="The new student's folder.")]
+NewFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write the new student to.")]
 OfBase = Annotated[
-    str | None, typer.Option("--base", metavar="BASE", help="The base (default: the one in the student's record).")
+    str | None, typer.Option("--base", metavar="BASE", help="The base model (default: the one that the student names).")
 ]
 
 
 def lines(
-    student: Annotated[Path, typer.Argument(metavar="STUDENT", help="A student folder, LoRA or full.")],
+    student: Annotated[Path, typer.Argument(metavar="STUDENT", help="The folder of a student, LoRA or full.")],
     out: NewFolder,
-    alpha: Annotated[float, typer.Option(min=0, help="Factor on the update of the first layer.")] = 0.5,
-    beta: Annotated[float, typer.Option(help="What the factor gains up to the last layer.")] = 0.5,
+    alpha: Annotated[float, typer.Option(min=0, help="The factor on the update of the first layer.")] = 0.5,
+    beta: Annotated[float, typer.Option(help="How much larger the factor is at the last layer.")] = 0.5,
     base: OfBase = None,
     as_json: Json = False,
 ) -> None:
-    """LiNeS: scale a student's update by depth, alpha + beta * layer / (layers - 1), against forgetting."""
+    """Scale a student's update by depth (LiNeS), which reduces forgetting.
+
+    The update of each layer is multiplied by alpha + beta * layer / (layers - 1).
+    """
     from kvopt.train.merging.folders import check_new, scaled_student
 
     check_new(out)
@@ -36,31 +39,32 @@ def lines(
 
 
 def soup(
-    students: Annotated[list[Path], typer.Argument(metavar="STUDENT...", help="Student folders over one base.")],
+    students: Annotated[list[Path], typer.Argument(metavar="STUDENT...", help="Student folders, all of one base.")],
     out: NewFolder,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="LoRA: cut the average back to this rank (default: the sum of the ranks).")
+        int | None, typer.Option(min=1, help="For LoRA: cut the average to this rank (default: the sum of the ranks).")
     ] = None,
     greedy: Annotated[
         Path | None,
         typer.Option(
-            metavar="CONFIG.yaml", help="Keep only students that lower the gold NLL of this config's selection rows."
+            metavar="CONFIG.yaml",
+            help="Keep only students that lower the gold NLL (loss) of this config's selection rows.",
         ),
     ] = None,
-    context: Annotated[str, typer.Option(help="With --greedy: the context that the rows stand behind.")] = "original",
+    context: Annotated[str, typer.Option(help="With --greedy: the context of these rows.")] = "original",
     sets: Sets = None,
     base: OfBase = None,
     as_json: Json = False,
 ) -> None:
-    """The average of several students: of all, or of those that a greedy choice keeps (--greedy).
+    """Average several students into one: all of them, or those that improve it (--greedy).
 
-    LoRA students are averaged as updates (B A), not as factors.
+    For LoRA students the updates B A are averaged, not the factors A and B.
     """
     from kvopt.train.merging import folders
 
     folders.check_new(out)
     if len(students) < 2:
-        raise InputError("a soup is made of two students or more", where="STUDENT")
+        raise InputError("a soup needs two or more students", where="STUDENT", mend="name another student folder")
     loaded = _base_of(students, base)
     if greedy is None:
         made = folders.soup(students, loaded, out, rank=rank)

@@ -13,19 +13,24 @@ SEVERAL = Path("comparison")
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One or more run directories.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="Where report.* go (default: the run; for several, comparison)."),
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Where to write (default: the run; for several, comparison).",
+        ),
     ] = None,
     formats: Annotated[
-        str | None, typer.Option("--format", metavar="LIST", help="Of html,json,csv,markdown (default: all).")
+        str | None,
+        typer.Option("--format", metavar="LIST", help="Some of html,json,csv,markdown (default: all)."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare the contexts of one run or several: a table here, and one offline page that says which to take and why.
+    """Compare the contexts of one or more runs: a table, and one offline page that says which to take and why.
 
-    With --json nothing is written unless --out or --format asks for it. No model is loaded.
+    No model is loaded. With --json, files are written only if --out or --format asks for them.
     """
     from kvopt.report import report_of, write_report
 

@@ -12,14 +12,17 @@ from kvopt.cli.common import Json, Out, Sets, print_json, say
 
 def sequence(
     config: Annotated[
-        Path, typer.Argument(metavar="SEQUENCE.yaml", help="Tasks (kvopt configs) in order, and the arms to compare.")
+        Path,
+        typer.Argument(metavar="SEQUENCE.yaml", help="Tasks (kvopt configs) in order, and students to compare."),
     ],
     sets: Sets = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Train students on one task after the other, measure every task after every stage: R, AP, BWT, FWT. Run it again
-    to go on after an interruption.
+    """Train students on one task after another, and measure every task after every stage.
+
+    Reports the scores R of each stage, their average at the end (AP), and backward and forward transfer (BWT, FWT).
+    After an interruption, give the same command again to continue.
     """
     from kvopt.cli.evaluation import show
     from kvopt.config.sequence import load_sequence

@@ -18,7 +18,10 @@ def demo(
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Learn and compare contexts for a docstring template, on a 135M model and your own Python's standard library."""
+    """See what kvopt does, in five minutes on a CPU: find and compare contexts for a prompt that writes docstrings.
+
+    The model (135M parameters) is downloaded once; the data is the standard library of your Python.
+    """
     source = resources.files("kvopt") / "configs" / ("demo-fast.yaml" if fast else "demo.yaml")
     with resources.as_file(source) as path:
         run = open_run(path, sets, out)
@@ -29,13 +32,17 @@ def demo(
 
 
 def init(
-    folder: Annotated[Path, typer.Argument(help="Where the starter config goes.")] = Path(),
+    folder: Annotated[Path, typer.Argument(help="The folder to write to.")] = Path(),
     infer: Annotated[
-        Path | None, typer.Option("--infer", metavar="FILE", help="Recover the template from already rendered prompts.")
+        Path | None,
+        typer.Option("--infer", metavar="FILE", help="Recover the template from these rendered prompts."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
 ) -> None:
-    """Write a starter config, or one whose template and data are recovered from rendered prompts."""
+    """Write a commented config with a little data to start from.
+
+    With --infer, template and data are recovered from prompts that were already rendered.
+    """
     from kvopt.cli.starter import write_inferred, write_starter
 
     written = write_inferred(infer, folder, force) if infer else write_starter(folder, force)
@@ -45,7 +52,7 @@ def init(
 
 
 def validate(config: ConfigPath, sets: Sets = None, as_json: Json = False) -> None:
-    """Check config, template, data and the token seam, without loading the model's weights."""
+    """Check config, template and data, and show where context and body meet, without loading the weights."""
     from kvopt.config.document import load_config
 
     settings, base_dir = load_config(config, sets or ())
@@ -69,11 +76,11 @@ def validate(config: ConfigPath, sets: Sets = None, as_json: Json = False) -> No
 
 def show_config(
     as_reference: Annotated[
-        bool, typer.Option("--reference", help="Print every key with type, default and meaning, as Markdown.")
+        bool, typer.Option("--reference", help="Print every key with its type, default and meaning, as Markdown.")
     ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the config file.")] = False,
 ) -> None:
-    """Print the commented starter config, or the JSON schema of config files."""
+    """Print the commented starter config, the reference of all keys, or the JSON schema."""
     if as_reference:
         from kvopt.config.reference_page import reference
 

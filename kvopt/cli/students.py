@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 def train(
     config: ConfigPath,
     only: Annotated[
-        list[str] | None, typer.Option("--only", metavar="NAME", help="Train this student only; may be repeated.")
+        list[str] | None, typer.Option("--only", metavar="NAME", help="Train only this student; may be repeated.")
     ] = None,
     sets: Sets = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Train the config's students on its contexts. Run it again to go on after an interruption; under `accelerate
-    launch -m kvopt train …` on several processes.
+    """Train the students of the config under its contexts.
+
+    After an interruption, give the same command again to continue. To train in several processes, start it with
+    accelerate launch -m kvopt train.
     """
     run = open_run(config, sets, out)
     from kvopt.train.commands import train_students
@@ -39,20 +41,25 @@ def export_data(
     config: ConfigPath,
     file: Annotated[Path, typer.Option("--out", metavar="FILE", help="The JSONL file to write.")],
     student: Annotated[
-        str | None, typer.Option("--student", metavar="NAME", help="The contexts of this student of the config.")
+        str | None, typer.Option("--student", metavar="NAME", help="Take the contexts of this student of the config.")
     ] = None,
     context: Annotated[
         list[str] | None,
-        typer.Option("--context", help="Instead: original, best-mutations:K, text:FILE, …; may be repeated."),
+        typer.Option("--context", help="Or name them: original, best-mutations:K, text:FILE, …; may be repeated."),
     ] = None,
     format: Annotated[str, typer.Option("--format", help="prompt-completion or messages.")] = "prompt-completion",
     sets: Sets = None,
     run_folder: Annotated[
-        Path | None, typer.Option("--run", metavar="DIR", help="The run directory with mutations (default: runs/NAME).")
+        Path | None,
+        typer.Option(
+            "--run",
+            metavar="DIR",
+            help="The run directory with mutations (default: runs/NAME).",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the training rows under every text context as JSONL, which any SFT trainer reads. Calls no model."""
+    """Write the training rows under each text context as JSONL, for any trainer. No model is loaded."""
     run = open_run(config, sets, run_folder)
     from kvopt.export.training_rows import choices_of, export_rows
     from kvopt.storage.files import write_jsonl

@@ -87,30 +87,35 @@ def known_starts() -> tuple[str, ...]:
 
 
 class ContextConfig(Section):
-    """One learned context."""
+    """A context to learn."""
 
-    name: str = Field(pattern=NAME, description="folder name under contexts/")
-    kind: Literal["kv", "soft"] = Field("kv", description="a KV cache, or a soft prompt (input embeddings)")
+    name: str = Field(pattern=NAME, description="name of the context, and of its folder under contexts/")
+    kind: Literal["kv", "soft"] = Field("kv", description="kv: a KV cache; soft: a soft prompt (input embeddings)")
     tokens: int | None = Field(
-        None, ge=1, description="slots; default: all tokens of the text (or context) that it starts from"
+        None, ge=1, description="length in slots; default: as long as the text (or context) that it starts from"
     )
     init: str | dict[str, Any] = Field(
         "template",
-        description="template, strided, matched, random-text, random, text:FILE, mutation:NAME, best-mutation, "
-        "or context:NAME; or a mapping with kind and options",
+        description="where it starts: template (its first tokens), strided (tokens spread evenly over it), matched"
+        " (fitted to its attention; kv only), random-text, random, text:FILE, mutation:NAME, best-mutation, or"
+        " context:NAME; or a mapping with kind and options",
     )
     steps: int = Field(200, ge=0, description="optimizer steps")
-    batch_size: int = Field(16, ge=1, description="examples a step")
+    batch_size: int = Field(16, ge=1, description="rows in each step")
     learning_rate: float = Field(0.005, gt=0, description="peak learning rate of AdamW")
     warmup: float = Field(
         0.05, ge=0, le=1, description="share of the steps with a rising learning rate; a cosine to 0 follows"
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
-    clip: float = Field(1.0, gt=0, description="largest gradient norm")
-    frozen: int = Field(1, ge=0, description="leading slots that stay as they are (slot 0 is the attention sink)")
-    eval_every: int = Field(20, ge=1, description="steps between measurements of held-out KL; the best state is kept")
+    clip: float = Field(1.0, gt=0, description="larger gradient norms are scaled down to this")
+    frozen: int = Field(1, ge=0, description="how many leading slots are not trained (slot 0 is the attention sink)")
+    eval_every: int = Field(
+        20, ge=1, description="steps between measurements of the KL on selection rows; the best state is kept"
+    )
     patience: int | None = Field(None, ge=1, description="stop after this many measurements without a better one")
-    seed: int | None = Field(None, description="default: the config's seed")
+    seed: int | None = Field(
+        None, description="decides the order of rows and random starts; default: the config's seed"
+    )
 
     @field_validator("init")
     @classmethod

@@ -26,23 +26,31 @@ from kvopt.config.yaml_file import read_tree
 
 
 class Config(Section):
-    """Everything that a run depends on."""
+    """Everything that the result of a run depends on."""
 
     name: str = Field("run", pattern=NAME, description="names the run directory, runs/NAME")
-    seed: int = Field(0, ge=0, lt=2**31, description="of everything random")
-    model: ModelConfig = Field(ModelConfig(), description="the frozen base")
-    template: TemplateConfig = Field(description="the template C")
-    data: DataConfig = Field(description="inputs V and gold outputs Y")
-    reference: ReferenceConfig = Field(ReferenceConfig(), description="the base's answers under the template")
-    mutations: MutationsConfig = Field(MutationsConfig(), description="other wordings of the template")
-    score: ScoreConfig = Field(ScoreConfig(), description="KL, NLL and agreement of contexts")
-    contexts: list[ContextConfig] = Field(default_factory=list, description="contexts to learn, in order")
-    report: ReportConfig = Field(ReportConfig(), description="what the report shows of single validation examples")
-    students: list[StudentConfig] = Field(
-        default_factory=list, description="students to train on contexts of the run, in order"
+    seed: int = Field(0, ge=0, lt=2**31, description="decides everything that is random")
+    model: ModelConfig = Field(ModelConfig(), description="the base, the frozen model")
+    template: TemplateConfig = Field(description="the prompt template whose behaviour is to be kept")
+    data: DataConfig = Field(description="rows with slot values and gold outputs (expected answers)")
+    reference: ReferenceConfig = Field(
+        ReferenceConfig(), description="how the base's distributions under the template are stored"
     )
-    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="how kvopt evaluate measures base and students")
-    study: StudyConfig | None = Field(None, description="what kvopt study compares")
+    mutations: MutationsConfig = Field(
+        MutationsConfig(), description="other wordings of the template, written by rules or a model"
+    )
+    score: ScoreConfig = Field(ScoreConfig(), description="how contexts are scored")
+    contexts: list[ContextConfig] = Field(
+        default_factory=list, description="soft prompts and KV caches to learn, in order"
+    )
+    report: ReportConfig = Field(ReportConfig(), description="which single rows the report shows")
+    students: list[StudentConfig] = Field(
+        default_factory=list, description="models to train under contexts of the run, in order"
+    )
+    evaluate: EvaluateConfig = Field(
+        EvaluateConfig(), description="how kvopt evaluate measures the base and the students"
+    )
+    study: StudyConfig | None = Field(None, description="which students kvopt study compares, and how")
 
     @model_validator(mode="after")
     def _unique_names(self) -> Config:

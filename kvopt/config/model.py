@@ -13,16 +13,16 @@ BUILTIN_BASE = "smollm2-135m"
 
 
 class ModelConfig(Section):
-    """Which base, and how it runs."""
+    """The base model, and how it runs."""
 
     base: str = Field(BUILTIN_BASE, description="smollm2-135m (built in), a hub id, a model folder or a .gguf file")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the hardware computes in it, else float32"
     )
     device: str = Field("auto", description="auto: cuda, else mps, else cpu")
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    trust_remote_code: bool = Field(False, description="allow Python code that comes with the model to run")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
-    attention: str = Field("sdpa", description="attention implementation of transformers")
+    attention: str = Field("sdpa", description="attention implementation of transformers (attn_implementation)")
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
     )

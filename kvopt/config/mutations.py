@@ -18,7 +18,7 @@ FAMILIES = ("structure", "syntax", "lexical", "paraphrase")
 
 
 class NoGenerator(FrozenSection):
-    """Rules only."""
+    """No paraphrases: rules alone rewrite the template."""
 
     kind: Literal["none"] = "none"
 
@@ -27,22 +27,29 @@ class LocalGenerator(FrozenSection):
     """The base model rewrites single sentences."""
 
     kind: Literal["local"] = "local"
-    samples: int = Field(default=4, ge=1, le=64, description="paraphrases asked for each sentence or list item")
+    samples: int = Field(
+        default=4, ge=1, le=64, description="how many paraphrases to ask for, for each sentence or list item"
+    )
     temperature: float = Field(default=0.7, gt=0, le=2, description="of the sampling")
 
 
 class EndpointSettings(FrozenSection):
     """How any OpenAI-compatible chat endpoint is asked."""
 
-    base_url: str = Field(description="up to and with /v1, e.g. http://localhost:8000/v1")
+    base_url: str = Field(description="the address up to and including /v1, e.g. http://localhost:8000/v1")
     model: str = Field(description="the model's name at the endpoint")
     api_key_env: str | None = Field(
         None, description="environment variable that holds the key; the key itself is never stored"
     )
     temperature: float = Field(1.0, ge=0, le=2, description="of the sampling")
     timeout: float = Field(120.0, gt=0, description="seconds for one request")
-    retries: int = Field(4, ge=0, le=20, description="repeats after a timeout, a lost connection, 429 or 5xx")
-    concurrency: int = Field(4, ge=1, le=32, description="requests at the same time")
+    retries: int = Field(
+        4,
+        ge=0,
+        le=20,
+        description="how often a request is repeated after a timeout, a lost connection, status 429 or 5xx",
+    )
+    concurrency: int = Field(4, ge=1, le=32, description="how many requests run at the same time")
 
     @field_validator("base_url")
     @classmethod
@@ -82,32 +89,34 @@ def protected_pattern(entry: str) -> re.Pattern[str]:
 
 
 class MutationsConfig(FrozenSection):
-    """Text mutations of the template: how many, and by what."""
+    """Other wordings of the template: how many, and what writes them."""
 
-    count: int = Field(32, ge=0, le=100_000, description="accepted mutations wanted")
+    count: int = Field(32, ge=0, le=100_000, description="how many accepted mutations are wanted")
     operators: tuple[str, ...] = Field(
         FAMILIES, description="families (structure, syntax, lexical, paraphrase) or names of single operators"
     )
     generator: GeneratorConfig = Field(
-        LocalGenerator(), description="what makes paraphrases; used when operators has paraphrase"
+        LocalGenerator(), description="what writes paraphrases; used if operators contains paraphrase"
     )
     protect: tuple[str, ...] = Field(
         (),
-        description="literals that must not change, plain or re:PATTERN, beside those found by themselves and those"
-        " marked {{keep:…}} in the template",
+        description="text that must not change, plain or re:PATTERN; JSON keys, numbers, quotes, code, labels and text"
+        " marked {{keep:…}} are protected anyway",
     )
     max_depth: int = Field(
         3,
         ge=1,
         le=16,
-        description="most operators in an attempt; every eighth attempt takes up to twice as many",
+        description="at most so many operators in one attempt; every eighth attempt may take twice as many",
     )
-    max_attempts: int | None = Field(None, ge=1, description="when to stop with fewer; default: 25 for each wanted one")
+    max_attempts: int | None = Field(
+        None, ge=1, description="stop after so many attempts, even with fewer mutations; default: 25 times count"
+    )
     paraphrase_share: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="share of attempts that begin with a paraphrase; default: an equal share for each family",
+        description="share of attempts that begin with a paraphrase; default: the same as for each other family",
     )
 
     @field_validator("operators")

@@ -10,9 +10,10 @@ from kvopt.config.document import Config
 
 INTRODUCTION = """# Config reference
 
-Made by `kvopt config --reference` from the schema; do not edit by hand. A config is one strict YAML file: an unknown
-key is an error with a suggestion. Paths are relative to the config file. `--set a.b=value` changes one value from the
-command line (`--set contexts.NAME.steps=50` finds a list item by its name).
+`kvopt config --reference` writes this page from the schema; do not edit it by hand. A config is one YAML file. A key
+that kvopt does not know is an error, with a suggestion. Paths are relative to the config file. `--set a.b=value`
+changes one value from the command line (`--set contexts.NAME.steps=50` finds a list item by its name). The words are
+explained in the [glossary](concepts.md#glossary).
 """
 
 

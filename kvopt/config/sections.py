@@ -12,25 +12,27 @@ from kvopt.config.section import Section
 class MessageConfig(Section):
     """One chat message of the template."""
 
-    role: Literal["system", "user", "assistant", "tool", "developer"] = Field(description="who says it")
+    role: Literal["system", "user", "assistant", "tool", "developer"] = Field(description="who says the message")
     content: str = Field(description="text with {{slots}}; {{keep:words}} must not change in mutations")
 
 
 class TemplateConfig(Section):
-    """The template C: exactly one of messages, text and file."""
+    """The prompt template: exactly one of messages, text and file."""
 
     messages: list[MessageConfig] | None = Field(
         None, description="chat messages, rendered with the base's chat template"
     )
-    text: str | None = Field(None, description="plain text, tokenized as it is")
+    text: str | None = Field(None, description="plain text, used without a chat template")
     file: str | None = Field(None, description="a UTF-8 file with plain template text")
     scope: Literal["leading", "all"] = Field(
-        "leading", description="what contexts replace: static text before the first slot, or all static text"
+        "leading", description="what contexts replace: leading: static text before the first slot; all: all static text"
     )
     end_token: bool = Field(
-        True, description="gold outputs end with the end-of-turn (or EOS) token, which is scored too"
+        True, description="add the end-of-turn (or EOS) token to gold outputs, so that stopping is scored too"
     )
-    chat_kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of the chat template")
+    chat_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="further arguments for the chat template, e.g. {enable_thinking: false}"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> TemplateConfig:
@@ -41,29 +43,35 @@ class TemplateConfig(Section):
 
 
 class ReferenceConfig(Section):
-    """How the reference is kept."""
+    """How the reference (the base's distributions under the template) is stored."""
 
     storage: Literal["hidden", "moments"] = Field(
         "hidden",
-        description="hidden states of gold tokens in the model's dtype; moments: float32 moments of the training rows"
-        " beside them, which take 2 float32 head products a step instead of 3 (see kernels/README.md for where that"
-        " pays)",
+        description="hidden: hidden states of gold tokens in the model's dtype; moments: also float32 moments of the"
+        " training rows, so that a step takes 2 float32 products with the output head instead of 3 (kernels/README.md"
+        " says where that is faster)",
     )
-    batch_size: int = Field(16, ge=1, description="bodies a batch")
+    batch_size: int = Field(16, ge=1, description="rows in a batch")
 
 
 class ScoreConfig(Section):
     """How contexts are scored."""
 
-    batch_size: int = Field(16, ge=1, description="bodies a batch")
-    resamples: int = Field(2000, ge=100, description="bootstrap draws of the 95 % intervals")
-    best: int = Field(5, ge=0, description="how many of the best mutations are scored on the validation rows")
+    batch_size: int = Field(16, ge=1, description="rows in a batch")
+    resamples: int = Field(2000, ge=100, description="how many bootstrap draws give a 95 % interval")
+    best: int = Field(
+        5, ge=0, description="how many of the best mutations are scored on the validation rows and reported"
+    )
 
 
 class ReportConfig(Section):
-    """What the report shows of single validation examples."""
+    """Which single validation rows the report shows."""
 
-    examples: int = Field(3, ge=0, le=50, description="from the worst to the best, evenly spread; 0 shows none")
-    contexts: int = Field(6, ge=0, le=20, description="learned contexts beside original, best mutation and none")
-    top_k: int = Field(5, ge=1, le=50, description="tokens listed where a context would rather say something else")
-    max_new_tokens: int = Field(32, ge=1, description="greedy answers are cut here")
+    examples: int = Field(
+        3, ge=0, le=50, description="how many rows, evenly spread from the worst to the best; 0 shows none"
+    )
+    contexts: int = Field(
+        6, ge=0, le=20, description="how many learned contexts, besides the original, the best mutation and none"
+    )
+    top_k: int = Field(5, ge=1, le=50, description="how many tokens are listed where a context prefers another token")
+    max_new_tokens: int = Field(32, ge=1, description="an answer (greedy) is cut after so many tokens")

@@ -16,11 +16,11 @@ from kvopt.config.yaml_file import read_tree
 
 
 class StageConfig(Section):
-    """One task: a kvopt config; plain text is its file."""
+    """One task: a kvopt config, or only the path of its file."""
 
     config: str = Field(min_length=1, description="a kvopt config with template and data; relative to this file")
-    name: str | None = Field(None, pattern=NAME, description="of the task; default: the config's name")
-    set: list[str] = Field(default_factory=list, description="changes of that config, each a.b=value as for --set")
+    name: str | None = Field(None, pattern=NAME, description="name of the task; default: the config's name")
+    set: list[str] = Field(default_factory=list, description="changes to that config, each a.b=value as for --set")
 
     @model_validator(mode="before")
     @classmethod
@@ -29,7 +29,7 @@ class StageConfig(Section):
 
 
 class SequenceConfig(Section):
-    """Everything that a sequence depends on."""
+    """Everything that the result of a sequence depends on."""
 
     name: str = Field("sequence", pattern=NAME, description="names the folder, runs/NAME")
     stages: list[StageConfig] = Field(min_length=1, description="the tasks, in the order in which they are learned")

@@ -12,19 +12,19 @@ from kvopt.config.section import FrozenSection
 
 
 class CurveConfig(FrozenSection):
-    """What the n-th mutation buys: students on the original and n mutations, each set a part of the next."""
+    """How much the n-th mutation helps: students on the original and n mutations; each set contains the one before."""
 
     counts: tuple[int, ...] = Field((0, 1, 2, 4, 8), min_length=2, description="numbers of mutations")
     context_order: Order = Field(
         "best",
-        description="mutations by forward KL, lowest first; the better half by distance of their texts; or in an order "
-        "drawn with the seed",
+        description="which mutations come first: best: lowest forward KL; diverse: from the better half, the most"
+        " different texts; random: an order drawn with the seed",
     )
-    like: str | None = Field(None, description="the arm whose settings they have; default: the reference")
+    like: str | None = Field(None, description="the arm whose settings these students have; default: the reference")
     quantities: list[str] | None = Field(
         None,
-        description="what is fitted, GROUP/QUANTITY as in study.json; default: the first metric and the gold NLL under "
-        "the original, held-out mutations and templates",
+        description="what the curve is fitted to, GROUP/QUANTITY as in study.json; default: the first metric and the"
+        " gold NLL, under the original, held-out mutations and templates",
     )
 
     @field_validator("counts")
@@ -36,21 +36,23 @@ class CurveConfig(FrozenSection):
 
 
 class StudyConfig(FrozenSection):
-    """A grid of arms × seeds at equal budgets."""
+    """A comparison of students (arms), each trained with every seed at an equal budget."""
 
-    arms: list[str] | None = Field(None, min_length=1, description="names of students; default: all")
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="each arm is trained once with each")
-    budget: Literal["steps", "tokens", "epochs"] = Field("steps", description="what is equal in all arms")
-    amount: float | None = Field(None, gt=0, description="of the budget; default: what the arms say, which must agree")
-    reference: str | None = Field(
-        None, description="the arm that others are compared with, and whose seconds others get; default: the first"
+    arms: list[str] | None = Field(None, min_length=1, description="names of the students to compare; default: all")
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="each arm is trained once with every seed")
+    budget: Literal["steps", "tokens", "epochs"] = Field("steps", description="what all arms get the same amount of")
+    amount: float | None = Field(
+        None, gt=0, description="that amount; default: what the students say, which must then be equal"
     )
+    reference: str | None = Field(None, description="the arm that the others are compared with; default: the first")
     equal_seconds: list[str] = Field(
         default_factory=list,
-        description="arms that are also trained for as many steps as they can make in the reference's seconds",
+        description="arms that are trained once more, for as many steps as fit into the seconds of the reference",
     )
-    curve: CurveConfig | None = Field(None, description="adds arms with n mutations each and fits what the n-th buys")
-    evaluate: EvaluateConfig | None = Field(None, description="instead of the config's evaluate section")
+    curve: CurveConfig | None = Field(
+        None, description="adds arms with different numbers of mutations, and fits how much the n-th one helps"
+    )
+    evaluate: EvaluateConfig | None = Field(None, description="used in place of the config's evaluate section")
 
     @field_validator("seeds")
     @classmethod

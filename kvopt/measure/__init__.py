@@ -1,1 +1,1 @@
-"""How far a context is from the template: the reference, its moments, scores with intervals, and single examples."""
+"""How far a context is from the template: the stored reference, scores with intervals, and single examples."""

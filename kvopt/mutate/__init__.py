@@ -1,1 +1,1 @@
-"""Other wordings of the template: operators, generators, what makes a mutation valid, the search for them."""
+"""Other wordings of the template: rules and generators that write them, what makes one valid, and the search."""

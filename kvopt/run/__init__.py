@@ -1,1 +1,1 @@
-"""The order of stages, the keys that say which are still good, and the folder that keeps their artefacts."""
+"""A run: the order of its stages, the keys that say which are up to date, and the folder that keeps their results."""

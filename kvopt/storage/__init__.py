@@ -1,1 +1,1 @@
-"""Bytes on disk: written whole or not at all, hashed, locked against other processes."""
+"""Files on disk: written whole or not at all, hashed, and locked against other processes."""

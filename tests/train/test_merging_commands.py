@@ -131,7 +131,7 @@ def test_a_greedy_soup_takes_any_metric(students, base, tmp_path):
         (["lines", "{a}", "--out", "."], r"\.: is there already \(choose another --out\)"),
         (["lines", "{a}"], r"Missing option '--out'"),
         (["lines", "{a}", "--out", "x", "--base", "{other}"], r"a: trained from base .* differs"),
-        (["soup", "{a}", "--out", "x"], r"a soup is made of two students or more"),
+        (["soup", "{a}", "--out", "x"], r"a soup needs two or more students"),
         (["soup", "{a}", "{full-a}", "--out", "x"], r"is a LoRA student and .* a full one"),
         (["soup", "{full-a}", "{full-b}", "--rank", "2", "--out", "x"], r"--rank: full students have no rank"),
         (["soup", "{a}", "{b}", "--greedy", "no.yaml", "--out", "x"], r"no\.yaml: no such file"),

@@ -118,7 +118,7 @@ def _one_method(folders: Sequence[Path]) -> str:
     lora = [is_lora(folder) for folder in folders]
     if len(set(lora)) == 2:
         first, other = folders[lora.index(True)], folders[lora.index(False)]
-        what = f"{first} is a LoRA student and {other} a full one; a soup is made of one kind"
+        what = f"{first} is a LoRA student and {other} a full one; a soup needs students of one kind"
         raise InputError(what, mend="leave one of them out")
     return "lora" if lora[0] else "full"
 
