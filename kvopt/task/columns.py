@@ -93,7 +93,7 @@ def as_text(value: Any, what: str) -> str:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
-            raise NoValue(f"{what} holds half of a surrogate pair, which is no character") from None
+            raise NoValue(f"{what} contains half of a surrogate pair, which is not a character") from None
         return value
     if value is None:
         raise NoValue(f"{what} is null")
