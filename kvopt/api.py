@@ -207,7 +207,7 @@ def _placed(entry: Mapping[str, Any]) -> dict[str, Any]:
 def _run(tree: dict[str, Any], examples: Examples, validation: Examples | None, out: Path) -> Run:
     """Write the config and the rows into ``out`` and open the run on them."""
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or _is_ours(out / "kvopt.yaml"))):
-        raise InputError("is there already and is not of such a call", where=str(out), mend="choose another out")
+        raise InputError("already exists and is not from such a call", where=str(out), mend="choose another out")
     if not isinstance(examples, str | Path | Collection):
         raise InputError(f"must be rows or a file of them, not {examples!r}", where="examples")
     write_text(out / "kvopt.yaml", OURS)  # first, so that a call that fails below can be put right and made again

@@ -112,7 +112,7 @@ def test_what_is_wrong_is_one_line(learn: Any, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="is not of such a call"):
+    with pytest.raises(InputError, match="already exists and is not from such a call"):
         learn(out=tmp_path / "mine")
 
 
@@ -120,7 +120,7 @@ def test_a_project_of_the_user_is_not_written_over(learn: Any, tmp_path: Path) -
     """The folder of ``kvopt init`` holds a kvopt.yaml too."""
     write_starter(tmp_path / "project", force=False)
     before = {path.name: path.read_bytes() for path in (tmp_path / "project").iterdir()}
-    with pytest.raises(InputError, match="is not of such a call"):
+    with pytest.raises(InputError, match="already exists and is not from such a call"):
         learn(out=tmp_path / "project")
     assert {path.name: path.read_bytes() for path in (tmp_path / "project").iterdir()} == before
 

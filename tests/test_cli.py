@@ -175,7 +175,7 @@ def test_a_place_without_permission_is_refused(fails, job):
 
 def test_a_folder_of_somebody_else_is_refused(fails, job):
     assert fails("run", job, "--out", job.parent) == (
-        f"error: {job.parent}: holds other files and is no run directory (choose an empty --out folder)"
+        f"error: {job.parent}: contains other files and is not a run directory (choose an empty --out folder)"
     )
 
 
@@ -394,7 +394,7 @@ def test_init_writes_a_starter_that_validates_and_runs(kvopt, fails, tmp_path):
     assert json.loads(out)["slots"] == ["message"]
     quick = ("--set", "contexts.kv-32.steps=2", "--set", "mutations.count=1", "--set", "model.dtype=float32")
     assert kvopt("run", config, *base, *quick, "--out", "out", "--json")[0] == 0
-    assert "is there already" in fails("init", "new place")
+    assert "already exists" in fails("init", "new place")
     assert kvopt("init", "new place", "--force")[0] == 0
 
 

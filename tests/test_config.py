@@ -104,9 +104,12 @@ def test_a_wrong_value_is_named_with_its_place(load, sections, line):
     [
         ("", "is not a mapping of sections"),
         ("[1, 2]", "is not a mapping of sections"),
-        ("name: a\nseed: 1\nname: b\n", "job.yaml:3: not valid YAML: 'name' stands here twice"),
-        ("model:\n  base: a\n  base: b\n", "job.yaml:3: not valid YAML: 'base' stands here twice"),
-        ("contexts:\n- {name: a, steps: 1,\n   steps: 2}\n", "job.yaml:3: not valid YAML: 'steps' stands here twice"),
+        ("name: a\nseed: 1\nname: b\n", "job.yaml:3: not valid YAML: 'name' is given twice"),
+        ("model:\n  base: a\n  base: b\n", "job.yaml:3: not valid YAML: 'base' is given twice"),
+        (
+            "contexts:\n- {name: a, steps: 1,\n   steps: 2}\n",
+            "job.yaml:3: not valid YAML: 'steps' is given twice",
+        ),
         ("? [a]\n: 1\n", "job.yaml:1: not valid YAML: a key must be plain text"),
         ("a: [1", "job.yaml:1: not valid YAML"),
         ("a: \0", "not valid YAML: unacceptable character"),

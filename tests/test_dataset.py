@@ -134,7 +134,7 @@ def test_only_rows_in_which_the_pattern_is_found_are_used_in_every_part_and_keep
 
 def test_patterns_that_leave_nothing_cannot_be_read_or_have_no_column_are_refused(load):
     fails(load, "data.only leaves no row (change the pattern)", "train.jsonl", rows(4), only={"output": "zzz"})
-    fails(load, "'(' is no regular expression", "data.only.output", rows(4), only={"output": "("})
+    fails(load, "'(' is not a regular expression", "data.only.output", rows(4), only={"output": "("})
     fails(load, "data.only has no column 'outputs'", "train.jsonl:1, 2, 3, 4", rows(4), only={"outputs": "a"})
 
 
@@ -226,7 +226,7 @@ def test_turns_that_no_slot_takes_are_a_warning(load):
     long = [chat(i, ("user", "hi"), ("assistant", "ho"), ("user", f"q{i}"), ("assistant", f"a{i}")) for i in range(40)]
     data = load(long)
     assert data.train[0].values["question"] == f"q{data.train[0].id[6:]}"
-    assert "more turns than the slots take" in data.warnings[0]
+    assert "more turns than the template has slots for" in data.warnings[0]
 
 
 # Duplicates and leakage
@@ -251,7 +251,7 @@ def test_dropped_duplicates_do_not_count_towards_the_limit(load):
 def test_leaked_rows_are_an_error_by_default_and_named_on_both_sides(load):
     error = fails(
         load,
-        "has the values of the validation row validation.jsonl:2",
+        "has the same values as the validation row validation.jsonl:2",
         "train.jsonl:5",
         rows(50),
         [rows(1, 99)[0], rows(1, 4)[0]],

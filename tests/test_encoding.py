@@ -153,7 +153,7 @@ def test_gold_that_changes_under_a_context_is_refused() -> None:
 
 def test_a_row_over_the_window_is_named_with_its_length() -> None:
     tokenizer = tiny_tokenizer("chatml")
-    with pytest.raises(InputError, match=r"train\.jsonl:2: \d+ tokens .* window has 120"):
+    with pytest.raises(InputError, match=r"train\.jsonl:2: \d+ tokens .* window of 120"):
         Encoder(tokenizer).encode(template_for("chatml"), examples_of([("a", "b"), ("c " * 200, "d")]), window=120)
 
 

@@ -238,7 +238,7 @@ def test_a_fault_leaves_the_finished_run_as_it_was(copied, finished, tmp_path):
 def test_a_folder_with_other_things_is_refused_untouched(finished, tmp_path):
     (tmp_path / "contexts" / "mine").mkdir(parents=True)
     (tmp_path / ".notes.partial").write_text("mine")
-    with pytest.raises(InputError, match="no run directory"):
+    with pytest.raises(InputError, match="not a run directory"):
         run_job(finished[0], tmp_path)
     assert (tmp_path / "contexts" / "mine").is_dir()
     assert (tmp_path / ".notes.partial").read_text() == "mine"

@@ -90,7 +90,7 @@ def test_random_needs_no_ranks():
 
 def test_too_few_mutations_are_named():
     with pytest.raises(
-        InputError, match=r"here: 3 mutations are wanted, 2 are there \(raise mutations\.count and run again\)"
+        InputError, match=r"here: 3 mutations are wanted, but there are only 2 \(raise mutations\.count and run again\)"
     ):
         first_mutations("diverse", 3, mutations("a", "b"), lambda: ["m000", "m001"], ORIGINAL, seed=0, where="here")
 

@@ -112,7 +112,7 @@ def _with_budget(student: StudentConfig, study: StudyConfig) -> StudentConfig:
     if study.amount is None:
         return student
     if study.budget != "epochs" and study.amount != int(study.amount):
-        raise InputError(f"{study.amount} {study.budget} is no whole number", where="study.amount")
+        raise InputError(f"{study.amount} {study.budget} is not a whole number", where="study.amount")
     amount = study.amount if study.budget == "epochs" else int(study.amount)
     budget = dict.fromkeys(("steps", "tokens", "epochs")) | {study.budget: amount}
     return StudentConfig.model_validate(student.model_dump() | budget)

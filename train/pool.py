@@ -126,7 +126,7 @@ def build_pool(catalogue: Catalogue, config: StudentConfig, seed: int) -> Pool:
         name = ContextName.parse(choice.context, where)
         for context in catalogue.named(name, where, seed=seed, taken=taken):
             if context.name in taken:
-                raise InputError(f"{context.name!r} stands twice", where=where, mend="give it once, with a weight")
+                raise InputError(f"{context.name!r} is given twice", where=where, mend="give it once, with a weight")
             taken.add(context.name)
             chosen.append((context, choice.weight))
     contexts = [in_front_of_rows(catalogue.task, context, weight) for context, weight in chosen]

@@ -63,7 +63,7 @@ def rows_a_process(config: StudentConfig) -> int:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if config.batch_size % (config.accumulation * processes):
         parts = f"accumulation {config.accumulation} x {processes} processes"
-        what = f"batch_size {config.batch_size} is no multiple of {parts}"
+        what = f"batch_size {config.batch_size} is not a multiple of {parts}"
         raise InputError(what, where=f"students.{config.name}", mend="change batch_size or accumulation")
     return config.batch_size // (config.accumulation * processes)
 
@@ -72,7 +72,7 @@ def autocast_dtype(base: Base, weights: torch.dtype, config: StudentConfig) -> t
     """The dtype of mixed precision, None where everything is computed in the weights' own. Raises InputError."""
     wanted, where = base.dtype if config.dtype == "auto" else DTYPES[config.dtype], f"students.{config.name}.dtype"
     if wanted == torch.float16 and base.device.type != "cuda":
-        raise InputError("float16 is trained on a GPU alone", where=where, mend="use bfloat16 or float32")
+        raise InputError("float16 can be trained only on a GPU", where=where, mend="use bfloat16 or float32")
     if wanted == torch.float16:
         return wanted  # with its loss scaler, also where the frozen weights are float16
     if wanted == weights:

@@ -190,7 +190,7 @@ def start_from(student: Student, folder: Path, base: Base) -> None:
     before = load_student(folder, replace(base, dtype=student.base.dtype) if student.method == "full" else base)
     is_lora = (folder / "adapter_config.json").is_file()
     if is_lora != (student.method == "lora"):
-        what = f"is a {'lora' if is_lora else 'full'} student and cannot be gone on with as a {student.method} one"
+        what = f"is a {'lora' if is_lora else 'full'} student and cannot be trained further as a {student.method} one"
         raise InputError(what, where=str(folder), mend="use its method")
     start = dict(before.model.named_parameters())
     trained = student.trainable()

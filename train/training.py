@@ -123,7 +123,7 @@ def _student(
     folder = at.directory / "students" / config.name
     record = read_student_record(folder) if folder.is_dir() else None
     if record is not None and record.get("key") == key and _is_whole(folder, record):
-        at.say(f"student {config.name}: as it was trained")
+        at.say(f"student {config.name}: trained already")
         return record
     stage = f"students/{config.name}"
     at.directory.begin(stage, key, stage, f".training/{config.name}", f"logs/{config.name}")

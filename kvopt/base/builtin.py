@@ -60,7 +60,7 @@ def _build(folder: Path, say: Callable[[str], None]) -> None:
         except KvoptError as error:
             reasons.append(f"{label}: {error}")
     mend = "connect to a network once, or set model.base to a local folder or .gguf file"
-    raise KvoptError(f"the built-in base {BUILTIN_BASE} cannot be had; {'; '.join(reasons)} ({mend})")
+    raise KvoptError(f"the built-in base {BUILTIN_BASE} could not be obtained; {'; '.join(reasons)} ({mend})")
 
 
 def from_hub(folder: Path, say: Callable[[str], None]) -> None:

@@ -57,7 +57,7 @@ def generate(
     ends = stop_ids(base) if stop is None else stop
     longest = max(map(len, bodies), default=0)
     if any(len(body) == 0 for body in bodies):
-        raise InputError("a body without tokens cannot be answered", mend="put text behind the context")
+        raise InputError("a body without tokens cannot be answered", mend="put text after the context")
     if len(prefix) + longest + max_new_tokens > base.geometry.window:
         raise InputError(
             f"{len(prefix)} slots, a body of {longest} tokens and {max_new_tokens} new ones do not fit the window of"

@@ -147,7 +147,7 @@ def locate(base: str, revision: str | None, say: Callable[[str], None]) -> Path:
 
 def _checked_folder(folder: Path, where: str) -> Path:
     if not (folder / "config.json").is_file():
-        mend = "an adapter or context folder is no base; give the model it belongs to"
+        mend = "an adapter or context folder is not a base; give the model that it belongs to"
         raise InputError("the folder has no config.json", where=where, mend=mend)
     if not hub.has_tokenizer(folder):
         raise InputError("the base has no tokenizer", where=where, mend="save its tokenizer into the folder")
@@ -225,7 +225,11 @@ def _fault(config: ModelConfig, what: str, error: BaseException) -> InputError:
     text, where = " ".join(str(error).split()), f"model.base {config.base}"
     if "trust_remote_code" in text and not config.trust_remote_code:
         mend = "read that code, then set model.trust_remote_code: true"
-        return InputError("the model comes with its own Python code, which is not run unasked", where=where, mend=mend)
+        return InputError(
+            "the model comes with Python code, which kvopt does not run unless you allow it",
+            where=where,
+            mend=mend,
+        )
     return InputError(f"{what}: {type(error).__name__}: {text[:300]}", where=where)
 
 

@@ -61,7 +61,7 @@ class Config(Section):
             if name in ("original", "none"):
                 raise ValueError(f"{name!r} is the name of a built-in context")
             if MUTATION.fullmatch(name):
-                raise ValueError(f"{name!r} is the name of a mutation; name the context otherwise")
+                raise ValueError(f"{name!r} is the name of a mutation; give the context another name")
         for context in self.contexts:
             kind, argument = context.start.kind, context.start.argument
             if kind == "context" and argument in names and names.index(argument) >= names.index(context.name):

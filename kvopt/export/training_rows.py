@@ -71,7 +71,7 @@ def text_templates(
         taken = {name for name, _, _ in found}
         for name, template in _named(inputs, run, choice.context, seed, taken):
             if name in taken:
-                raise InputError(f"{name!r} stands twice", where=choice.context, mend="give it once, with a weight")
+                raise InputError(f"{name!r} is given twice", where=choice.context, mend="give it once, with a weight")
             found.append((name, template, int(choice.weight)))
     return found
 

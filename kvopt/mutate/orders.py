@@ -53,7 +53,7 @@ def first_mutations(
     else:
         names = list(ranked())
     if len(names) < count:
-        what = f"{count} mutations are wanted, {len(names)} are there"
+        what = f"{count} mutations are wanted, but there are only {len(names)}"
         raise InputError(what, where=where, mend="raise mutations.count and run again")
     return names[:count]
 

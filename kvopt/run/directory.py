@@ -65,7 +65,9 @@ class RunDirectory:
         """Refuse a folder with other things in it, because a run removes contexts and partial files."""
         if any(self.path.iterdir()) and not any((self / name).exists() for name in (".lock", "manifest.json")):
             raise InputError(
-                "holds other files and is no run directory", where=str(self.path), mend="choose an empty --out folder"
+                "contains other files and is not a run directory",
+                where=str(self.path),
+                mend="choose an empty --out folder",
             )
 
     def _mend_ledger(self) -> None:
@@ -82,7 +84,7 @@ class RunDirectory:
             manifest = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(
-                f"is damaged: {error}", where=str(path), mend="delete it; what depended on it is made again"
+                f"is damaged: {error}", where=str(path), mend="delete it; what depends on it is computed again"
             ) from None
         if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
             raise InputError(

@@ -141,8 +141,8 @@ class Run:
         end = len(task.encoded.prefix) + max(len(row) for row in task.encoded.rows)
         if sliding is not None and end > sliding:
             self.at.say(
-                f"warning: sliding-window layers see {sliding} tokens back; the longest row ends"
-                f" {end} tokens behind the template's start, so they forget part of it"
+                f"warning: sliding-window layers see only the last {sliding} tokens; the longest row ends {end} tokens"
+                " after the template's start, so its last tokens do not see all of the template"
             )
 
     # ---- stages

@@ -93,7 +93,7 @@ def as_text(cell: Any, what: str) -> str:
         try:
             cell.encode("utf-8")
         except UnicodeEncodeError:
-            raise NoValue(f"{what} holds half of a surrogate pair, which is no character") from None
+            raise NoValue(f"{what} contains half of a surrogate pair, which is not a character") from None
         return cell
     if cell is None:
         raise NoValue(f"{what} is null")

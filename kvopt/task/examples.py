@@ -116,7 +116,7 @@ def _patterns(only: dict[str, str]) -> dict[str, re.Pattern[str]]:
         try:
             patterns[path] = re.compile(pattern)
         except re.error as error:
-            raise InputError(f"{pattern!r} is no regular expression: {error}", where=f"data.only.{path}") from None
+            raise InputError(f"{pattern!r} is not a regular expression: {error}", where=f"data.only.{path}") from None
     return patterns
 
 
@@ -180,7 +180,7 @@ def _read(
     if blank:
         warnings.append(f"{_places(blank)}: a slot value is empty")
     if turns:
-        warnings.append(f"{_places(turns)}: the conversation has more turns than the slots take")
+        warnings.append(f"{_places(turns)}: the conversation has more turns than the template has slots for")
     return examples
 
 
@@ -237,7 +237,7 @@ def _check_leakage(train: Iterable[Example], validation: list[Example], policy: 
     held_out = {example.key: example for example in reversed(validation)}
     leaks = [(held_out[example.key], example) for example in train if example.key in held_out]
     mend = "remove them from one of the two, or set data.leakage"
-    _tell(leaks, "has the values of the validation row {}", mend, policy, warnings)
+    _tell(leaks, "has the same values as the validation row {}", mend, policy, warnings)
 
 
 def _tell(pairs: list[tuple[Example, Example]], verb: str, mend: str, policy: Policy, warnings: list[str]) -> None:

@@ -108,7 +108,7 @@ def _roles(prompts: Sequence[Prompt], names: Sequence[str]) -> tuple[str, ...] |
         raise InputError(
             f"{_described(first)} where the others are {_described(usual)}",
             where=_named(strangers, names),
-            mend="infer a template from rows of one form",
+            mend="use only rows of one form",
         )
     return usual
 
@@ -146,7 +146,7 @@ def _infer_text(texts: list[str], names: Sequence[str]) -> Split:
                 f"does not fit the template of the other {len(fitting)} prompts, which share {_residue(segment)}: "
                 f"left over is {_residue(values[strangers[0]])}",
                 where=_named(strangers, names),
-                mend="remove these rows or infer them apart",
+                mend="remove these rows, or recover their template separately",
             )
         notes.append(
             f"most rows have {_residue(segment)} once in slot {number}, but not {_named(strangers, names)}; "
@@ -392,4 +392,4 @@ def _verify(inferred: Inferred, prompts: Sequence[Prompt], names: Sequence[str])
     for prompt, values, name in zip(prompts, inferred.values, names, strict=True):
         wanted = prompt if isinstance(prompt, str) else [{"role": m["role"], "content": m["content"]} for m in prompt]
         if inferred.template.fill(values) != wanted:
-            raise InputError("the inferred template does not render this prompt back", where=name)
+            raise InputError("the recovered template does not give this prompt back", where=name)

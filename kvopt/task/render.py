@@ -152,7 +152,7 @@ def _locate(text: str, statics: list[str], values: list[str], where: str) -> Ren
     match = re.fullmatch(pattern, text)
     if match is None:
         raise InputError(
-            "the base's chat template changes a slot value, so the seam cannot be placed",
+            "the base's chat template changes a slot value, so kvopt cannot tell where the value begins and ends",
             where=where,
             mend="use template.text with the chat markup written out",
         )

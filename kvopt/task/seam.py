@@ -99,7 +99,7 @@ class Encoder:
             raise SeamError(
                 "the prompt's last token merges with the output's first characters",
                 where=example.source,
-                mend="end the template with a newline or a chat turn, and outputs without that first character",
+                mend="end the template with a newline or use chat messages; start no output with a space or newline",
             )
         return prompt, leading, tuple(full[len(prompt) :])
 
@@ -180,9 +180,9 @@ def _check_window(rows: Sequence[Row], prefix: int, examples: Sequence[Example],
         if prefix + len(row) > window
     ]
     if too_long:
-        more = f" and {len(too_long) - 1} more rows" if len(too_long) > 1 else ""
+        more = f"; {len(too_long) - 1} more rows are too long" if len(too_long) > 1 else ""
         raise InputError(
-            f"{too_long[0][1]} tokens with the template{more}, the context window has {window}",
+            f"{too_long[0][1]} tokens with the template, more than the context window of {window}{more}",
             where=too_long[0][0],
             mend="shorten or drop these rows",
         )

@@ -131,7 +131,7 @@ class Template:
             raise InputError(
                 "the last message is the assistant's",
                 where=where,
-                mend="end with the user's message; the output is data",
+                mend="end with the user's message; the answer comes from the data",
             )
         return self
 

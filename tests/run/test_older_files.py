@@ -58,7 +58,7 @@ def test_a_finished_run_is_taken_as_it_is(older: Path) -> None:
         evaluate_all(run)
         conduct_study(run)
     assert len(ledger(older)) == len(ledger(OLDER.parent / "run-0.1.0")), "nothing was computed again"
-    assert [line for line in lines if line.endswith("as it was trained")]
+    assert [line for line in lines if line.endswith("trained already")]
     for name, value in before.items():
         after = document(older / "run" / name)
         if name == "study.json":  # its intervals over rows are drawn in another way since

@@ -119,8 +119,8 @@ def test_a_plain_text_template_gives_text(tmp_path: Path) -> None:
         (["none"], "has no prompt to write"),
         (["m999"], "no context 'm999'"),
         (["best-mutations:x"], "needs a number"),
-        (["best-mutations:9"], "9 mutations are wanted, 3 are there"),
-        (["original", "original"], "stands twice"),
+        (["best-mutations:9"], "9 mutations are wanted, but there are only 3"),
+        (["original", "original"], "is given twice"),
         (["text:missing.txt"], "missing.txt"),
     ],
 )

@@ -128,7 +128,7 @@ def test_a_greedy_soup_takes_any_metric(students, base, tmp_path):
     [
         (["lines", "nowhere", "--out", "x"], r"nowhere: no such folder \(give a folder from students/\)"),
         (["lines", ".", "--out", "x"], r"\.: does not say what its base is \(give --base\)"),
-        (["lines", "{a}", "--out", "."], r"\.: is there already \(choose another --out\)"),
+        (["lines", "{a}", "--out", "."], r"\.: already exists \(choose another --out\)"),
         (["lines", "{a}"], r"Missing option '--out'"),
         (["lines", "{a}", "--out", "x", "--base", "{other}"], r"a: trained from base .* differs"),
         (["soup", "{a}", "--out", "x"], r"a soup needs two or more students"),

@@ -334,7 +334,7 @@ def test_a_student_goes_on_from_another(tmp_path: Path) -> None:
         ({"lora": {"rank": 3}}, "has LoRA of another rank, alpha or targets"),
         ({"lora": {"alpha": 3}}, "has LoRA of another rank, alpha or targets"),
         ({"lora": {"targets": ["q_proj"]}}, "has LoRA of another rank, alpha or targets"),
-        ({"method": "full"}, "is a lora student and cannot be gone on with as a full one"),
+        ({"method": "full"}, "is a lora student and cannot be trained further as a full one"),
         ({"start": "nowhere"}, "nowhere: is not a student folder"),
     ],
 )

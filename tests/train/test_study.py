@@ -100,7 +100,7 @@ def test_the_mutations_of_the_curve_come_in_the_order_that_the_config_says(tmp_p
         (lambda c: c["study"]["curve"].update(like="nobody"), r"study\.curve\.like: no arm 'nobody'"),
         (lambda c: c["students"][1].update(steps=4), r"do not have equal steps \(plain: 3, kv: 4\)"),
         (lambda c: c["study"].update(budget="tokens"), r"do not have equal tokens \(plain: none, kv: none\)"),
-        (lambda c: c["study"].update(amount=2.5), r"study\.amount: 2\.5 steps is no whole number"),
+        (lambda c: c["study"].update(amount=2.5), r"study\.amount: 2\.5 steps is not a whole number"),
         (lambda c: c.update(students=[], study={}), "has no students to compare"),
         (lambda c: c.pop("study"), "has no study section"),
     ],

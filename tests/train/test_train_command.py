@@ -163,7 +163,7 @@ WRONG = [
     ("contexts: ['best-mutations:x']", "needs a number"),
     ("contexts: ['text:nothing.txt']", "nothing.txt"),
     ("contexts: []", "students.0.contexts"),
-    ("contexts: [original, original]", "stands twice"),
+    ("contexts: [original, original]", "is given twice"),
     ("contexts: [{context: original, wieght: 2}]", "did you mean 'weight'?"),
     ("contexts: [{context: original, weight: 1.5}]", "expand takes whole numbers"),
     ("contexts: [original], loss: cee", "loss.kind: unknown value 'cee'"),
@@ -176,7 +176,7 @@ WRONG = [
     ("contexts: [original], lora: {targets: [nothing]}", "students.s.lora.targets"),
     ("contexts: [original], max_length: 20", "rows have more than 20 tokens"),
     ("contexts: [original], max_length: 20, too_long: drop", "rows have more than 20 tokens"),
-    ("contexts: [original], dtype: float16", "float16 is trained on a GPU alone"),
+    ("contexts: [original], dtype: float16", "float16 can be trained only on a GPU"),
     ("contexts: [original], report_to: [tensorbored]", "students.s.report_to"),
 ]
 

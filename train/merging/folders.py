@@ -111,7 +111,7 @@ def is_lora(folder: Path) -> bool:
 def check_new(out: Path) -> None:
     """Raises InputError when ``out`` is there: nobody's student is written over."""
     if out.exists():
-        raise InputError("is there already", where=str(out), mend="choose another --out")
+        raise InputError("already exists", where=str(out), mend="choose another --out")
 
 
 def _one_method(folders: Sequence[Path]) -> str:
