@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
+    from kvopt.documents.leaderboard_file import LeaderboardDocument
+    from kvopt.documents.student_record import StudentRecord
     from kvopt.run.run import Run
 
 WIDTH_OF_FILES = 120  # columns of a table that goes to a file or a pipe
@@ -50,11 +54,13 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES, highlight=False)
 
 
-def show_board(board: dict[str, Any], folder: Path, as_json: bool) -> None:
+def show_board(board: LeaderboardDocument, folder: Path, as_json: bool, students: Sequence[StudentRecord] = ()) -> None:
+    """The leaderboard as a table, or as one document with the records of students that were trained with it."""
     from kvopt.report.board_table import board_table
 
     if as_json:
-        print_json(board)
+        records = [record.to_json() for record in students]
+        print_json(board.to_json() | ({"students": records} if records else {}))
     else:
         console().print(board_table(board))
         print(f"run directory: {folder}")

@@ -41,10 +41,10 @@ class ContextOrigin(DocumentPart):
     """How a context was made of others."""
 
     operation: str = Field(description="move, compose or truncate")
-    of: list[OriginSource] = []
+    of: list[OriginSource] = Field([], description="the contexts that it was made of")
     offset: int | None = Field(None, description="of move: the new position of the first slot")
     by: str | None = Field(None, description="of truncate: how the slots that stay were chosen")
-    chosen_on: str | None = Field(None, description="of truncate: the split that the way was chosen on; null: not chosen")
+    chosen_on: str | None = Field(None, description="of truncate: the split that decided the way; null: it was given")
 
 
 class _Slots(DocumentPart):
@@ -55,17 +55,9 @@ class RecordedScores(SplitScores, _Slots):
     """The scores that a context had when it was made of others."""
 
 
-class ContextRecord(DocumentPart):
-    """``kvopt.json`` in the folder of a learned context: what PEFT's own files have no field for."""
+class ContextFacts(DocumentPart):
+    """How a context came to be, and what it was measured at."""
 
-    format_version: int = 1
-    kvopt_version: str | None = Field(None, description="the version that wrote it")
-    name: Annotated[str, Field(pattern=FILE_NAME, max_length=200)]
-    kind: Literal["soft", "kv"]
-    tokens: Count = Field(description="number of slots")
-    positions: SlotPositions | None = None
-    content_sha256: str | None = Field(None, description="hash of the tensor in adapter_model.safetensors")
-    base: BaseIdentity | None = Field(None, description="the base that it was made for")
     key: str | None = Field(None, description="hash of everything that it was learned from")
     template_sha256: str | None = None
     data_sha256: str | None = None
@@ -75,6 +67,31 @@ class ContextRecord(DocumentPart):
     objective: str | None = Field(None, description="what was minimized")
     settings: dict[str, Any] | None = Field(None, description="its section of the config")
     best_step: int | None = Field(None, description="the optimizer step whose state was kept")
-    history: list[LearningPoint] | None = Field(None, description="the learning curve")
+    history: list[LearningPoint] = Field([], description="the learning curve")
     origin: ContextOrigin | None = Field(None, description="of a context that was made of others")
     scores: dict[str, RecordedScores] | None = Field(None, description="by split, of a context that was made of others")
+
+    @property
+    def best_point(self) -> LearningPoint | None:
+        """The point of the learning curve with the lowest held-out KL, None without a curve."""
+        return min(self.history, key=lambda point: point.held_out_kl, default=None)
+
+
+class _Identified(DocumentPart):
+    format_version: int = 1
+    kvopt_version: str | None = Field(None, description="the version that wrote it")
+    name: Annotated[str, Field(pattern=FILE_NAME, max_length=200)]
+    kind: Literal["soft", "kv"]
+    tokens: Count = Field(description="number of slots")
+    positions: SlotPositions | None = None
+    content_sha256: str | None = Field(None, description="hash of the tensor in adapter_model.safetensors")
+    base: BaseIdentity | None = Field(None, description="the base that it was made for")
+
+    @property
+    def first_position(self) -> int:
+        """The position of the first slot."""
+        return self.positions.first if self.positions else 0
+
+
+class ContextRecord(ContextFacts, _Identified):
+    """``kvopt.json`` in the folder of a learned context: what PEFT's own files have no field for."""

@@ -7,6 +7,9 @@ from pydantic import Field
 from kvopt.documents.part import CI95, ContextKind, DocumentPart, Estimate
 from kvopt.documents.student_record import StudentRecord
 
+BASE = "base"
+"""How evaluations call the base, among the names of students."""
+
 
 class _Mean(DocumentPart):
     mean: float | None = Field(description="over the contexts; null where it is not defined for one of them")
@@ -31,15 +34,15 @@ class ConditionResult(DocumentPart):
     kind: ContextKind = "text"
     tokens: int = Field(0, description="the context's length in tokens or slots")
     answers: str | None = Field(None, description="the file with every answer, relative to the student's folder")
-    quantities: dict[str, Estimate] = {}
+    quantities: dict[str, Estimate] = Field({}, description="what was measured, by name")
 
 
 class GroupResult(DocumentPart):
     """A model under all contexts of one kind; the group wordings has all that state the task in words."""
 
     group: str
-    contexts: list[str] = []
-    quantities: dict[str, GroupEstimate] = {}
+    contexts: list[str] = Field([], description="names of the contexts")
+    quantities: dict[str, GroupEstimate] = Field({}, description="what was measured, by name")
     consistency: Estimate | None = Field(None, description="share of pairs of contexts that get the same answer")
 
 
@@ -67,7 +70,7 @@ class _AskedRows(DocumentPart):
 class FrozenHabits(HabitShares, _AskedRows):
     """Answers under instructions that ask for something else: does the student still do the task?"""
 
-    instructions: list[FrozenInstruction] = []
+    instructions: list[FrozenInstruction] = Field([], description="the shares under each instruction")
 
 
 class Forgetting(DocumentPart):
@@ -106,8 +109,8 @@ class EvaluationDocument(DocumentPart):
     rows: EvaluatedRows = EvaluatedRows()
     headlines: list[str] = Field([], description="one quantity for each metric")
     quantities: list[str] = Field([], description="all quantities, those of the metrics first")
-    contexts: list[ConditionResult] = []
-    groups: list[GroupResult] = []
+    contexts: list[ConditionResult] = Field([], description="each context that the model was given")
+    groups: list[GroupResult] = Field([], description="each kind of context")
     no_context: HabitShares | None = Field(None, description="answers to the bare input; null where it was not asked")
     frozen_prompt: FrozenHabits | None = Field(None, description="null where it was not asked")
     forgetting: Forgetting | None = Field(None, description="null without probe prompts")

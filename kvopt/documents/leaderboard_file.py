@@ -80,7 +80,7 @@ class LeaderboardDocument(DocumentPart):
 
     name: str = Field(description="of the run")
     base: str = Field(description="the base's name")
-    template_tokens: int = Field(description="tokens of the original template's static beginning, which contexts replace")
+    template_tokens: int = Field(description="tokens of the original template that contexts replace")
     rows: RowCounts
     split: str = Field("validation", description="the split of the contexts' scores")
     selected_on: str = Field("selection", description="the split that mutations were chosen by")

@@ -26,16 +26,20 @@ class DocumentPart(BaseModel):
         """The mapping as it is written: keys in the order of the fields, without those that were never set."""
         return self.model_dump(mode="json", exclude_unset=True)
 
+    def given(self) -> dict[str, Any]:
+        """The fields that were set, by name: arguments for a document that has these fields among others."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
 
 class BaseIdentity(DocumentPart):
     """Which base a file belongs to: its name, and SHA-256 hashes that say whether another base is the same one."""
 
-    name: str | None = Field(None, description="as in the config: a hub id, a folder, a .gguf file, or the built-in base")
+    name: str | None = Field(None, description="as in the config: a hub id, a folder or a .gguf file")
     weights: str | None = Field(None, description="hash of the weight files")
     config: str | None = Field(None, description="hash of the architecture's settings")
     tokenizer: str | None = Field(None, description="hash of the tokenizer")
     chat_template: str | None = Field(None, description="hash of the chat template; null: the tokenizer has none")
-    source: str | None = Field(None, description="hash of the .gguf file that the base was converted from; null: none")
+    source: str | None = Field(None, description="where the built-in base or a converted one came from; null: neither")
 
 
 class Estimate(DocumentPart):

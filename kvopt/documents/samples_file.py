@@ -60,7 +60,7 @@ class SamplesDocument(DocumentPart):
     key: str = Field("", description="hash of everything that the samples depend on")
     split: str = "validation"
     contexts: list[NamedContext] = Field(description="what is shown; the original is the first")
-    ranked_by: list[str] = Field(description="names of the contexts that decide which examples are the worst and the best")
+    ranked_by: list[str] = Field(description="names of the contexts that decide which examples are the worst")
     rows: int = Field(description="validation rows that were ranked")
     max_new_tokens: int = Field(0, description="where greedy answers are cut, in tokens")
     examples: list[SampledExample]

@@ -1,4 +1,4 @@
-"""``scores.jsonl``: the scores of every context on every split, one line each; and scores as other documents hold them."""
+"""``scores.jsonl``: the scores of every context on every split, one line each, and how other documents hold them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``sequence.json``: students that are trained on one task after the other, measured on every task after every stage."""
+"""``sequence.json``: students trained on one task after the other, and measured on every task after every stage."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ class SequenceArm(DocumentPart):
 
 
 class SequenceDocument(DocumentPart):
-    """``sequence.json``: students that are trained on one task after the other, measured on every task after every
-    stage.
-    """
+    """``sequence.json``: students trained on one task after the other, and measured on every task after every stage."""
 
     format_version: int = 1
     name: str = Field(description="of the sequence")

@@ -65,19 +65,13 @@ class StudentMerge(DocumentPart):
     lost: float | None = Field(None, description="share of the update's Frobenius norm that a cut of the rank lost")
 
 
-class StudentRecord(DocumentPart):
-    """``kvopt-student.json`` in the folder of a student: what it was trained on, and from which base."""
+class StudentFacts(DocumentPart):
+    """How a student was trained, or made of others."""
 
-    format_version: int = 1
-    kvopt_version: str | None = Field(None, description="the version that wrote it")
-    name: str | None = None
-    method: str | None = Field(None, description="lora or full")
-    weights_sha256: str | None = Field(None, description="hash of the weight files in the folder")
-    base: BaseIdentity | None = Field(None, description="the base that it was trained from")
     key: str | None = Field(None, description="hash of everything that it depends on")
     template_sha256: str | None = None
     data_sha256: str | None = None
-    contexts: list[TrainingContext] | None = None
+    contexts: list[TrainingContext] = Field([], description="what it was trained under")
     rows: int | None = Field(None, description="training rows")
     rows_dropped: int | None = Field(None, description="rows that were left out because they are too long")
     rows_of_own_answers: int | None = Field(None, description="rows whose gold output is the base's own answer")
@@ -87,6 +81,19 @@ class StudentRecord(DocumentPart):
     epochs: float | None = Field(None, description="passes over the rows")
     tokens: int | None = Field(None, description="tokens through the student, prompts and gold outputs")
     gold_tokens: int | None = Field(None, description="tokens that the loss was computed on")
-    stages: list[PoolScoring] | None = None
-    history: list[TrainingPoint] | None = Field(None, description="the learning curve")
+    stages: list[PoolScoring] = Field([], description="every scoring of the pool (schedule state-adaptive)")
+    history: list[TrainingPoint] = Field([], description="the learning curve")
     made: StudentMerge | None = Field(None, description="of a student that was merged, not trained")
+
+
+class _Identified(DocumentPart):
+    format_version: int = 1
+    kvopt_version: str | None = Field(None, description="the version that wrote it")
+    name: str | None = None
+    method: str | None = Field(None, description="lora or full")
+    weights_sha256: str | None = Field(None, description="hash of the weight files in the folder")
+    base: BaseIdentity | None = Field(None, description="the base that it was trained from")
+
+
+class StudentRecord(StudentFacts, _Identified):
+    """``kvopt-student.json`` in the folder of a student: what it was trained on, and from which base."""

@@ -37,7 +37,7 @@ class ArmRun(DocumentPart):
     steps: int | None = Field(None, description="optimizer steps")
     tokens: int | None = Field(None, description="tokens through the student")
     gold_tokens: int | None = Field(None, description="tokens that the loss was computed on")
-    seconds: float | None = Field(None, description="wall-clock seconds of the training; null where the ledger lacks it")
+    seconds: float | None = Field(None, description="of training, wall-clock; null where the ledger does not say")
     context_kl: float | None = Field(None, description="mean forward KL of its contexts, nats per gold token")
     context_nll: float | None = Field(None, description="loss under its contexts before training, nats per gold token")
     values: dict[str, float | None] = Field({}, description="by path")
@@ -50,7 +50,7 @@ class ArmResult(DocumentPart):
     budget: str = Field(description="what is equal to the other arms: steps, tokens, epochs or seconds")
     contexts: list[str] = Field([], description="as in the config")
     mutations: int | None = Field(None, description="its number of mutations, where it is a point of the curve")
-    runs: list[ArmRun] = []
+    runs: list[ArmRun] = Field([], description="each seed")
     steps: float | None = Field(None, description="mean over seeds")
     tokens: float | None = Field(None, description="mean over seeds")
     seconds: float | None = Field(None, description="mean over seeds")

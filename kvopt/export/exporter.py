@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from kvopt.documents.export_record import ExportFacts
 from kvopt.errors import InputError
 from kvopt.export.source import Source
 
@@ -44,7 +44,7 @@ class Written:
     snippet: str
     library: str
     notes: tuple[str, ...] = ()
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: ExportFacts = field(default_factory=ExportFacts)
 
 
 @dataclass(frozen=True)

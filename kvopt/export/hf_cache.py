@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
+from kvopt.documents.export_record import ExportFacts
 from kvopt.export.exporter import Options, Written, base_lines, body_line
 from kvopt.export.source import Source, fp32
 from kvopt.storage.files import write_bytes
@@ -41,7 +42,7 @@ def write(source: Source, place: Path, options: Options) -> Written:
             " rotated for positions 0 and up, so bodies start at the number of slots.",
             '`python generate.py --base MODEL "text" "text"` answers from a shell.',
         ),
-        facts={"layers": states.shape[1], "kv_heads": states.shape[3], "head_dim": states.shape[4]},
+        facts=ExportFacts(layers=states.shape[1], kv_heads=states.shape[3], head_dim=states.shape[4]),
     )
 
 

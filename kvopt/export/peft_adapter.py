@@ -12,6 +12,8 @@ from einops import rearrange
 from kvopt.contexts.adapter import FORMAT_VERSION, KV_TYPES, RECORD
 from kvopt.contexts.context import KVContext, SoftContext
 from kvopt.contexts.folder import write_adapter
+from kvopt.documents.context_record import SlotPositions
+from kvopt.documents.export_record import ExportFacts
 from kvopt.errors import InputError
 from kvopt.export.exporter import Options, Written, base_lines, body_line
 from kvopt.export.source import Source
@@ -64,9 +66,9 @@ def write(source: Source, place: Path, options: Options) -> Written:
     write_adapter(place, tensor, fields)
     if source.record is not None:
         digest = (context or SoftContext(source.name, tensor)).sha256()
-        positions = {"first": 0, "body": source.tokens}
-        record = {**source.record, "format_version": FORMAT_VERSION, "content_sha256": digest, "positions": positions}
-        write_json(place / RECORD, record)
+        positions = SlotPositions(first=0, body=source.tokens)
+        changed = {"format_version": FORMAT_VERSION, "content_sha256": digest, "positions": positions}
+        write_json(place / RECORD, source.record.model_copy(update=changed).to_json())
     return Written(
         summary=f"A PEFT {peft_type} adapter: {source.tokens} {'KV slots' if context else 'input embeddings'}.",
         snippet=SNIPPET.format(base=base_lines(source.base_name), body=body_line(source)),
@@ -76,5 +78,5 @@ def write(source: Source, place: Path, options: Options) -> Written:
             " warning. `kvopt.json` names the base by its hashes, and kvopt refuses another one.",
             PADDING[source.kind],
         ),
-        facts={"peft_type": peft_type},
+        facts=ExportFacts(peft_type=peft_type),
     )

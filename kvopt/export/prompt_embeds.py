@@ -14,6 +14,7 @@ from pathlib import Path
 
 from safetensors.torch import save
 
+from kvopt.documents.export_record import ExportFacts
 from kvopt.export.exporter import Options, Written, base_lines, body_line
 from kvopt.export.scripts.prompt_embeds import encode
 from kvopt.export.source import Source, fp32
@@ -59,5 +60,5 @@ def write(source: Source, place: Path, options: Options) -> Written:
             "The soft prompt stands for everything before the first slot, chat marks included. Use /v1/completions; for"
             " /v1/chat/completions serve with `--chat-template passthrough.jinja`, which adds nothing.",
         ),
-        facts={"hidden_size": tensor.shape[1]},
+        facts=ExportFacts(hidden_size=tensor.shape[1]),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kvopt.documents.export_record import ExportFacts
 from kvopt.export.exporter import Options, Written
 from kvopt.export.source import Source
 from kvopt.storage.files import write_json, write_text
@@ -41,5 +42,5 @@ def write(source: Source, place: Path, options: Options) -> Written:
             f"`{plain}` holds the text; a slot is `{{{{name}}}}`, and `\\{{{{name}}}}` is a literal one.",
             "`kvopt score CONFIG --context text:template.json` scores it again.",
         ),
-        facts={"slots": list(template.slots)},
+        facts=ExportFacts(slots=list(template.slots)),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from kvopt.documents.export_record import ExportFacts
 from kvopt.errors import InputError
 from kvopt.export.exporter import Options, Written
 from kvopt.export.source import Source
@@ -52,5 +53,5 @@ def write(source: Source, place: Path, options: Options) -> Written:
             "Gold outputs are the bytes of the data; `context_id` and `example_id` say where a row comes from.",
             "`kvopt export-data` writes the rows under several contexts at once.",
         ),
-        facts={"rows": len(rows)},
+        facts=ExportFacts(rows=len(rows)),
     )

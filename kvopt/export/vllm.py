@@ -9,6 +9,7 @@ from typing import Any
 
 from kvopt.base.loading import load_tokenizer
 from kvopt.config.model import ModelConfig
+from kvopt.documents.export_record import ExportFacts
 from kvopt.errors import InputError
 from kvopt.export import hf_cache
 from kvopt.export.exporter import Options, Written, base_lines, body_line
@@ -70,7 +71,7 @@ def write(source: Source, place: Path, options: Options) -> Written:
             f" {heads} key/value heads or are multiples of it. Repetition penalties would count the placeholders.",
             "The packing and the rules are tested on a CPU against the paged layouts; vLLM itself was only read.",
         ),
-        facts={"block_size": options.block_size, "partial_block": options.partial_block},
+        facts=ExportFacts(block_size=options.block_size, partial_block=options.partial_block),
     )
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from scipy.optimize import OptimizeWarning, curve_fit
 from scipy.stats import f as f_distribution
 
+from kvopt.documents.study_file import CurveFit, PowerLaw, PowerLawIntervals
 from kvopt.measure.bootstrap import bounds, drawn_rows
 
 HIGHEST_B = 8.0
@@ -30,15 +30,14 @@ def power_law(wordings: np.ndarray, a: float, b: float, c: float) -> np.ndarray:
     return a * wordings**-b + c
 
 
-def fit_curve(points: Mapping[int, Sequence[float]], *, seed: int = 0, resamples: int = 400) -> dict[str, Any]:
+def fit_curve(points: Mapping[int, Sequence[float]], *, seed: int = 0, resamples: int = 400) -> CurveFit:
     """Fit the values of each seed by number of mutations.
 
     Args:
         points: n → one value for each seed, the same seeds in the same order everywhere.
 
     Returns:
-        ``{"counts", "values", "fit": {"a", "b", "c"} or None, "ci95": {"a": [lo, hi], …} or None, "r2", "p",
-        "converged"}``; ``fit`` is None ("no fit") when least squares do not converge or leave a, b or c undetermined,
+        ``fit`` is None ("no fit") when least squares do not converge or leave a, b or c undetermined,
         ``p`` is that of an F test of the fit against a flat curve, both with an offset for every seed (approximate, as
         b is not linear), and ``converged`` the share of bootstrap draws (of seeds, with replacement) whose fit did.
     """
@@ -55,16 +54,17 @@ def fit_curve(points: Mapping[int, Sequence[float]], *, seed: int = 0, resamples
     interval = None
     if fit is not None and share is not None and share >= LEAST_SHARE:
         low, high = bounds(np.array(good).T)
-        interval = {name: [float(low[i]), float(high[i])] for i, name in enumerate("abc")}
-    return {
-        "counts": counts,
-        "values": {str(n): list(map(float, points[n])) for n in counts},
-        "fit": dict(zip("abc", map(float, fit), strict=True)) if fit is not None else None,
-        "ci95": interval,
-        "r2": _r2(wordings, values, fit) if fit is not None else None,
-        "p": _against_flat(wordings, values, fit) if fit is not None else None,
-        "converged": share,
-    }
+        a, b, c = ((float(lower), float(upper)) for lower, upper in zip(low, high, strict=True))
+        interval = PowerLawIntervals(a=a, b=b, c=c)
+    return CurveFit(
+        counts=counts,
+        values={n: list(map(float, points[n])) for n in counts},
+        fit=PowerLaw(a=float(fit[0]), b=float(fit[1]), c=float(fit[2])) if fit is not None else None,
+        ci95=interval,
+        r2=_r2(wordings, values, fit) if fit is not None else None,
+        p=_against_flat(wordings, values, fit) if fit is not None else None,
+        converged=share,
+    )
 
 
 def _fit(wordings: np.ndarray, values: np.ndarray) -> np.ndarray | None:
