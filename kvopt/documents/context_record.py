@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from kvopt.documents.part import BaseIdentity, DocumentPart
+from kvopt.documents.part import BaseIdentity, DocumentPart, FormatVersion
 from kvopt.documents.scores_file import SplitScores
 
 FILE_NAME = r"^[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*$"
@@ -33,7 +33,7 @@ class LearningPoint(DocumentPart):
 class OriginSource(DocumentPart):
     """A context that another was made of."""
 
-    name: str
+    name: str = Field(description="of the context")
     content_sha256: str | None = Field(None, description="hash of its tensor; null for a context of another tool")
 
 
@@ -59,8 +59,8 @@ class ContextFacts(DocumentPart):
     """How a context came to be, and what it was measured at."""
 
     key: str | None = Field(None, description="hash of everything that it was learned from")
-    template_sha256: str | None = None
-    data_sha256: str | None = None
+    template_sha256: str | None = Field(None, description="hash of the original template")
+    data_sha256: str | None = Field(None, description="hash of all rows")
     reference_key: str | None = Field(None, description="hash of the reference that it was measured against")
     scope: str | None = Field(None, description="what it replaces: leading (text before the first slot) or all")
     template_tokens: Count | None = Field(None, description="tokens of the original template that it stands for")
@@ -78,12 +78,12 @@ class ContextFacts(DocumentPart):
 
 
 class _Identified(DocumentPart):
-    format_version: int = 1
+    format_version: FormatVersion = 1
     kvopt_version: str | None = Field(None, description="the version that wrote it")
-    name: Annotated[str, Field(pattern=FILE_NAME, max_length=200)]
-    kind: Literal["soft", "kv"]
+    name: str = Field(pattern=FILE_NAME, max_length=200, description="of the context: a plain file name")
+    kind: Literal["soft", "kv"] = Field(description="soft, an embedding for each slot; or kv, a key and a value")
     tokens: Count = Field(description="number of slots")
-    positions: SlotPositions | None = None
+    positions: SlotPositions | None = Field(None, description="null: from 0 on")
     content_sha256: str | None = Field(None, description="hash of the tensor in adapter_model.safetensors")
     base: BaseIdentity | None = Field(None, description="the base that it was made for")
 

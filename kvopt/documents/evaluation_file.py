@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from kvopt.documents.part import CI95, ContextKind, DocumentPart, Estimate
+from kvopt.documents.part import CI95, ContextKind, DocumentPart, Estimate, FormatVersion
 from kvopt.documents.student_record import StudentRecord
 
 BASE = "base"
@@ -40,7 +40,7 @@ class ConditionResult(DocumentPart):
 class GroupResult(DocumentPart):
     """A model under all contexts of one kind; the group wordings has all that state the task in words."""
 
-    group: str
+    group: str = Field(description="original, held-out, templates, wordings, learned, none or other")
     contexts: list[str] = Field([], description="names of the contexts")
     quantities: dict[str, GroupEstimate] = Field({}, description="what was measured, by name")
     consistency: Estimate | None = Field(None, description="share of pairs of contexts that get the same answer")
@@ -58,9 +58,9 @@ class FrozenInstruction(DocumentPart):
     """Means of :class:`HabitShares` under one instruction."""
 
     instruction: str = Field(description="what the model was asked to do with the task's inputs")
-    same_as_original: float | None = None
-    valid_json: float | None = None
-    looks_like_task: float | None = None
+    same_as_original: float | None = Field(None, description="share of the same answers as under the original")
+    valid_json: float | None = Field(None, description="share of JSON; null where the task is not JSON")
+    looks_like_task: float | None = Field(None, description="share of one of these two")
 
 
 class _AskedRows(DocumentPart):
@@ -101,7 +101,7 @@ class EvaluatedRows(DocumentPart):
 class EvaluationDocument(DocumentPart):
     """``students/NAME/evaluation.json``: how one model answers under every kind of context."""
 
-    format_version: int = 1
+    format_version: FormatVersion = 1
     name: str = Field(description="of the student; base for the base")
     base: str | None = Field(None, description="the base's name")
     dtype: str | None = Field(None, description="of the model, such as float32")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from kvopt.documents.part import BaseIdentity, ContextKind, DocumentPart
+from kvopt.documents.part import BaseIdentity, ContextKind, DocumentPart, FormatVersion
 from kvopt.documents.scores_file import ForwardKL, MeanKL
 
 
@@ -12,7 +12,7 @@ class ContextMetrics(DocumentPart):
     """How close a context is to the original template; nats per gold token."""
 
     split: str = Field(description="the rows that it was measured on")
-    kl_forward: ForwardKL | MeanKL
+    kl_forward: ForwardKL | MeanKL = Field(description="without p95 where it is from a learning curve")
     gold_nll: float | None = Field(None, description="mean −log probability of the gold tokens")
     top1_agreement: float | None = Field(None, description="share of gold tokens with the same most likely token")
     examples: int | None = Field(None, description="rows that were scored")
@@ -35,15 +35,15 @@ class ExportFacts(DocumentPart):
 
 
 class _Exported(DocumentPart):
-    format_version: int = 1
+    format_version: FormatVersion = 1
     kvopt_version: str | None = Field(None, description="the version that wrote it")
     to: str = Field(description="the format: peft, prompt-embeds, hf-cache, text, trl-dataset or vllm")
     name: str = Field(description="of the context")
     kind: ContextKind
     tokens: int | None = Field(None, description="the context's length in tokens or slots; null where it is not known")
     base: BaseIdentity
-    template_sha256: str | None = None
-    data_sha256: str | None = None
+    template_sha256: str | None = Field(None, description="hash of the original template")
+    data_sha256: str | None = Field(None, description="hash of all rows")
     content_sha256: str | None = Field(None, description="hash of the context's tensor")
     template_tokens: int | None = Field(None, description="tokens of the original template that it stands for")
     metrics: ContextMetrics | None = Field(None, description="null: not measured")

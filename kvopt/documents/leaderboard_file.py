@@ -11,23 +11,23 @@ from kvopt.documents.scores_file import SplitScores
 class StoredMessage(DocumentPart):
     """One chat message of a template."""
 
-    role: str
+    role: str = Field(description="system, user or assistant")
     content: str = Field(description="its text, with {{slots}}")
 
 
 class StoredTemplate(DocumentPart):
     """The original template: chat messages, or one text."""
 
-    messages: list[StoredMessage] | None = None
-    text: str | None = None
+    messages: list[StoredMessage] | None = Field(None, description="of a chat template")
+    text: str | None = Field(None, description="of a plain template, with {{slots}}")
 
 
 class RowCounts(DocumentPart):
     """How many rows each part of the data has."""
 
-    train: int
-    selection: int
-    validation: int
+    train: int = Field(description="rows that contexts are learned on")
+    selection: int = Field(description="rows that contexts are chosen by")
+    validation: int = Field(description="rows that scores are reported on")
 
 
 class NoiseFloor(DocumentPart):
@@ -51,7 +51,7 @@ class MutationLineage(DocumentPart):
 class NamedContext(DocumentPart):
     """A context: its name, what it is, how long it is."""
 
-    name: str
+    name: str = Field(description="of the context")
     kind: ContextKind
     tokens: int = Field(description="length in tokens of text, or in slots")
 
@@ -87,5 +87,5 @@ class LeaderboardDocument(DocumentPart):
     template: StoredTemplate | None = Field(None, description="the original template; absent in old runs")
     rows_sha256: dict[str, str] = Field({}, description="hash of each part's rows, which tells runs apart")
     noise_floor: NoiseFloor
-    contexts: list[LeaderboardRow]
+    contexts: list[LeaderboardRow] = Field(description="lowest forward KL first")
     other_mutations: list[UnreportedMutation] = Field([], description="mutations without scores on validation rows")

@@ -9,8 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field
 CI95 = Annotated[tuple[float, float], Field(strict=False)]
 """Lower and upper end of a 95 % interval. (JSON has no tuples, so a list is taken for one.)"""
 
-ContextKind = Literal["text", "soft", "kv"]
-"""A text, an embedding for each slot, or a key and a value for each slot."""
+FormatVersion = Annotated[int, Field(description="of this kind of document")]
+
+ContextKind = Annotated[
+    Literal["text", "soft", "kv"],
+    Field(description="text; soft, an embedding for each slot; or kv, a key and a value for each slot"),
+]
 
 
 class DocumentPart(BaseModel):

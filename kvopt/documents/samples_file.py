@@ -58,12 +58,12 @@ class SamplesDocument(DocumentPart):
     """``samples.json``: single validation examples, token by token, under the contexts that the report shows."""
 
     key: str = Field("", description="hash of everything that the samples depend on")
-    split: str = "validation"
+    split: str = Field("validation", description="where the examples are from")
     contexts: list[NamedContext] = Field(description="what is shown; the original is the first")
     ranked_by: list[str] = Field(description="names of the contexts that decide which examples are the worst")
     rows: int = Field(description="validation rows that were ranked")
     max_new_tokens: int = Field(0, description="where greedy answers are cut, in tokens")
-    examples: list[SampledExample]
+    examples: list[SampledExample] = Field(description="from the worst to the best")
 
     @model_validator(mode="after")
     def _fits_together(self) -> SamplesDocument:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from kvopt.documents.part import DocumentPart
+from kvopt.documents.part import DocumentPart, FormatVersion
 
 
 class SequenceStage(DocumentPart):
@@ -32,8 +32,8 @@ class TransferMeans(DocumentPart):
 class SequenceArm(DocumentPart):
     """One way to train a student through the sequence."""
 
-    name: str
-    stages: list[SequenceStage]
+    name: str = Field(description="of the arm")
+    stages: list[SequenceStage] = Field(description="in the order in which they were trained")
     R: dict[str, list[list[float | None]]] = Field(
         description="by quantity, the mean under the original template, [stage][task]; row 0 is before training"
     )
@@ -43,10 +43,10 @@ class SequenceArm(DocumentPart):
 class SequenceDocument(DocumentPart):
     """``sequence.json``: students trained on one task after the other, and measured on every task after every stage."""
 
-    format_version: int = 1
+    format_version: FormatVersion = 1
     name: str = Field(description="of the sequence")
     base: str = Field(description="the base's name")
     tasks: list[str] = Field(description="names in the order in which they are trained")
     headlines: list[str] = Field(description="one quantity for each metric")
     quantities: list[str] = Field(description="all quantities that every task has")
-    arms: list[SequenceArm]
+    arms: list[SequenceArm] = Field(description="in the order of the config")

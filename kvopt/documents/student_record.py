@@ -6,13 +6,13 @@ from typing import Any
 
 from pydantic import Field
 
-from kvopt.documents.part import BaseIdentity, ContextKind, DocumentPart
+from kvopt.documents.part import BaseIdentity, ContextKind, DocumentPart, FormatVersion
 
 
 class TrainingContext(DocumentPart):
     """A context that a student was trained under."""
 
-    name: str
+    name: str = Field(description="of the context")
     kind: ContextKind
     tokens: int = Field(description="its length in tokens or slots")
     weight: int | float = Field(1, description="how often rows meet it, relative to the others")
@@ -26,7 +26,7 @@ class TrainingPoint(DocumentPart):
     epoch: float | None = Field(None, description="passes over the rows")
     loss: float | None = Field(None, description="mean since the last point, in nats per gold token")
     grad_norm: float | None = Field(None, description="norm of the gradient before it is clipped")
-    learning_rate: float | None = None
+    learning_rate: float | None = Field(None, description="of this step")
 
 
 class PoolScoring(DocumentPart):
@@ -40,9 +40,9 @@ class PoolScoring(DocumentPart):
 class MergedStudent(DocumentPart):
     """A student that a soup was made of, or that LiNeS scaled."""
 
-    folder: str
-    name: str
-    weights_sha256: str | None = None
+    folder: str = Field(description="name of its folder")
+    name: str = Field(description="of the student")
+    weights_sha256: str | None = Field(None, description="hash of its weight files")
 
 
 class MeasuredSoup(DocumentPart):
@@ -60,7 +60,7 @@ class StudentMerge(DocumentPart):
     beta: float | None = Field(None, description="of LiNeS: what the factor gains up to the last layer")
     value: float | None = Field(None, description="of a greedy soup: its validation metric")
     tried: list[MeasuredSoup] | None = Field(None, description="of a greedy soup: every soup that was measured")
-    of: list[MergedStudent]
+    of: list[MergedStudent] = Field(description="the students that it was made of")
     rank: int | None = Field(None, description="of LoRA: the rank of the result")
     lost: float | None = Field(None, description="share of the update's Frobenius norm that a cut of the rank lost")
 
@@ -69,13 +69,13 @@ class StudentFacts(DocumentPart):
     """How a student was trained, or made of others."""
 
     key: str | None = Field(None, description="hash of everything that it depends on")
-    template_sha256: str | None = None
-    data_sha256: str | None = None
+    template_sha256: str | None = Field(None, description="hash of the original template")
+    data_sha256: str | None = Field(None, description="hash of all rows")
     contexts: list[TrainingContext] = Field([], description="what it was trained under")
     rows: int | None = Field(None, description="training rows")
     rows_dropped: int | None = Field(None, description="rows that were left out because they are too long")
     rows_of_own_answers: int | None = Field(None, description="rows whose gold output is the base's own answer")
-    seed: int | None = None
+    seed: int | None = Field(None, description="of initial weights and the order of rows")
     settings: dict[str, Any] | None = Field(None, description="its section of the config, without name and contexts")
     steps: int | None = Field(None, description="optimizer steps")
     epochs: float | None = Field(None, description="passes over the rows")
@@ -87,9 +87,9 @@ class StudentFacts(DocumentPart):
 
 
 class _Identified(DocumentPart):
-    format_version: int = 1
+    format_version: FormatVersion = 1
     kvopt_version: str | None = Field(None, description="the version that wrote it")
-    name: str | None = None
+    name: str | None = Field(None, description="of the student")
     method: str | None = Field(None, description="lora or full")
     weights_sha256: str | None = Field(None, description="hash of the weight files in the folder")
     base: BaseIdentity | None = Field(None, description="the base that it was trained from")

@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import Field
 
 from kvopt.documents.evaluation_file import EvaluatedRows
-from kvopt.documents.part import CI95, DocumentPart, Estimate
+from kvopt.documents.part import CI95, DocumentPart, Estimate, FormatVersion
 
 
 class OverSeeds(Estimate):
@@ -32,7 +32,7 @@ class ArmDifference(DocumentPart):
 class ArmRun(DocumentPart):
     """One arm with one seed."""
 
-    seed: int | None = None
+    seed: int | None = Field(None, description="of the student")
     student: str = Field("", description="name of the student that was trained")
     steps: int | None = Field(None, description="optimizer steps")
     tokens: int | None = Field(None, description="tokens through the student")
@@ -46,7 +46,7 @@ class ArmRun(DocumentPart):
 class ArmResult(DocumentPart):
     """One way to train students."""
 
-    name: str
+    name: str = Field(description="of the student that it trains, or curve-N")
     budget: str = Field(description="what is equal to the other arms: steps, tokens, epochs or seconds")
     contexts: list[str] = Field([], description="as in the config")
     mutations: int | None = Field(None, description="its number of mutations, where it is a point of the curve")
@@ -61,17 +61,17 @@ class ArmResult(DocumentPart):
 class PowerLaw(DocumentPart):
     """a · (n + 1)^(−b) + c for n mutations."""
 
-    a: float
-    b: float
-    c: float
+    a: float = Field(description="what all mutations together change")
+    b: float = Field(description="how fast")
+    c: float = Field(description="the value that ever more mutations approach")
 
 
 class PowerLawIntervals(DocumentPart):
     """95 % bootstrap intervals of a, b and c over seeds."""
 
-    a: CI95
-    b: CI95
-    c: CI95
+    a: CI95 = Field(description="of a")
+    b: CI95 = Field(description="of b")
+    c: CI95 = Field(description="of c")
 
 
 Number = Annotated[int, Field(strict=False)]  # a key of JSON is text
@@ -84,7 +84,7 @@ class CurveFit(DocumentPart):
     counts: list[int] = Field([], description="numbers of mutations, rising")
     values: dict[Number, Points] = Field(description="by number of mutations, the value of each seed")
     fit: PowerLaw | None = Field(None, description="null: no power law fits")
-    ci95: PowerLawIntervals | None = None
+    ci95: PowerLawIntervals | None = Field(None, description="null for one seed, or where few draws have a fit")
     r2: float | None = Field(None, description="share of the variance that the fit explains")
     p: float | None = Field(None, description="of an F test of the fit against a flat curve")
     converged: float | None = Field(None, description="share of bootstrap draws whose fit converged")
@@ -93,9 +93,9 @@ class CurveFit(DocumentPart):
 class ExplainedVariance(DocumentPart):
     """How far one number explains another, by least squares."""
 
-    points: int
-    slope: float | None = None
-    intercept: float | None = None
+    points: int = Field(description="students or arms that have both numbers")
+    slope: float | None = Field(None, description="of the line")
+    intercept: float | None = Field(None, description="of the line")
     r2: float = Field(description="share of the variance that is explained")
     p: float = Field(description="of the slope against 0")
 
@@ -103,11 +103,11 @@ class ExplainedVariance(DocumentPart):
 class StudyDocument(DocumentPart):
     """``study.json``: arms (ways to train a student) with several seeds each, compared at equal budgets."""
 
-    format_version: int = 1
+    format_version: FormatVersion = 1
     name: str = Field(description="of the run")
     base: str | None = Field(None, description="the base's name")
     rows: EvaluatedRows = EvaluatedRows()
-    seeds: list[int]
+    seeds: list[int] = Field(description="each arm is trained once with each")
     budget: str | None = Field(None, description="what is equal in all arms: steps, tokens or epochs")
     reference: str = Field(description="name of the arm that others are compared with")
     complete: bool = Field(description="whether every arm was trained with every seed")
@@ -115,7 +115,7 @@ class StudyDocument(DocumentPart):
     interval: str = Field("", description="what ci95 is, in words")
     bootstrap: str = Field("", description="what ci95_bootstrap is, in words")
     base_values: dict[str, float | None] = Field({}, description="of the base, by path")
-    arms: list[ArmResult]
+    arms: list[ArmResult] = Field(description="in the order in which they are trained")
     curve: dict[str, CurveFit] | None = Field(None, description="by path; null without a curve")
     sweep: dict[str, ExplainedVariance | None] = Field(
         {}, description="what explains forgetting over all students; null for too few points"

@@ -9,12 +9,14 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 import yaml
 
 from kvopt.config.document import load_config
 from kvopt.config.sequence import load_sequence
+from kvopt.documents.schemas import schema_of
 from kvopt.errors import InputError
 from kvopt.train.gold import gold_nll
 from kvopt.train.sequence.sequence import conduct
@@ -94,6 +96,15 @@ def test_r_holds_the_gold_nll_of_every_task_after_every_stage(done: Any) -> None
             for task, value in zip(tasks, row, strict=True):
                 rows = task.run.task().rows("validation")
                 assert value == pytest.approx(gold_nll(model, task.run.task().original, rows).mean, rel=1e-5)
+
+
+def test_the_file_is_valid_under_its_schema(done: Any) -> None:
+    document = json.loads((done[1] / "sequence.json").read_text("utf-8"))
+    assert document == done[2]
+    jsonschema.validate(document, schema_of("sequence"))
+    document["arms"][0]["R"]["gold_nll"][0][0] = "low"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document, schema_of("sequence"))
 
 
 def test_transfer_is_that_of_each_matrix(done: Any) -> None:
