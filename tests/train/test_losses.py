@@ -13,6 +13,7 @@ from kvopt.config.students import StudentConfig
 from kvopt.errors import KvoptError
 from kvopt.kernels import Head
 from kvopt.train.gold_tokens import Gold
+from kvopt.train.losses.anchored_kl import masked_kl
 
 G, D, V = 9, 12, 50
 
@@ -33,6 +34,13 @@ def log_probs64(hidden: Tensor, head: Head, weight: Tensor) -> Tensor:
     return logits.log_softmax(-1)
 
 
+def masked_kl64(log_p: Tensor, log_q: Tensor, ids: Tensor, forward: bool) -> Tensor:
+    """KL over the tokens beside the gold one, of p / (1 − p(gold)) and q / (1 − q(gold))."""
+    others = torch.ones_like(log_p, dtype=torch.bool).scatter(-1, ids[:, None], False)
+    p, q = (log[others].view(len(ids), -1) - torch.log1p(-log.gather(-1, ids[:, None]).exp()) for log in (log_p, log_q))
+    return (p.exp() * (p - q)).sum(-1) if forward else (q.exp() * (q - p)).sum(-1)
+
+
 def formula(loss: dict[str, object], hidden: Tensor, weight: Tensor, gold: Gold) -> Tensor:
     """[G] float64, differentiable in hidden and weight."""
     log_q = log_probs64(hidden, gold.head, weight)
@@ -42,6 +50,8 @@ def formula(loss: dict[str, object], hidden: Tensor, weight: Tensor, gold: Gold)
     if loss["kind"] in ("ce", "dft"):
         return first
     forward = loss.get("direction", "forward") == "forward"
+    if loss.get("target") == "masked":
+        return first + loss["weight"] * masked_kl64(log_p, log_q, gold.ids, forward)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1) if forward else (log_q.exp() * (log_q - log_p)).sum(-1)
     return first + loss["weight"] * kl
 
@@ -51,6 +61,8 @@ LOSSES = [
     {"kind": "dft"},
     {"kind": "anchored-kl", "weight": 0.7},
     {"kind": "anchored-kl", "weight": 0.7, "direction": "reverse", "anchor": "same"},
+    {"kind": "anchored-kl", "weight": 0.7, "target": "masked"},
+    {"kind": "anchored-kl", "weight": 0.7, "target": "masked", "direction": "reverse", "anchor": "same"},
     {"kind": "asft", "weight": 0.3, "direction": "forward"},
     {"kind": "asft", "weight": 0.3, "direction": "reverse"},
 ]
@@ -130,6 +142,108 @@ def test_each_loss_says_what_the_base_sees() -> None:
     ]  # fmt: skip
 
 
+MASKED = {"kind": "anchored-kl", "weight": 1.0, "target": "masked"}
+
+
+def certain(logit: float) -> Gold:
+    """Gold tokens whose logit is raised by so much under student and base alike, by a feature of their own."""
+    gold = case(False)
+    pad = torch.full((G, 1), logit / 1.3)
+    weight = torch.cat([gold.head.weight, torch.zeros(V, 1)], -1)
+    weight[0, -1] = 1.0
+    head = Head(weight, scale=1.3)
+    hidden = torch.cat([gold.hidden.detach(), pad], -1).requires_grad_()
+    return Gold(hidden, torch.zeros(G, dtype=torch.int64), head, torch.cat([gold.anchor, pad], -1), head)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("logit", [0.0, 20.0, 60.0, 3000.0])
+def test_the_masked_kl_stays_exact_as_the_gold_token_becomes_certain(direction: str, logit: float) -> None:
+    gold = certain(logit)
+    loss = build(MASKED | {"direction": direction})
+    value = loss(gold) - build({"kind": "ce"})(gold)
+    (gradient,) = torch.autograd.grad(value.sum(), gold.hidden)
+    hidden = gold.hidden.detach().double().requires_grad_()
+    others = gold.head.weight[1:, :-1].double().T * 1.3  # the gold token is number 0: without its column
+    p, q = ((h @ others).log_softmax(-1) for h in (gold.anchor.double()[:, :-1], hidden[:, :-1]))
+    wanted = (p.exp() * (p - q)).sum(-1) if direction == "forward" else (q.exp() * (q - p)).sum(-1)
+    wanted.sum().backward()
+    torch.testing.assert_close(value.double(), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient.double(), hidden.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_the_masked_kl_leaves_the_gold_logit_to_the_cross_entropy(direction: str) -> None:
+    ids = torch.arange(3)
+    base = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    student = base.clone()
+    student[range(3), ids] += 5.0  # differs from the base in the gold token alone
+    student.requires_grad_()
+    identity = Head(torch.eye(8))
+    for target, free in (("masked", True), ("all", False)):
+        loss = build(MASKED | {"target": target, "direction": direction})
+        both = Gold(student, ids, identity, base, identity)
+        (gradient,) = torch.autograd.grad((loss(both) - build({"kind": "ce"})(both)).sum(), student)
+        assert (float(gradient.abs().max()) < 1e-5) is free
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
+def test_the_masked_kl_of_16_bit_heads_is_that_of_the_same_numbers_in_float64(
+    dtype: torch.dtype, rounding: float, direction: str
+) -> None:
+    rng = torch.Generator().manual_seed(8)
+    weight = (0.5 * torch.randn(600, 64, generator=rng)).to(dtype)
+    anchor = (2 * torch.randn(40, 64, generator=rng)).to(dtype)
+    hidden = (anchor + 0.1 * torch.randn(40, 64, generator=rng)).to(dtype).requires_grad_()
+    ids = torch.randint(600, (40,), generator=rng)
+    gold = Gold(hidden, ids, Head(weight), anchor, Head(weight.clone()))
+    value = gold.over_both_logits(lambda z, anchor_z, y: masked_kl(z, anchor_z, y, direction))
+    exact = hidden.detach().double().requires_grad_()
+    log_p, log_q = ((h @ weight.double().T).log_softmax(-1) for h in (anchor.double(), exact))
+    wanted = masked_kl64(log_p, log_q, ids, direction == "forward")
+    torch.testing.assert_close(value.double(), wanted, rtol=1e-3, atol=1e-5)
+    (gradient,) = torch.autograd.grad(value.sum(), hidden)
+    (wanted_gradient,) = torch.autograd.grad(wanted.sum(), exact)
+    assert float((gradient.double() - wanted_gradient).norm() / wanted_gradient.norm()) < rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_masked_anchor_trains_a_16_bit_head(dtype: torch.dtype) -> None:
+    gold = case(True)
+    weight = gold.head.weight.detach().to(dtype).requires_grad_()
+    hidden = gold.hidden.detach().to(dtype).requires_grad_()
+    build(MASKED)(Gold(hidden, gold.ids, Head(weight, scale=1.3), gold.anchor, gold.anchor_head)).sum().backward()
+    exact, its_weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
+    formula(MASKED, exact, its_weight, gold).sum().backward()
+    for ours, theirs in ((hidden.grad, exact.grad), (weight.grad, its_weight.grad)):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), theirs, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_the_masked_anchor_in_chunks_is_that_in_one_piece(trained_head: bool) -> None:
+    def run(chunk_bytes: int) -> tuple[Tensor, Tensor, int]:
+        kept = [0]
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept.append(tensor.numel() if tensor.shape[-1:] == (V,) and len(tensor) <= G else 0)
+            return tensor
+
+        gold = replace(case(trained_head), chunk_bytes=chunk_bytes)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            value = build(MASKED)(gold)
+        value.sum().backward()
+        return value.detach(), gold.hidden.grad, sum(kept)
+
+    value, gradient, kept = run(2**30)
+    in_chunks, its_gradient, kept_in_chunks = run(8 * V * 2)
+    torch.testing.assert_close(in_chunks, value)
+    torch.testing.assert_close(its_gradient, gradient)
+    assert kept >= G * V
+    assert kept_in_chunks == 0
+
+
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_logits_of_both_that_live_at_once_fit_the_bound(rows: int) -> None:
     seen: list[int] = []
@@ -142,3 +256,15 @@ def test_logits_of_both_that_live_at_once_fit_the_bound(rows: int) -> None:
     replace(case(False), chunk_bytes=bound).over_both_logits(formula)
     assert max(seen) == bound
     assert len(seen) == -(-G // rows)
+
+
+def test_a_student_that_still_is_the_base_has_a_masked_kl_of_zero() -> None:
+    gold = case(False, 5.0)
+    same = Gold(gold.hidden, gold.ids, gold.head, gold.hidden.detach(), gold.anchor_head)
+    torch.testing.assert_close(build(MASKED | {"weight": 10})(same), build({"kind": "ce"})(same), rtol=0, atol=1e-5)
+
+
+def test_the_target_is_in_stored_settings_only_where_it_is_not_the_default() -> None:
+    assert "target" not in build({"kind": "anchored-kl"}).model_dump(mode="json")
+    assert "target" not in build(MASKED | {"target": "all"}).model_dump(mode="json")
+    assert build(MASKED).model_dump(mode="json")["target"] == "masked"
