@@ -24,9 +24,9 @@ from torch import Tensor
 from kvopt.kernels import budget as budgets
 from kvopt.kernels.budget import Budget
 from kvopt.kernels.contenders import DEFAULT, TABLE, Loss, NotHere, build
+from kvopt.kernels.float64 import linear_kl64
 from kvopt.kernels.memory import peak, reset_peak
 from kvopt.kernels.options import Head, KLOptions
-from kvopt.kernels.reference import linear_kl64
 from kvopt.kernels.table import PATH, write_table
 
 SHAPES_CPU = [(1024, 576, 49152)]
@@ -46,7 +46,7 @@ Finished = Callable[[tuple[int, int, int], str, dict[str, Any] | str], None]
 
 
 @dataclass(frozen=True)
-class Inputs:
+class KLInputs:
     """What is measured: reference [N, D], candidates [N, D] by a name of their distance, head weight [V, D].
 
     ``timed`` names the candidate that times and memory are taken of; errors are given for each.
@@ -63,7 +63,7 @@ class Inputs:
         """(N, D, V)."""
         return len(self.reference), self.reference.shape[1], len(self.weight)
 
-    def first(self, tokens: int) -> Inputs:
+    def first(self, tokens: int) -> KLInputs:
         """The same with fewer tokens."""
         candidates = {name: candidate[:tokens] for name, candidate in self.candidates.items()}
         return replace(self, reference=self.reference[:tokens], candidates=candidates)
@@ -74,7 +74,7 @@ class Inputs:
         return self.candidates[candidate][::stride][:ERROR_TOKENS], self.reference[::stride][:ERROR_TOKENS]
 
 
-def random_inputs(shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Inputs:
+def random_inputs(shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> KLInputs:
     """Random hidden states and weights of a shape (N, D, V), at the distances of NOISE."""
     n, d, v = shape
     generator = torch.Generator(device=device).manual_seed(0)
@@ -82,11 +82,11 @@ def random_inputs(shape: tuple[int, int, int], device: torch.device, dtype: torc
     reference = torch.randn(n, d, generator=generator, device=device)
     direction = torch.randn(n, d, generator=generator, device=device)
     candidates = {f"KL {kl}": (reference + noise * direction).to(dtype) for kl, noise in NOISE.items()}
-    return Inputs(reference.to(dtype), candidates, weight, "KL 1e-3")
+    return KLInputs(reference.to(dtype), candidates, weight, "KL 1e-3")
 
 
 def run(
-    inputs: Sequence[Inputs | tuple[int, int, int]] | None = None,
+    inputs: Sequence[KLInputs | tuple[int, int, int]] | None = None,
     implementations: Sequence[str] | None = None,
     out: Path | str | None = None,
     repeats: int = 5,
@@ -119,7 +119,7 @@ def run(
         "shapes": [],
     }
     for number, one in enumerate(todo):
-        given = one if isinstance(one, Inputs) else random_inputs(one, place, getattr(torch, dtype))
+        given = one if isinstance(one, KLInputs) else random_inputs(one, place, getattr(torch, dtype))
         part = Budget(None if seconds is None else budget.left / (len(todo) - number))
         report["shapes"].append(_bench(given, list(implementations or DEFAULT), repeats, part, show, finished))
         del given
@@ -164,7 +164,7 @@ def _cpu_name() -> str:
 
 
 def _bench(
-    inputs: Inputs, names: list[str], repeats: int, budget: Budget, show: bool, finished: Finished | None
+    inputs: KLInputs, names: list[str], repeats: int, budget: Budget, show: bool, finished: Finished | None
 ) -> dict[str, Any]:
     device, asked = inputs.reference.device, inputs.shape
     ready, skipped = _built(names, device)
@@ -211,8 +211,8 @@ def _built(names: list[str], device: torch.device) -> tuple[dict[str, Loss], dic
 
 def _contend(
     loss: Loss,
-    inputs: Inputs,
-    probe: Inputs,
+    inputs: KLInputs,
+    probe: KLInputs,
     exact: dict[str, tuple[float, Tensor]],
     repeats: int,
     budget: Budget,
@@ -268,7 +268,7 @@ def _contend(
     }
 
 
-def head_product(inputs: Inputs) -> Tensor:
+def head_product(inputs: KLInputs) -> Tensor:
     """The floor's unit: one product of all hidden states and the head, in their own dtype."""
     return inputs.reference @ inputs.weight.T
 
@@ -299,7 +299,7 @@ def _step(loss: Loss, candidate: Tensor, reference: Tensor, weight: Tensor) -> t
     return most - before, most
 
 
-def _exact(inputs: Inputs, kl: str) -> tuple[float, Tensor]:
+def _exact(inputs: KLInputs, kl: str) -> tuple[float, Tensor]:
     """Mean KL of some tokens and its gradient [ERROR_TOKENS, D], in float64."""
     candidate, reference = inputs.some(kl)
     exact, head = candidate.double().requires_grad_(), Head(inputs.weight)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kvopt.kernels import torch_backend
+from kvopt.kernels.float64 import linear_kl64
 from kvopt.kernels.options import Head, KernelInputError, KLOptions
 from kvopt.kernels.plan import Plan, make_plan
-from kvopt.kernels.reference import linear_kl64
 from kvopt.kernels.stored import Moments, StoredReference, TopK, check_stored, stored_value_and_gradient
 
 BACKWARD_ROWS = 4096

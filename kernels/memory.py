@@ -29,7 +29,6 @@ class AllocationMeter(TorchDispatchMode):
         super().__init__()
         self.peak = 0
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._given: set[int] = set()
 
     @property
     def live(self) -> int:

@@ -7,13 +7,13 @@ q = softmax(z_s).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-DIVERGENCES = ("forward", "reverse", "jsd")
+from kvopt.kernels.divergences import Divergence, divergences
+
 FORMS = ("auto", "direct", "difference", "moments")
 BACKENDS = ("auto", "reference", "torch", "triton", "triton-rows", "triton-store-free")
 ROWS = ("auto", "eager", "compiled")
@@ -115,7 +115,8 @@ class KLOptions:
     """How a divergence is computed. Every field has a documented range; what is out of it raises by name.
 
     Args:
-        divergence: "forward" KL(p‖q), "reverse" KL(q‖p), or "jsd": β KL(p‖m) + (1−β) KL(q‖m), m = β p + (1−β) q.
+        divergence: "forward" KL(p‖q), "reverse" KL(q‖p), "jsd": β KL(p‖m) + (1−β) KL(q‖m), m = β p + (1−β) q, or any
+            other file of divergences/, which states its formula.
         beta: β of "jsd", strictly between 0 and 1. At the ends the formula is 0 everywhere (libraries that accept
             β = 0 or 1 mean the two KLs): use divergence="forward" or "reverse" for those.
         form: "direct" (both logits in float32), "difference" (shared head; exact near KL 0), "moments" (forward KL,
@@ -143,29 +144,26 @@ class KLOptions:
     reduction: str = "mean"
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
+        choices = {"divergence": tuple(divergences()), **_CHOICES}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise KernelInputError(f"options.{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         if not self.temperature > 0:
             raise KernelInputError(f"options.temperature is {self.temperature}; it must be positive")
-        if self.divergence == "jsd" and not 0 < self.beta < 1:
-            raise KernelInputError(
-                f"options.beta is {self.beta}; it must lie strictly between 0 and 1: the divergence is 0 at both ends"
-                ' (use divergence="forward" or "reverse" for the KLs that β = 0 and 1 mean elsewhere)'
-            )
+        try:
+            _ = self.formula
+        except ValueError as problem:
+            raise KernelInputError(f"options.{problem}") from None
         if self.chunk_bytes is not None and self.chunk_bytes < 2**20:
             raise KernelInputError(f"options.chunk_bytes is {self.chunk_bytes}; it must be at least 1 MiB (1048576)")
 
-    def with_(self, **changes: Any) -> KLOptions:
-        """A copy with some fields changed."""
-        unknown = set(changes) - {f.name for f in fields(self)}
-        if unknown:
-            raise KernelInputError(f"KLOptions has no field {sorted(unknown)[0]!r}")
-        return replace(self, **changes)
+    @property
+    def formula(self) -> Divergence:
+        """The divergence itself, with its ``beta``."""
+        return divergences()[self.divergence](self.beta)
 
 
 _CHOICES = {
-    "divergence": DIVERGENCES,
     "form": FORMS,
     "backend": BACKENDS,
     "rows": ROWS,

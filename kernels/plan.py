@@ -148,7 +148,7 @@ def _choose_store_free(head: Head, form: str, product: torch.dtype, options: KLO
     possible = (
         form == "difference"
         and head.softcap is None
-        and options.divergence == "forward"
+        and options.formula.store_free
         and (product in (torch.bfloat16, torch.float16) or os.environ.get("TRITON_INTERPRET") == "1")
     )
     if options.backend == "triton-store-free" and not possible:

@@ -18,10 +18,10 @@ from kvopt.kernels.options import Head, KernelInputError, KLOptions
 from kvopt.kernels.plan import Plan, make_plan
 from kvopt.kernels.products import has_float32_output
 from kvopt.kernels.rows import divergence_rows, normalize_
-from kvopt.kernels.torch_backend import Block, LogitChunks, balanced
+from kvopt.kernels.torch_backend import LogitChunks, RowBlock, balanced
 
 NLL_LIMIT = 0.02
-"""Divergence in nats beyond which 16-bit products may leave an NLL off by more than 1e-3 (SmolLM2: 4e-4 below it)."""
+"""Forward KL in nats beyond which 16-bit products may leave an NLL off by more than 1e-3 (SmolLM2: 4e-4 below it)."""
 
 PROBE_ROWS = 64
 """Rows spread over a call that show whether most have to be computed in float32 anyway."""
@@ -165,7 +165,7 @@ class _Job:
                     doubtful[start : start + size][block.rows] = ~certain
         return rows[doubtful]
 
-    def _block(self, block: Block, rows: Tensor, gold: Tensor, plan: Plan) -> Tensor | None:
+    def _block(self, block: RowBlock, rows: Tensor, gold: Tensor, plan: Plan) -> Tensor | None:
         """Writes the scores of a block; which of them are good enough (None for all)."""
         z_t, u, out, options = block.z_t, block.u, self.out, plan.options
         gold_t, gold_u = z_t.gather(1, gold[:, None])[:, 0], u.gather(1, gold[:, None])[:, 0]
@@ -178,11 +178,10 @@ class _Job:
             log_partition, entropy = self.facts.log_partition[rows], self.facts.entropy[rows]
         else:
             log_partition, entropy = normalize_(z_t.clone())
-        work = divergence_rows(z_t, u, options.divergence, options.beta, False)
+        work = divergence_rows(z_t, u, options.formula, False)
         out.kl[rows], out.entropy[rows] = work.value, entropy
         out.reference_nll[rows] = log_partition - gold_t
         out.nll[rows] = log_partition - gold_t - gold_u + work.shift
         if certain is None:
             return None
-        size = work.value / (options.beta * (1 - options.beta)) if options.divergence == "jsd" else work.value
-        return certain & (size < NLL_LIMIT)
+        return certain & (work.value < options.formula.at_kl(NLL_LIMIT))

@@ -1,6 +1,7 @@
 """References that are kept without the reference's head: moments (D + 2 numbers a token), or the top-k of an API.
 
-Forward KL only, frozen head. Hidden states are the exact store and the default; see the README for when these pay.
+For a frozen head, and divergences that have a formula for it (``Divergence.stored_forms``): forward KL. Hidden states
+are the exact store and the default; see the README for when these pay.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvopt.kernels.divergences import divergences
 from kvopt.kernels.options import Head, KernelInputError, KLOptions, UnsupportedError
 from kvopt.kernels.plan import rows_per_chunk
 from kvopt.kernels.products import gradient_product, logits_product
@@ -89,10 +91,11 @@ def moments_of(
 
 def check_stored(stored: StoredReference, candidate: Tensor, head: Head, options: KLOptions) -> str:
     """The form that serves a stored reference; raises where none does."""
-    name = type(stored).__name__
-    if options.divergence != "forward":
+    name, form = type(stored).__name__, "top-k" if isinstance(stored, TopK) else "moments"
+    if form not in options.formula.stored_forms:
+        titles = ", ".join(known.title for known in divergences().values() if form in known.stored_forms)
         raise UnsupportedError(
-            f'{name} gives forward KL only, not divergence="{options.divergence}"; store the reference hidden states'
+            f'{name} gives {titles} only, not divergence="{options.divergence}"; store the reference hidden states'
         )
     if head.trained:
         raise UnsupportedError(f"{name} has no gradient of the head; store the reference hidden states, or freeze it")
@@ -103,7 +106,7 @@ def check_stored(stored: StoredReference, candidate: Tensor, head: Head, options
     if isinstance(stored, TopK):
         if options.form != "auto":
             raise UnsupportedError(f'form="{options.form}" does not exist for top-k references; use form="auto"')
-        return "top-k"
+        return form
     if options.form not in ("auto", "moments"):
         raise UnsupportedError(f'form="{options.form}" needs reference hidden states; use form="moments"')
     if head.softcap is not None:
@@ -114,19 +117,19 @@ def check_stored(stored: StoredReference, candidate: Tensor, head: Head, options
         raise KernelInputError(
             f"the moments belong to temperature {stored.temperature}, options.temperature is {options.temperature}"
         )
-    return "moments"
+    return form
 
 
 def stored_value_and_gradient(
     stored: StoredReference, candidate: Tensor, head: Head, options: KLOptions, want_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Forward KL [N] and its gradient by candidate [N, D], float32; all products in float32."""
+    """The divergence [N] and its gradient by candidate [N, D], float32; all products in float32."""
     device, count = candidate.device, len(candidate)
     value = torch.empty(count, device=device)
     gradient = torch.empty(candidate.shape, device=device) if want_gradient else None
     step = rows_per_chunk(device, head.size, torch.float32, torch.float32, options)
     room = torch.empty(min(step, count), head.size, device=device)
-    factor = head.scale / options.temperature
+    divergence, factor = options.formula, head.scale / options.temperature
     for start in range(0, count, step):
         part = slice(start, start + step)
         hidden, reference = candidate[part], stored[part]
@@ -134,14 +137,16 @@ def stored_value_and_gradient(
         for rows in _row_blocks(logits):
             z, slope = final_logits(logits[rows], head, options.temperature)
             if isinstance(reference, TopK):
-                value[part][rows], by_logits = _top_k_rows(torch.log_softmax(z, -1), reference[rows])
+                log_q, likeliest = torch.log_softmax(z, -1), reference[rows]
+                value[part][rows], by_logits = divergence.of_top_k(log_q, likeliest.ids, likeliest.log_probs.float())
                 logits[rows] = by_logits if slope is None else by_logits * slope
             else:
                 value[part][rows], _ = normalize_(z)
         mean = None
         if isinstance(reference, Moments):
             mean = reference.mean_weight
-            value[part] -= factor * ((hidden.float() * mean).sum(-1) + reference.mean_bias) + reference.entropy
+            mean_logit = factor * ((hidden.float() * mean).sum(-1) + reference.mean_bias)
+            value[part] = divergence.of_moments(value[part], mean_logit, reference.entropy)
         if gradient is not None:
             product = gradient_product(logits, head.rows)
             gradient[part] = (product if mean is None else product - mean) * factor
@@ -152,17 +157,3 @@ def _row_blocks(logits: Tensor) -> Iterator[slice]:
     """Slices of rows of a chunk of logits, whose row-wise temporaries stay small."""
     size = block_rows(logits.device, *logits.shape)
     return (slice(start, start + size) for start in range(0, len(logits), size))
-
-
-def _top_k_rows(log_q: Tensor, reference: TopK) -> tuple[Tensor, Tensor]:
-    """KL of k + 1 outcomes [R] and dL/dz [R, V]: q − p on the k tokens, q (1 − p_tail / q_tail) on the others."""
-    tiny = torch.finfo(torch.float32).tiny
-    log_p = reference.log_probs.float()
-    p = log_p.exp()
-    chosen = log_q.gather(1, reference.ids)
-    tail_p = (1 - p.sum(-1, keepdim=True)).clamp(min=tiny)
-    q = log_q.exp()
-    tail_q = q.scatter(1, reference.ids, 0.0).sum(-1, keepdim=True).clamp(min=tiny)
-    value = (p * (log_p - chosen)).sum(-1) + (tail_p * (tail_p.log() - tail_q.log()))[:, 0]
-    gradient = (q * (1 - tail_p / tail_q)).scatter(1, reference.ids, chosen.exp() - p)
-    return value, gradient

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvopt.kernels.options import Head, KLOptions
+from kvopt.kernels.options import Head
 from kvopt.kernels.plan import Plan
 from kvopt.kernels.products import gradient_product, logits_product
 from kvopt.kernels.refine import Refined, refine_
@@ -23,7 +23,7 @@ ROUNDED_LIMIT = 0.25
 """Forward KL in nats beyond which 16-bit rounding of the difference logits may break the precision contract."""
 
 
-class Block(NamedTuple):
+class RowBlock(NamedTuple):
     """Some rows of a chunk as final logits: reference z_t, u = z_s − z_t, and d(z_s)/d(raw product) or None.
 
     refined: the tokens whose logits are exact, where the others were rounded to 16 bits.
@@ -65,7 +65,7 @@ class LogitChunks:
         logits_product(difference.to(plan.product), weight, u)
         return z_t, u, self.gradient[:count]
 
-    def blocks(self, z_t: Tensor, u: Tensor, gold: Tensor | None = None) -> Iterator[Block]:
+    def blocks(self, z_t: Tensor, u: Tensor, gold: Tensor | None = None) -> Iterator[RowBlock]:
         """Blocks of rows of a filled chunk. With gold ids [n], those and the candidate's likeliest are refined too."""
         for start in range(0, len(z_t), self.block):
             rows = slice(start, min(start + self.block, len(z_t)))
@@ -86,7 +86,7 @@ class LogitChunks:
                     None if gold is None else gold[rows],
                     gold is not None,
                 )
-            yield Block(rows, *self._capped(block_z, block_u), refined)
+            yield RowBlock(rows, *self._capped(block_z, block_u), refined)
 
     def reference_blocks(self, reference: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of rows of the reference's final logits alone."""
@@ -96,11 +96,11 @@ class LogitChunks:
             block = z_t[rows].to(self.plan.accumulate)
             yield rows, final_logits(block, self.plan.reference_head, self.plan.options.temperature)[0]
 
-    def _direct(self, rows: slice, x_t: Tensor, x_s: Tensor) -> Block:
+    def _direct(self, rows: slice, x_t: Tensor, x_s: Tensor) -> RowBlock:
         plan, temperature = self.plan, self.plan.options.temperature
         z_t, _ = final_logits(x_t, plan.reference_head, temperature)
         z_s, slope = final_logits(x_s, plan.head, temperature)
-        return Block(rows, z_t, z_s - z_t, slope, None)
+        return RowBlock(rows, z_t, z_s - z_t, slope, None)
 
     def _capped(self, z_t: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Softcap and temperature of z_t and u = z_s − z_t, and the softcap's slope at z_s."""
@@ -161,7 +161,7 @@ def value_and_hidden_gradient(
     _fill_rows(
         plan, candidate[:probe], reference[:probe], value[:probe], None if gradient is None else gradient[:probe]
     )
-    limit = rounded_limit(plan.options)
+    limit = plan.options.formula.at_kl(ROUNDED_LIMIT)
     precise = plan.precise
     rest_plan = precise if bool((value[:probe] > limit).float().mean() > 0.5) else plan
     if len(candidate) > probe:
@@ -179,14 +179,9 @@ def value_and_hidden_gradient(
     return value, gradient
 
 
-def rounded_limit(options: KLOptions) -> float:
-    """ROUNDED_LIMIT in the units of the divergence: JSD_β is about β (1−β) times the KL where both are small."""
-    return ROUNDED_LIMIT * (options.beta * (1 - options.beta) if options.divergence == "jsd" else 1.0)
-
-
 def _fill_rows(plan: Plan, candidate: Tensor, reference: Tensor, value: Tensor, gradient: Tensor | None) -> None:
     """Writes value [N] and, unless None, gradient [N, D], chunk by chunk."""
-    options, factor = plan.options, plan.head.scale / plan.options.temperature
+    divergence, factor = plan.options.formula, plan.head.scale / plan.options.temperature
     chunks, row_work = LogitChunks(plan, candidate.device, len(candidate)), row_function(plan.options.rows)
     rows_per_chunk = balanced(len(candidate), plan.rows_per_chunk)
     for start in range(0, len(candidate), rows_per_chunk):
@@ -197,7 +192,7 @@ def _fill_rows(plan: Plan, candidate: Tensor, reference: Tensor, value: Tensor, 
             rescale = torch.empty(len(u), 1, dtype=plan.accumulate, device=u.device)
         for block in chunks.blocks(z_t, u):
             rows = block.rows
-            work = row_work(block.z_t, block.u, options.divergence, options.beta, gradient is not None)
+            work = row_work(block.z_t, block.u, divergence, gradient is not None)
             value[part][rows] = work.value
             if work.gradient is not None:
                 _store_gradient(work.gradient, block.slope, out[rows], None if rescale is None else rescale[rows])
@@ -237,13 +232,13 @@ def all_gradients(
     if len(candidate) == 0:
         return by_hidden, by_weight, by_bias
     chunks, row_work = LogitChunks(plan, candidate.device, len(candidate)), row_function(options.rows)
-    factor = head.scale / options.temperature
+    divergence, factor = options.formula, head.scale / options.temperature
     for start in range(0, len(candidate), plan.rows_per_chunk):
         part = slice(start, start + plan.rows_per_chunk)
         z_t, u, out = chunks.fill(candidate[part], reference[part])
         weights = (upstream[part] * factor).to(plan.accumulate)[:, None]
         for block in chunks.blocks(z_t, u):
-            gradient = row_work(block.z_t, block.u, options.divergence, options.beta, True).gradient
+            gradient = row_work(block.z_t, block.u, divergence, True).gradient
             assert gradient is not None
             slope = block.slope
             out[block.rows] = (gradient if slope is None else gradient * slope) * weights[block.rows]

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from kvopt.kernels.divergences import row_functions
 from kvopt.kernels.options import Head
 from kvopt.kernels.plan import Plan
 from kvopt.kernels.products import gradient_product, logits_product
 from kvopt.kernels.triton_kernels import gradient_kernel, rows_kernel, statistics_kernel
-
-KIND = {"forward": 0, "reverse": 1, "jsd": 2}
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,12 @@ class Tile:
         }  # fmt: skip
 
 
-def tile_for(amd: bool, architecture: int | str) -> Tile:
-    """The tile of a device, given its vendor and architecture (80, 90, 100, …, or "gfx942")."""
-    if amd:
-        return Tile(stages=2)
-    return Tile()
+def tile_for(amd: bool) -> Tile:
+    """The tile of a device, given its vendor."""
+    return Tile(stages=2) if amd else Tile()
 
 
-TILE = tile_for(torch.version.hip is not None, 0)
+TILE = tile_for(torch.version.hip is not None)
 ROW_BLOCK = 1024
 ROW_WARPS = 8
 
@@ -120,10 +118,16 @@ def _row_chunks(
             scale_t, scale_s, cap_t, cap_s, options.beta, vocabulary, vocabulary, vocabulary,
             DIFFERENCE=plan.form == "difference", BIAS_T=teacher.offsets is not None, BIAS_S=head.offsets is not None,
             CAP_T=teacher.softcap is not None, CAP_S=head.softcap is not None,
-            KIND=KIND[options.divergence], GRADIENT=want_gradient, RESCALE=plan.product == torch.float16,
-            BLOCK=ROW_BLOCK, num_warps=ROW_WARPS,
+            GRADIENT=want_gradient, RESCALE=plan.product == torch.float16, BLOCK=ROW_BLOCK, num_warps=ROW_WARPS,
+            **row_constants(options.divergence),
         )  # fmt: skip
         yield part, room[:n], rescale[:n, None]
+
+
+def row_constants(divergence: str) -> dict[str, Any]:
+    """The divergence's own functions as ``rows_kernel`` takes them."""
+    functions = row_functions(divergence)
+    return {"SUMMANDS": functions.summands, "VALUE_OF": functions.value, "GRADIENT_OF": functions.gradient}
 
 
 def _scale_and_cap(head: Head, temperature: float) -> tuple[float, float]:

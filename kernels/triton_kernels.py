@@ -100,23 +100,21 @@ def load_ratios(
 
 
 @triton.jit
-def jsd_terms(d, beta):
-    """(log m − log p, log q − log m) for m = β p + (1 − β) q."""
-    y = (1.0 - beta) * tl.where(tl.abs(d) < 0.5, d + phi(d), tl.exp(tl.minimum(d, 30.0)) - 1.0)
-    log_m_p = tl.where(d < 30.0, log1p(y), d + tl.log(1.0 - beta))
-    return log_m_p, d - log_m_p
-
-
-@triton.jit
 def rows_kernel(
     x_t, x_s, out, value, rescale, bias_t, bias_s, scale_t, scale_s, cap_t, cap_s, beta, vocabulary, stride, out_stride,
     DIFFERENCE: tl.constexpr, BIAS_T: tl.constexpr, BIAS_S: tl.constexpr, CAP_T: tl.constexpr, CAP_S: tl.constexpr,
-    KIND: tl.constexpr, GRADIENT: tl.constexpr, RESCALE: tl.constexpr, BLOCK: tl.constexpr,
+    GRADIENT: tl.constexpr, RESCALE: tl.constexpr, BLOCK: tl.constexpr,
+    SUMMANDS: tl.constexpr, VALUE_OF: tl.constexpr, GRADIENT_OF: tl.constexpr,
 ):  # fmt: skip
     """One program per row of raw products x_t, x_s [R, V]: value [R] and, over x_s or elsewhere, its gradient [R, V].
 
-    The gradient is dL/dz_s times the softcap's slope; the factor scale / temperature is left to the caller. KIND 0
-    forward, 1 reverse, 2 JSD. With RESCALE the gradient row is multiplied by 1 / rescale[row] (float16 range).
+    The gradient is dL/dz_s times the softcap's slope; the factor scale / temperature is left to the caller. With
+    RESCALE the gradient row is multiplied by 1 / rescale[row] (float16 range).
+
+    The divergence is three jitted functions of its own file (divergences/NAME_triton.py), inlined by the compiler:
+    SUMMANDS(p, moved, d, beta) gives two numbers per token of the vocabulary, which are summed over it (None: no sums
+    and no pass over the row); VALUE_OF(kl, first, second, beta) the value from forward KL and those sums;
+    GRADIENT_OF(p, moved, d, first, second, beta) dL/dz_s. moved is q − p, d = log q − log p.
     """
     row = tl.program_id(0).to(tl.int64)
     x_t_row, x_s_row, out_row = x_t + row * stride, x_s + row * stride, out + row * out_stride
@@ -152,11 +150,11 @@ def rows_kernel(
         second += tl.where(valid, tl.where(v < 0.5, p * phi(v), far), 0.0)
     c = log1p(tl.sum(second, 0))
     shift = mean + c
-    loss = c
-    center = 0.0
-    if KIND != 0:
-        sum_q = tl.zeros((BLOCK,), tl.float32)
-        sum_p = tl.zeros((BLOCK,), tl.float32)
+    first_sum = 0.0
+    second_sum = 0.0
+    if SUMMANDS is not None:
+        first_sums = tl.zeros((BLOCK,), tl.float32)
+        second_sums = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, vocabulary, BLOCK):
             cols = start + lanes
             valid = cols < vocabulary
@@ -164,18 +162,11 @@ def rows_kernel(
                 x_t_row, x_s_row, bias_t, bias_s, scale_t, scale_s, cap_t, cap_s, lse, shift, cols, valid,
                 DIFFERENCE, BIAS_T, BIAS_S, CAP_T, CAP_S,
             )  # fmt: skip
-            q = p + moved
-            if KIND == 1:
-                sum_q += tl.where(valid, q * d, 0.0)
-            else:
-                s, a = jsd_terms(d, beta)
-                sum_q += tl.where(valid, q * a, 0.0)
-                sum_p += tl.where(valid, p * s, 0.0)
-        center = tl.sum(sum_q, 0)
-        loss = center
-        if KIND == 2:
-            loss = (1.0 - beta) * center - beta * tl.sum(sum_p, 0)
-    tl.store(value + row, loss)
+            one, other = SUMMANDS(p, moved, d, beta)
+            first_sums += tl.where(valid, one, 0.0)
+            second_sums += tl.where(valid, other, 0.0)
+        first_sum, second_sum = tl.sum(first_sums, 0), tl.sum(second_sums, 0)
+    tl.store(value + row, VALUE_OF(c, first_sum, second_sum, beta))
     if GRADIENT:
         factor = 1.0
         if RESCALE:
@@ -190,12 +181,7 @@ def rows_kernel(
                 x_t_row, x_s_row, bias_t, bias_s, scale_t, scale_s, cap_t, cap_s, lse, shift, cols, valid,
                 DIFFERENCE, BIAS_T, BIAS_S, CAP_T, CAP_S,
             )  # fmt: skip
-            g = moved
-            if KIND == 1:
-                g = (p + moved) * (d - center)
-            if KIND == 2:
-                s, a = jsd_terms(d, beta)
-                g = (1.0 - beta) * (p + moved) * (a - center)
+            g = GRADIENT_OF(p, moved, d, first_sum, second_sum, beta)
             tl.store(out_row + cols, (g * slope * factor).to(out.dtype.element_ty), mask=valid)
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from kvopt.config.document import load_config
 from kvopt.errors import InputError
-from kvopt.export import Options, export
+from kvopt.export.writing import export
 from kvopt.run.run import Run
 from kvopt.storage.files import write_jsonl, write_text
 
@@ -160,9 +160,7 @@ def export_context(
     ``to``, ``base`` and ``options`` (peft_type, block_size, partial_block, config) are those of ``kvopt export``.
     Raises InputError.
     """
-    if options.get("config") is not None:
-        options["config"] = Path(options["config"])
-    return Path(export(context, to, Path(out) if out else None, base=base, options=Options(**options))["folder"])
+    return Path(export(context, to, Path(out) if out else None, base=base, options=options)["folder"])
 
 
 def _config(template: TemplateLike, base: str, sections: Mapping[str, Any]) -> dict[str, Any]:

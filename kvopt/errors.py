@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class KvoptError(Exception):
     """Something failed that is not the user's input (exit code 1)."""
@@ -24,3 +27,27 @@ class InputError(KvoptError):
         self.what, self.where, self.mend = what, where, mend
         line = f"{where}: {what}" if where else what
         super().__init__(f"{line} ({mend})" if mend else line)
+
+
+def missing_extra(extra: str, what: str, where: str | None = None) -> InputError:
+    """The error for something that needs a library of an extra, which is not installed.
+
+    Args:
+        extra: its name in pyproject.toml, such as ``"gguf"``.
+        what: what needs it, such as ``"reading a .gguf file"``.
+        where: the key, option or file that asked for it.
+    """
+    return InputError(f"{what} needs the extra {extra!r}", where=where, mend=f"pip install 'kvopt[{extra}]'")
+
+
+@contextmanager
+def from_extra(extra: str, where: str | None = None) -> Iterator[None]:
+    """Imports of packages that an extra of kvopt installs. Raises InputError, one line, where one of them is absent."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "kvopt").partition(".")[0]
+        if package == "kvopt":
+            raise
+        what = f"the package {package} is not installed"
+        raise InputError(what, where=where, mend=f"pip install 'kvopt[{extra}]'") from None

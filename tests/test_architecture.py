@@ -19,7 +19,7 @@ ROOMS = (
 """A folder imports only itself and what stands before it."""
 FACE = {"__init__.py", "__main__.py", "api.py", "errors.py", "version.py", "py.typed"}
 """All that ``kvopt/`` itself may hold beside folders."""
-FAMILIES = ("mutate/operators", "mutate/generators", "learn/starts", "export/formats", "export/scripts",
+FAMILIES = ("kvopt/config", "mutate/operators", "mutate/generators", "learn/starts", "export/formats", "export/scripts",
             "losses", "schedules", "metrics", "divergences", "report/pictures")  # fmt: skip
 """Folders with one small file a member."""
 LONGEST, SHORTEST = 400, 30
@@ -129,7 +129,7 @@ SAME_CLASSES: set[str] = set()
     [
         ("import kvopt", ("torch", "pydantic", "typer")),
         ("import kvopt.config.document", ("torch", "transformers", "peft", "scipy", "numpy")),
-        ("import kvopt.cli", ("torch", "transformers", "peft", "scipy", "pydantic")),
+        ("import kvopt.cli", ("torch", "transformers", "peft", "scipy")),
         ("import kvopt.report.reading", ("torch", "transformers", "peft")),
     ],
 )

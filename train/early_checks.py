@@ -8,7 +8,6 @@ from kvopt.run.inputs import Inputs
 from kvopt.train.arms import study_arms
 from kvopt.train.evaluation.conditions import hand_written
 from kvopt.train.evaluation.probes import probe_examples
-from kvopt.train.metrics import build_metrics
 from kvopt.train.training import check_student, chosen
 
 
@@ -27,7 +26,8 @@ def check_evaluation(inputs: Inputs) -> None:
     """
     study = inputs.config.study
     for settings in (inputs.config.evaluate, *([study.evaluate] if study and study.evaluate else [])):
-        build_metrics(settings.metrics, inputs.base_dir)
+        for metric in settings.metrics:
+            metric.prepared(inputs.base_dir)
         hand_written(inputs, settings)
         if settings.probes is not None:
             probe_examples(inputs, settings.probes)

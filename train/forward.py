@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from kvopt.base.loading import Base
 from kvopt.base.prefix import Prefix, empty_prefix, gold_hidden, prefill
+from kvopt.config.losses import Loss
 from kvopt.contexts import SoftContext
 from kvopt.errors import KvoptError
 from kvopt.measure.reference import Reference
 from kvopt.task.seam import Row, make_batch
-from kvopt.train.losses import Gold, Loss
+from kvopt.train.gold_tokens import Gold
 from kvopt.train.pool import Pool, PoolContext
 
 LEAST_SHARED = 16

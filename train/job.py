@@ -13,7 +13,7 @@ from kvopt.config.students import StudentConfig
 from kvopt.measure.reference import Reference
 from kvopt.train.distill.teacher import Teacher
 from kvopt.train.pool import Pool
-from kvopt.train.schedules import Schedule, build_schedule
+from kvopt.train.stream import Stream
 from kvopt.train.student import Student
 
 
@@ -22,17 +22,20 @@ class TrainingPlan:
     """How long a student is trained and what it meets when.
 
     Attributes:
-        steps: optimizer steps. batch_size: items a step.
+        stream: rows and contexts under the schedule.
+        pool: what they are.
+        steps: optimizer steps.
+        batch_size: items a step.
     """
 
-    schedule: Schedule
+    stream: Stream
     pool: Pool
     steps: int
     batch_size: int
 
     def items(self, positions: Sequence[int], kept: tuple[int, ...]) -> list[tuple[int, int]]:
         """(row, context) at each position of the stream."""
-        return [(self.schedule.row(p), self.schedule.context(p, kept)) for p in positions]
+        return [(self.stream.row(p), self.stream.context(p, kept)) for p in positions]
 
     def step_items(self, step: int, kept: tuple[int, ...]) -> list[tuple[int, int]]:
         """All items of a step (from 0)."""
@@ -40,23 +43,23 @@ class TrainingPlan:
 
     def epoch(self, step: int) -> float:
         """Passes over the rows before a step."""
-        return step * self.batch_size / self.schedule.per_epoch
+        return step * self.batch_size / self.stream.per_epoch
 
 
 def make_plan(config: StudentConfig, pool: Pool, seed: int) -> TrainingPlan:
     """The plan of a config: ``steps`` as given, or as many as the epochs or tokens take, up to a whole step."""
-    schedule = build_schedule(config.schedule, pool.rows, pool.weights, seed)
+    stream = Stream(config.schedule, pool.rows, tuple(pool.weights), seed)
     if config.steps is not None:
         steps = config.steps
     elif config.tokens is not None:
         steps, seen = 0, 0
-        endless = TrainingPlan(schedule, pool, 0, config.batch_size)
+        endless = TrainingPlan(stream, pool, 0, config.batch_size)
         while seen < config.tokens:
             seen += sum(pool.tokens(*item) for item in endless.step_items(steps, ()))
             steps += 1
     else:
-        steps = math.ceil((config.epochs or 1) * schedule.per_epoch / config.batch_size - 1e-9)
-    return TrainingPlan(schedule, pool, steps, config.batch_size)
+        steps = math.ceil((config.epochs or 1) * stream.per_epoch / config.batch_size - 1e-9)
+    return TrainingPlan(stream, pool, steps, config.batch_size)
 
 
 @dataclass

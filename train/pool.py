@@ -152,6 +152,8 @@ def check_choice(inputs: Inputs, spec: str, where: str) -> None:
         raise InputError(what, where=where, mend="raise mutations.count")
     if name.form == "text":
         template_from_file(inputs.base_dir / name.argument, inputs.template)
+    elif name.form == "of-run" and not (inputs.base_dir / name.run / "manifest.json").is_file():
+        raise InputError(f"{name.run} is not a run directory", where=where, mend="write RUN#NAME")
     elif (
         (name.form in ("plain", "context") or (name.form == "mutation" and count == 0))
         and name.argument not in inputs.context_names

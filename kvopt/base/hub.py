@@ -8,13 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import get_session
 
 from kvopt.errors import InputError
 from kvopt.storage.locks import acquire_lock
 
+HUB_FAILURES: tuple[type[Exception], ...] = (
+    *(kind for kind in HfHubHTTPError.__mro__ if kind.__name__.endswith("HTTPError") and issubclass(kind, Exception)),
+    LocalEntryNotFoundError,
+    OSError,
+)
+"""What an answer or a connection that fails raises: errors of the hub's own client, httpx or its successor."""
 TIMEOUT = 4.0  # seconds until the hub counts as unreachable
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 TOKENIZER_FILES = (
@@ -69,8 +75,8 @@ def unreachable() -> str | None:
     if constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return "offline mode is on (HF_HUB_OFFLINE)"
     try:
-        httpx.head(constants.ENDPOINT, timeout=TIMEOUT)
-    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
+    except HUB_FAILURES as error:
         return f"the hub cannot be reached ({type(error).__name__})"
     return None
 
@@ -96,7 +102,7 @@ def snapshot(name: str, revision: str | None = None) -> Path:
         raise InputError("access to this hub model needs permission", where=where, mend="log in to the hub") from error
     except RepositoryNotFoundError as error:
         raise InputError("no such model on the hub", where=where, mend="check the id or log in to the hub") from error
-    except (HfHubHTTPError, httpx.HTTPError, LocalEntryNotFoundError, OSError) as error:
+    except HUB_FAILURES as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"the download failed: {reason}", where=where, mend="run again to resume it") from error
 

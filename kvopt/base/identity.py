@@ -35,10 +35,10 @@ def _content_sha256(file: Path) -> str:
             return known
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    found = sha256_file(file)
+    digest = sha256_file(file)
     with contextlib.suppress(KvoptError, OSError):  # a cache that cannot be written only costs time
-        write_json(note, {"file": str(file), "sha256": found})
-    return found
+        write_json(note, {"file": str(file), "sha256": digest})
+    return digest
 
 
 def config_sha256(folder: Path) -> str:

@@ -100,7 +100,7 @@ def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) 
         model = _load_model(folder, config, settings, torch_dtype).to(device)
     model.requires_grad_(False).eval()
     _check_vocabulary(model, tokenizer, config.base)
-    found = probe(model, _ordinary_ids(model, tokenizer), config.base)
+    capability = probe(model, _ordinary_ids(model, tokenizer), config.base)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     identity = {
@@ -110,7 +110,7 @@ def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) 
         "chat_template": chat_template_sha256(tokenizer),
         "source": _source(folder),
     }
-    return Base(model, tokenizer, config.base, device, torch_dtype, found.geometry, identity, found)
+    return Base(model, tokenizer, config.base, device, torch_dtype, capability.geometry, identity, capability)
 
 
 def _to_stderr(line: str) -> None:

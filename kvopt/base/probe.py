@@ -66,9 +66,7 @@ def check_config(config: Any, name: str) -> None:
         raise refuse(name, f"{config.model_type} is an encoder-decoder model")
     types = set(layer_types(text))
     for field in ("layers_block_type", "block_types"):
-        types.update(
-            value for value in getattr(text, field, None) or () if value not in ("attention", "full_attention")
-        )
+        types.update(kind for kind in getattr(text, field, None) or () if kind not in ("attention", "full_attention"))
     if foreign := sorted(types - set(SUPPORTED_LAYERS)):
         raise refuse(
             name, f"{config.model_type} has {', '.join(foreign)} layers, whose state is not only keys and values"
@@ -239,12 +237,12 @@ def _check_head(at: _Probe, full: Tensor) -> tuple[float, float | None]:
 
 def _scales(text: Any) -> list[float]:
     """Factors on the logits that configurations name; which one holds is found by trying."""
-    found = [1.0]
+    factors = [1.0]
     for field in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
-        value = getattr(text, field, None)
-        if isinstance(value, (int, float)) and value > 0:
-            found += [float(value), 1.0 / float(value)]
-    return found
+        factor = getattr(text, field, None)
+        if isinstance(factor, (int, float)) and factor > 0:
+            factors += [float(factor), 1.0 / float(factor)]
+    return factors
 
 
 def _check_embeddings(at: _Probe, full: Tensor) -> None:

@@ -42,14 +42,14 @@ def turn(keys: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing) -> Tensor:
     dtype out."""
     if pairing == "none":
         return keys
-    rotated, rest = keys[..., : 2 * cos.shape[-1]].float(), keys[..., 2 * cos.shape[-1] :]
+    rotated, unrotated = keys[..., : 2 * cos.shape[-1]].float(), keys[..., 2 * cos.shape[-1] :]
     if pairing == "half":
         first, second = rotated.chunk(2, dim=-1)
         out = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     else:
         first, second = rotated[..., 0::2], rotated[..., 1::2]
         out = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
-    return torch.cat((out.to(keys.dtype), rest), dim=-1)
+    return torch.cat((out.to(keys.dtype), unrotated), dim=-1)
 
 
 def shift_angles(rotary: nn.Module, shift: int, layer_type: str, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ def bench_kl(
     as_json: Json = False,
 ) -> None:
     """Compare the KL op with plain torch and other libraries: time, memory, and error for small and large KL."""
-    from kvopt.kernels.benchmark import Inputs, run_table
+    from kvopt.kernels.benchmark import KLInputs, run_table
     from kvopt.kernels.benchmark import run as run_kl
     from kvopt.kernels.memory_curve import run_memory
 
@@ -57,7 +57,9 @@ def bench_kl(
 
         states = real_states(REAL_TOKENS)
         timed = list(states.candidates)[2]
-        inputs = Inputs(states.reference, states.candidates, states.head.weight, timed, "states of the built-in model")
+        inputs = KLInputs(
+            states.reference, states.candidates, states.head.weight, timed, "states of the built-in model"
+        )
         result = run_kl([inputs], out=out, seconds=seconds or None)
     else:
         result = run_kl(out=out, seconds=seconds or None)

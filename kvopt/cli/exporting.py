@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,9 +12,7 @@ import typer
 
 from kvopt.cli.common import Json, Sets, print_json, say
 from kvopt.errors import InputError
-
-BLOCK_SIZE = 16
-TAKEN_BY = {"--peft-type": "peft", "--block-size": "vllm", "--partial-block": "vllm", "--config": "trl-dataset"}
+from kvopt.export.export_format import FORMATS, chosen_format, export_formats, options_of
 
 ContextArgument = Annotated[
     str,
@@ -27,47 +28,32 @@ RunOption = Annotated[
 ]
 
 
-def export(
+def _export(
     context: ContextArgument,
-    to: Annotated[str, typer.Option("--to", help="peft, prompt-embeds, hf-cache, text, trl-dataset or vllm.")],
+    to: Annotated[str, typer.Option("--to", help=f"One of {', '.join(FORMATS.kinds)}.")],
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="The folder to write (default: exports/NAME-FORMAT).")
     ] = None,
-    peft_type: Annotated[
-        str | None, typer.Option(help="Of peft: CARTRIDGE or PREFIX_TUNING (kv), PROMPT_TUNING (soft).")
-    ] = None,
     base: BaseOption = None,
-    block_size: Annotated[
-        int | None, typer.Option(min=1, help="Of vllm: tokens in a block of the server's cache (default: 16).")
-    ] = None,
-    partial_block: Annotated[
-        bool, typer.Option("--partial-block", help="Of vllm: allow a last block that is not full.")
-    ] = False,
-    config: Annotated[
-        Path | None, typer.Option("--config", metavar="CONFIG.yaml", help="Of trl-dataset: the run's own config.")
-    ] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="USER/NAME", help="Upload the export to the Hugging Face hub too.")
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="With --push-to-hub: a public repository.")] = False,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
-    """Write a context for another tool: an adapter, embeddings, a cache, its text, a data set, or for vLLM."""
-    from kvopt.export import Options
-    from kvopt.export import export as write
+    given = {name: value for name, value in options.items() if value}
+    chosen_format(to, given)  # what is wrong with it is told before torch is loaded
     from kvopt.export.upload import check_repository, push
+    from kvopt.export.writing import export as write
 
-    _refuse_options_of_others(
-        to, {"--peft-type": peft_type, "--block-size": block_size, "--partial-block": partial_block, "--config": config}
-    )
     if push_to_hub is not None:
         check_repository(push_to_hub)
     elif public:
         raise InputError("says how to upload, and nothing is uploaded", where="--public", mend="add --push-to-hub")
     if to == "vllm":
         say("note: the vLLM connector is tested on a CPU alone, not on a server")
-    options = Options(peft_type.upper() if peft_type else None, block_size or BLOCK_SIZE, partial_block, config)
-    result = write(context, to, out, base=base, options=options)
+    result = write(context, to, out, base=base, options=given)
     if push_to_hub is not None:
         result["pushed_to"] = push(Path(result["folder"]), push_to_hub, private=not public)
     if as_json:
@@ -79,10 +65,34 @@ def export(
         print(result["pushed_to"])
 
 
-def _refuse_options_of_others(to: str, given: dict[str, Any]) -> None:
-    for option, value in given.items():
-        if value and to != TAKEN_BY[option]:
-            raise InputError(f"is of --to {TAKEN_BY[option]} alone", where=option, mend="leave it out")
+def _with_flags_of_formats(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with a flag for every option of every format in the place of its ``**options``."""
+    signature = inspect.signature(command, eval_str=True)
+    parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    for name, (to, field) in options_of(export_formats()).items():
+        flag, flags_only = "--" + name.replace("_", "-"), field.annotation is bool
+        help_text = f"Of {to}: {field.description}" + ("" if not field.default or flags_only else f" ({field.default})")
+        kind: Any = bool if flags_only else field.annotation | None  # type: ignore[operator]
+        annotated = Annotated[kind, typer.Option(flag, help=help_text + ".")]
+        default = False if flags_only else None
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotated)
+        )
+
+    @functools.wraps(command)
+    def export(**values: Any) -> None:
+        command(**values)
+
+    export.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    export.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+    export.__doc__ = (
+        "Write a context for another tool: an adapter, embeddings, a cache, its text, a data set, or for vLLM."
+    )
+    del export.__wrapped__  # type: ignore[attr-defined]
+    return export
+
+
+export = _with_flags_of_formats(_export)
 
 
 def move(

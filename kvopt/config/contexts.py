@@ -12,7 +12,7 @@ from kvopt.config.names import ContextName
 from kvopt.config.section import NAME, Section
 from kvopt.errors import InputError
 
-STARTS = Family("kvopt.learn.starts", "init")
+STARTS: Family[Start] = Family("kvopt.learn.starts", "init")
 _ON_TEXTS = {"template": "", "text": "a file", "mutation": "a mutation's name", "best-mutation": ""}
 """Texts that the start ``first-tokens`` can take, with what must stand after their colon."""
 
@@ -62,9 +62,7 @@ class Init:
         kind = tree["kind"]
         if kind not in STARTS.kinds:
             raise InputError(f"unknown init {kind!r}", where=where, mend="one of " + ", ".join(STARTS.kinds))
-        start = build_model(STARTS.options(str(kind)), tree, where)
-        assert isinstance(start, Start)
-        return start
+        return build_model(STARTS.options(str(kind)), tree, where)
 
     @property
     def settings(self) -> Any:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator
 
-from kvopt.config.mutations import EndpointSettings
-from kvopt.config.section import LABEL, FrozenSection
+from kvopt.config.metrics import METRICS, Metric, check_distinct, spelled_out
+from kvopt.config.section import FrozenSection
 
 MEASURED = ("answer_cut", "gold_nll", "kl_from_base", "top1_agreement")
 """Quantities of every evaluation, whatever its metrics."""
@@ -20,143 +19,15 @@ FROZEN_INSTRUCTIONS = (
 )
 
 
-class _Metric(FrozenSection):
-    name: str | None = Field(None, pattern=LABEL, description="how results call it; default: its kind")
-
-    @property
-    def label(self) -> str:
-        """How results call it."""
-        return self.name or str(getattr(self, "kind", ""))
-
-
-class ExactMatchConfig(_Metric):
-    """Share of answers that equal the gold output."""
-
-    kind: Literal["exact-match"]
-    normalize: tuple[Literal["strip", "case", "spaces", "punctuation", "json"], ...] = Field(
-        ("strip",), description="what is made equal first; json compares parsed values"
-    )
-
-
-class JSONValidConfig(_Metric):
-    """Share of answers that are valid JSON and nothing else."""
-
-    kind: Literal["json-valid"]
-    container: bool = Field(True, description="only objects and lists count")
-
-
-class SlotsConfig(_Metric):
-    """Precision, recall and F1 over the key/value pairs of a JSON answer, micro over examples."""
-
-    kind: Literal["slots"]
-    path: str | None = Field(None, description="dotted keys of the object whose pairs count; default: all")
-    ignore_case: bool = Field(False, description="values that differ in case alone are the same")
-
-
-class RougeLConfig(_Metric):
-    """ROUGE-L F1, mean over examples."""
-
-    kind: Literal["rouge-l"]
-    stemmer: bool = Field(False, description="compare words by their Porter stems")
-
-
-class RegexConfig(_Metric):
-    """Share of answers that a regular expression matches."""
-
-    kind: Literal["regex"]
-    pattern: str = Field(description="a regular expression of Python")
-    whole: bool = Field(False, description="the stripped answer must match from end to end")
-    absent: bool = Field(False, description="the share of answers in which it is not found")
-
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"is not a regular expression: {error}") from None
-        return value
-
-
-class JSONSchemaConfig(_Metric):
-    """Share of answers that a JSON schema accepts."""
-
-    kind: Literal["json-schema"]
-    definition: dict[str, Any] | str = Field(description="the schema, or a JSON file with it")
-
-
-class OwnConfig(_Metric):
-    """The mean of a Python function f(answer, gold, values) over answers."""
-
-    kind: Literal["python"]
-    target: str = Field(description="python:package.module:function or python:path/to/file.py:function")
-
-    @property
-    def label(self) -> str:
-        return self.name or re.sub(r"[^A-Za-z0-9_-]", "-", self.target.rpartition(":")[2]) or "python"
-
-
-class JudgeConfig(EndpointSettings):
-    """Scores by a model behind an OpenAI-compatible endpoint, scaled to 0 … 1."""
-
-    kind: Literal["judge"]
-    name: str | None = Field(None, pattern=LABEL, description="how results call it; default: its kind")
-    instruction: str | None = Field(
-        None, description="what the judge is told; {lowest} and {highest} stand for the numbers"
-    )
-    lowest: int = Field(1, description="the number that is scored 0")
-    highest: int = Field(5, description="the number that is scored 1")
-    temperature: float = Field(0.0, ge=0, le=2, description="of the judge's sampling")
-
-    @property
-    def label(self) -> str:
-        """How results call it."""
-        return self.name or self.kind
-
-    @model_validator(mode="after")
-    def _range(self) -> JudgeConfig:
-        if self.lowest >= self.highest:
-            raise ValueError("lowest must be under highest")
-        return self
-
-
-def _spelled_out(value: Any) -> Any:
-    """A metric's kind alone, or ``python:…``, as the mapping that it is short for."""
-    if isinstance(value, str):
-        return {"kind": "python", "target": value} if value.startswith("python:") else {"kind": value}
-    return value
-
-
-Check = ExactMatchConfig | JSONValidConfig | RegexConfig | JSONSchemaConfig | OwnConfig
-_Check = Annotated[Check, Field(discriminator="kind")]
-CheckConfig = Annotated[_Check, BeforeValidator(_spelled_out, json_schema_input_type=str | _Check)]
-
-
-class ChecksConfig(_Metric):
-    """A sum of pass/fail checks; the rate of each is shown."""
-
-    kind: Literal["checks"]
-    checks: list[CheckConfig] = Field(min_length=1, description="metrics that an answer passes or fails")
-
-    @field_validator("checks")
-    @classmethod
-    def _distinct(cls, value: list[Any]) -> list[Any]:
-        _distinct_labels(value, "checks")
-        if any(check.label == "all" for check in value):
-            raise ValueError("'all' is the name of the share that passes every check; name the check otherwise")
-        return value
-
-
-AnyMetric = Check | SlotsConfig | RougeLConfig | JudgeConfig | ChecksConfig
-_Metrics = Annotated[AnyMetric, Field(discriminator="kind")]
-MetricConfig = Annotated[_Metrics, BeforeValidator(_spelled_out, json_schema_input_type=str | _Metrics)]
-
-
-def _distinct_labels(metrics: list[Any], what: str) -> None:
-    labels = [metric.label for metric in metrics]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise ValueError(f"two {what} are called {label!r}: give one of them a name")
+if TYPE_CHECKING:
+    CheckConfig = Metric
+    MetricConfig = Metric
+else:
+    _Check = METRICS.union(lambda metric: metric.pass_or_fail)
+    CheckConfig = Annotated[_Check, BeforeValidator(spelled_out, json_schema_input_type=str | _Check)]
+    METRICS.complete(CheckConfig=CheckConfig)
+    _Metric = METRICS.union()
+    MetricConfig = Annotated[_Metric, BeforeValidator(spelled_out, json_schema_input_type=str | _Metric)]
 
 
 class ProbesConfig(FrozenSection):
@@ -185,7 +56,7 @@ class EvaluateConfig(FrozenSection):
     temperature: float = Field(0.0, ge=0, le=2, description="0: the most likely token; above: drawn with the seed")
     batch_size: int = Field(16, ge=1, description="bodies a batch")
     metrics: list[MetricConfig] = Field(
-        [ExactMatchConfig(kind="exact-match")], min_length=1, description="by kind, or with options"
+        [METRICS.options("exact-match")(kind="exact-match")], min_length=1, description="by kind, or with options"
     )
     held_out_mutations: int = Field(4, ge=0, description="accepted mutations that no student is trained on")
     templates: str | None = Field(None, description="a file of templates written by hand, with the same slots")
@@ -197,7 +68,7 @@ class EvaluateConfig(FrozenSection):
     @field_validator("metrics")
     @classmethod
     def _distinct(cls, value: list[Any]) -> list[Any]:
-        _distinct_labels(value, "metrics")
+        check_distinct(value, "metrics")
         for metric in value:
             if metric.label in MEASURED:
                 raise ValueError(f"{metric.label!r} is measured anyway; name the metric otherwise")

@@ -10,11 +10,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, reduce
 from operator import or_
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, cast
 
 from pydantic import Field
 
@@ -24,12 +24,16 @@ from kvopt.config.section import FrozenSection
 class Options(FrozenSection):
     """The settings of one member; ``kind`` names it."""
 
-    kind: str
+    if TYPE_CHECKING:  # each member declares it, at the place where its dump has it
+        kind: str
+
+
+Member = TypeVar("Member", bound=Options)
 
 
 @dataclass(frozen=True)
-class Family:
-    """The members of one folder.
+class Family(Generic[Member]):
+    """The members of one folder; ``Member`` is what all their options are.
 
     Attributes:
         package: the folder as a package; its ``__init__`` may load no torch. Files that begin with ``_`` are no
@@ -53,20 +57,31 @@ class Family:
         modules = [importlib.import_module(f"{self.package}.{kind.replace('-', '_')}") for kind in self.kinds]
         return [value for module in modules for name, value in vars(module).items() if not name.startswith("_")]
 
-    def options(self, kind: str) -> type[Options]:
+    def options(self, kind: str) -> type[Member]:
         """The options of a kind. Raises KeyError for an unknown one."""
         if kind not in self.kinds:
             raise KeyError(f"no {self.title} {kind!r}; there are {', '.join(self.kinds)}")
-        return _options_in(f"{self.package}.{kind.replace('-', '_')}")
+        return cast(type[Member], _options_in(f"{self.package}.{kind.replace('-', '_')}"))
 
     @cached_property
-    def members(self) -> Mapping[str, type[Options]]:
+    def members(self) -> Mapping[str, type[Member]]:
         """The options of every kind; loads all files."""
         return {kind: self.options(kind) for kind in self.kinds}
 
-    def union(self) -> Any:
-        """The type of a key that holds one member: the options of its ``kind``."""
-        return Annotated[reduce(or_, self.members.values()), Field(discriminator="kind")]
+    def union(self, only: Callable[[type[Member]], bool] = lambda member: True) -> Any:
+        """The type of a key that holds one member: the options of its ``kind``.
+
+        Args:
+            only: which of the members the key may hold; default: any.
+        """
+        return Annotated[reduce(or_, filter(only, self.members.values())), Field(discriminator="kind")]
+
+    def complete(self, **types: Any) -> None:
+        """Give members whose options hold other members the unions that they name in their annotations: these exist
+        only when all files are loaded.
+        """
+        for member in self.members.values():
+            member.model_rebuild(_types_namespace=types)
 
 
 @cache

@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from kvopt.config.kinds import Family
+from kvopt.config.kinds import Family, Options
 from kvopt.config.section import FrozenSection
 
-OPERATORS = Family("kvopt.mutate.operators", "operator")
+OPERATORS: Family[Options] = Family("kvopt.mutate.operators", "operator")
 FAMILIES = ("structure", "syntax", "lexical", "paraphrase")
 """What operators belong to; ``paraphrase`` is what the generator writes."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from kvopt.config.evaluation import CheckConfig
+from kvopt.config.losses import LOSSES, Loss
+from kvopt.config.schedules import SCHEDULES, Schedule
 from kvopt.config.section import NAME, Section, Shorthand
 
 
@@ -35,92 +37,12 @@ class LoraSettings(Section):
     targets: str | list[str] = Field("all-linear", description="all-linear, or names of linear modules")
 
 
-class ExpandConfig(Section):
-    """Every row under every context once an epoch (``weight`` times)."""
-
-    kind: Literal["expand"] = "expand"
-
-
-class ResampleConfig(Section):
-    """Every row once an epoch, its context drawn anew each time, in proportion to the weights."""
-
-    kind: Literal["resample"] = "resample"
-
-
-class StateAdaptiveConfig(Section):
-    """Every row once an epoch, under one of the contexts with the lowest gold NLL under the current student (SAPO)."""
-
-    kind: Literal["state-adaptive"]
-    every: int | None = Field(None, ge=1, description="steps between scorings of the pool; default: once, at the start")
-    keep: int = Field(1, ge=1, description="contexts that are kept until the next scoring")
-    rows: int = Field(64, ge=1, description="training rows that the pool is scored on, from the first on")
-
-
-class CrossEntropyConfig(Section):
-    """Mean of −log p(gold)."""
-
-    kind: Literal["ce"] = "ce"
-
-
-class AnchoredKLConfig(Section):
-    """Cross-entropy plus weight · KL between the base and the student."""
-
-    kind: Literal["anchored-kl"]
-    weight: float = Field(0.1, ge=0, description="of the KL term (λ)")
-    direction: Literal["forward", "reverse"] = Field("forward", description="KL(base ‖ student) or KL(student ‖ base)")
-    anchor: Literal["original", "same"] = Field(
-        "original", description="what the base sees: the original template, or the context that the student sees"
-    )
-
-
-class DFTConfig(Section):
-    """Dynamic fine-tuning: −sg(p) log p."""
-
-    kind: Literal["dft"]
-
-
-class ASFTConfig(Section):
-    """Anchored SFT: DFT plus weight · KL between the base and the student."""
-
-    kind: Literal["asft"]
-    weight: float = Field(0.05, ge=0, description="of the KL term (λ)")
-    direction: Literal["forward", "reverse"] = Field(
-        "forward", description="KL(base ‖ student), as in the paper's code, or KL(student ‖ base), as in its text"
-    )
-    anchor: Literal["original", "same"] = Field(
-        "same", description="what the base sees: the context that the student sees, or the original template"
-    )
-
-
-class TeacherConfig(Section):
-    """Who scores the answers of on-policy distillation."""
-
-    context: str = Field(
-        "original",
-        min_length=1,
-        description="what it sees: original, none, text:FILE, a mutation's or "
-        "learned context's name, or a context folder",
-    )
-    base: str | None = Field(None, description="a larger model with the same tokenizer; default: the base itself")
-
-
-class OnPolicyConfig(Section):
-    """Distillation on answers that the student draws itself (GKD); gold outputs are not used."""
-
-    kind: Literal["on-policy"]
-    divergence: Literal["reverse", "jsd"] = Field(
-        "reverse", description="KL(student ‖ teacher), or the generalised JSD"
-    )
-    beta: float = Field(0.5, gt=0, lt=1, description="of the JSD: β KL(teacher ‖ m) + (1 − β) KL(student ‖ m)")
-    temperature: float = Field(1.0, ge=0, description="of the student's drawing; 0 takes the most likely tokens")
-    max_new_tokens: int = Field(64, ge=1, description="an answer is cut here")
-    teacher: TeacherConfig = Field(TeacherConfig(), description="who scores the tokens of an answer")
-
-
-ScheduleConfig = Annotated[ExpandConfig | ResampleConfig | StateAdaptiveConfig, Field(discriminator="kind")]
-LossConfig = Annotated[
-    CrossEntropyConfig | AnchoredKLConfig | DFTConfig | ASFTConfig | OnPolicyConfig, Field(discriminator="kind")
-]
+if TYPE_CHECKING:
+    ScheduleConfig = Schedule
+    LossConfig = Loss
+else:
+    ScheduleConfig = SCHEDULES.union()
+    LossConfig = LOSSES.union()
 
 
 class OwnAnswersConfig(Section):
@@ -153,8 +75,10 @@ class StudentConfig(Section):
     own_answers: OwnAnswersConfig | None = Field(
         None, description="train on the base's own answer where it is right; default: on gold outputs alone"
     )
-    schedule: ScheduleConfig = Field(ExpandConfig(), description="which row meets which context when; default: expand")
-    loss: LossConfig = Field(CrossEntropyConfig(), description="on gold tokens; default: ce")
+    schedule: ScheduleConfig = Field(
+        SCHEDULES.options("expand")(kind="expand"), description="which row meets which context when; default: expand"
+    )
+    loss: LossConfig = Field(LOSSES.options("ce")(kind="ce"), description="on gold tokens; default: ce")
     steps: int | None = Field(None, ge=1, description="optimizer steps; or epochs; or tokens")
     epochs: float | None = Field(None, gt=0, description="passes over the rows, up to a whole step (default: 1)")
     tokens: int | None = Field(None, ge=1, description="tokens through the student, up to a whole step")
@@ -194,25 +118,29 @@ class StudentConfig(Section):
         given = [name for name in ("steps", "epochs", "tokens") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of steps, epochs and tokens (given: {', '.join(given)})")
-        if self.tokens is not None and self.schedule.kind == "state-adaptive":
-            raise ValueError("state-adaptive cannot tell how many steps so many tokens are; give steps or epochs")
-        if self.tokens is not None and self.loss.kind == "on-policy":
-            raise ValueError("on-policy cannot tell how many steps so many tokens are; give steps or epochs")
-        if self.own_answers is not None and getattr(self.loss, "anchor", None) == "original":
+        if self.tokens is not None and self.schedule.adapts:
+            raise ValueError(
+                f"{self.schedule.kind} cannot tell how many steps so many tokens are; give steps or epochs"
+            )
+        if self.tokens is not None and self.loss.draws:
+            raise ValueError(f"{self.loss.kind} cannot tell how many steps so many tokens are; give steps or epochs")
+        if self.own_answers is not None and self.loss.anchor == "original":
             raise ValueError(
                 "own_answers and a loss that is anchored in the original cannot be combined: the stored "
                 "reference is that of the gold outputs; set loss.anchor: same"
             )
-        if self.own_answers is not None and self.loss.kind == "on-policy":
-            raise ValueError("on-policy distillation uses no gold outputs; leave out own_answers")
+        if self.own_answers is not None and self.loss.draws:
+            raise ValueError(f"{self.loss.kind} distillation uses no gold outputs; leave out own_answers")
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}")
         if self.half and self.method != "full":
             raise ValueError("half is an option of method: full")
-        if self.schedule.kind == "expand":
+        if self.schedule.whole_weights:
             for choice in self.contexts:
                 if choice.weight != int(choice.weight):
-                    raise ValueError(f"weight {choice.weight} of {choice.context!r}: expand takes whole numbers")
+                    raise ValueError(
+                        f"weight {choice.weight} of {choice.context!r}: {self.schedule.kind} takes whole numbers"
+                    )
         return self
 
     @property

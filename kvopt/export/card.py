@@ -6,7 +6,7 @@ from typing import Any
 
 from kvopt.base.builtin import HUB_ID
 from kvopt.config.model import BUILTIN_BASE
-from kvopt.export.exporter import Written
+from kvopt.export.export_format import Written
 from kvopt.export.source import Source
 from kvopt.version import VERSION
 

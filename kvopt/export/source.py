@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from safetensors.torch import save
 from torch import Tensor
 
 from kvopt.base.identity import check_base, config_sha256, tokenizer_sha256
@@ -22,7 +23,7 @@ from kvopt.contexts.adapter import adapter_config, check_finite, kind_of, read_r
 from kvopt.errors import InputError
 from kvopt.mutate.mutation import read_mutations
 from kvopt.report.reading import read_board
-from kvopt.storage.files import read_json
+from kvopt.storage.files import read_json, write_bytes
 from kvopt.task.render import Renderer
 from kvopt.task.template import Template
 from kvopt.task.template_files import configured_template
@@ -265,3 +266,12 @@ def read_run(folder: Path) -> RunFacts:
 def fp32(tensor: Tensor) -> Tensor:
     """A contiguous fp32 copy on the CPU, as files hold it."""
     return tensor.detach().to("cpu", torch.float32).contiguous()
+
+
+def write_prefix(states: Tensor, place: Path) -> None:
+    """``prefix.safetensors`` of states [T, L, 2, H, d]: ``layers.i.keys`` and ``layers.i.values`` [H, T, d] in fp32."""
+    tensors = {}
+    for layer in range(states.shape[1]):
+        tensors[f"layers.{layer}.keys"] = fp32(states[:, layer, 0].transpose(0, 1))
+        tensors[f"layers.{layer}.values"] = fp32(states[:, layer, 1].transpose(0, 1))
+    write_bytes(place / "prefix.safetensors", save(tensors, metadata={"format": "pt"}))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import httpx
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+from kvopt.base.hub import HUB_FAILURES
 from kvopt.errors import InputError, KvoptError
 
+PUSH_FAILURES: tuple[type[Exception], ...] = (*HUB_FAILURES, HFValidationError, OfflineModeIsEnabled)
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -32,7 +33,7 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
         api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message=f"kvopt export: {folder.name}")
     except LocalTokenNotFoundError as error:
         raise InputError("no token for the hub", where="--push-to-hub", mend="run: hf auth login") from error
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+    except PUSH_FAILURES as error:
         reason = " ".join(str(error).split())[:300]
         raise KvoptError(f"{repository}: cannot be pushed: {reason}; the export stays in {folder}") from error
     return str(created)

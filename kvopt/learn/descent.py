@@ -237,15 +237,15 @@ def _step(job: _Job, state: _State, checkpoint: Path | None) -> float:
     loss = context_loss(job.base, config.kind, torch.cat([job.frozen, trainable]), rows, job.reference, job.moments)
     loss.backward(inputs=[trainable])
     assert trainable.grad is not None
-    value, norm = float(loss.detach()), float(trainable.grad.norm())
-    if not (math.isfinite(value) and math.isfinite(norm)):
+    loss_value, norm = float(loss.detach()), float(trainable.grad.norm())
+    if not (math.isfinite(loss_value) and math.isfinite(norm)):
         kept = (
             f"the state of step {state.best_step} is kept in {checkpoint}"
             if checkpoint and checkpoint.is_file()
             else "nothing was saved"
         )
         raise KvoptError(
-            f"contexts.{config.name}: loss {value} with gradient norm {norm} at step {state.step}; {kept};"
+            f"contexts.{config.name}: loss {loss_value} with gradient norm {norm} at step {state.step}; {kept};"
             " lower learning_rate"
         )
     trainable.grad.mul_(min(1.0, config.clip / (norm + 1e-12)))
@@ -253,8 +253,8 @@ def _step(job: _Job, state: _State, checkpoint: Path | None) -> float:
         group["lr"] = learning_rate_at(state.step, config)
     state.optimizer.step()
     state.step += 1
-    state.recent.append(value)
-    return value
+    state.recent.append(loss_value)
+    return loss_value
 
 
 def _measure(job: _Job, state: _State) -> None:

@@ -41,26 +41,26 @@ class StoredMoments:
         Raises InputError for a head whose logits have no moments.
         """
         check_head(head)
-        made, groups = 0, self._groups()
+        computed, groups = 0, self._groups()
         drop_moments(self.reference.folder, len(groups))
         for number, ids in enumerate(groups):
             path = self._path(number)
             if stored_key(path) != self.key:
-                made += 1
+                computed += 1
                 moments = moments_of(self.reference.hidden(ids).to(head.weight.device), head)
                 tensors = {"mean_weight": moments.mean_weight, "mean_bias": moments.mean_bias}
                 write_tensors(path, {**tensors, "entropy": moments.entropy}, self.key)
             if progress:
                 progress(len(ids))
-        return made
+        return computed
 
     def of(self, example_ids: Sequence[str], device: torch.device | str) -> Moments:
         """Moments of the gold tokens of these examples, one after the other."""
-        parts = [self._one(self._places[i]) for i in example_ids]
+        per_example = [self._one(self._places[i]) for i in example_ids]
         return Moments(
-            torch.cat([part.mean_weight for part in parts]).to(device),
-            torch.cat([part.mean_bias for part in parts]).to(device),
-            torch.cat([part.entropy for part in parts]).to(device),
+            torch.cat([moments.mean_weight for moments in per_example]).to(device),
+            torch.cat([moments.mean_bias for moments in per_example]).to(device),
+            torch.cat([moments.entropy for moments in per_example]).to(device),
         )
 
     def _groups(self) -> list[list[str]]:

@@ -66,9 +66,10 @@ class Reference:
         ``head`` is the base's own, always the same for one reference.
         """
         options = options or KLOptions()
-        parts = [self._facts_of(self._places[i], head, options) for i in example_ids]
+        per_example = [self._facts_of(self._places[i], head, options) for i in example_ids]
         return ReferenceFacts(
-            torch.cat([part.log_partition for part in parts]), torch.cat([part.entropy for part in parts])
+            torch.cat([facts.log_partition for facts in per_example]),
+            torch.cat([facts.entropy for facts in per_example]),
         )
 
     def _facts_of(self, place: int, head: Head, options: KLOptions) -> ReferenceFacts:

@@ -156,7 +156,7 @@ def _would_say(
     base: Base, prefix: Prefix, shown: Shown, rows: Sequence[int], head: Head, top_k: int
 ) -> list[list[Top | None]]:
     """For each row, the most likely tokens of q at each gold token where its first is not the reference's."""
-    found = []
+    likeliest = []
     for index in rows:
         batch = make_batch(shown.bodies.rows, [index]).to(base.device)
         with torch.no_grad():
@@ -164,8 +164,8 @@ def _would_say(
         start = int(shown.scores.counts[:index].sum())
         agree = shown.scores.agree[start : start + len(hidden)].tolist()
         _, top = _top(head, hidden, batch.gold.tolist(), top_k)
-        found.append([None if same else row for same, row in zip(agree, top, strict=False)])
-    return found
+        likeliest.append([None if same else row for same, row in zip(agree, top, strict=False)])
+    return likeliest
 
 
 @torch.no_grad()
@@ -192,8 +192,8 @@ def _answers(
     room = base.geometry.window - len(prefix) - max(map(len, chosen))
     if room < 1:
         return [None] * len(rows)
-    found = generate(base, prefix, chosen, max_new_tokens=min(limit, room), stop=stop)
-    return [answer_text(base, ids) for ids in found]
+    answers = generate(base, prefix, chosen, max_new_tokens=min(limit, room), stop=stop)
+    return [answer_text(base, ids) for ids in answers]
 
 
 def tokens_json(base: Base, row: Top) -> list[dict[str, Any]]:

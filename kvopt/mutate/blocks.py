@@ -99,28 +99,28 @@ def _marker_style(marker: str) -> str:
 def blocks(text: str) -> list[Block]:
     """Split text into blocks; ``join(blocks(text)) == text``."""
     lines = LINE.findall(text)
-    found: list[Block] = []
+    text_blocks: list[Block] = []
     index = 0
     while index < len(lines):
         line = lines[index].rstrip("\r\n")
         item = ITEM.match(line)
         if not line.strip():
-            found.append(Block("blank", lines[index]))
+            text_blocks.append(Block("blank", lines[index]))
         elif RULE.match(line):
-            found.append(Block("rule", lines[index]))
+            text_blocks.append(Block("rule", lines[index]))
         elif item:
             stop = _list_end(lines, index, item)
-            found.append(Block("list", "".join(lines[index:stop])))
+            text_blocks.append(Block("list", "".join(lines[index:stop])))
             index = stop
             continue
         elif heading_of(line):
-            found.append(Block("heading", lines[index]))
-        elif found and found[-1].kind == "paragraph":
-            found[-1] = Block("paragraph", found[-1].text + lines[index])
+            text_blocks.append(Block("heading", lines[index]))
+        elif text_blocks and text_blocks[-1].kind == "paragraph":
+            text_blocks[-1] = Block("paragraph", text_blocks[-1].text + lines[index])
         else:
-            found.append(Block("paragraph", lines[index]))
+            text_blocks.append(Block("paragraph", lines[index]))
         index += 1
-    return found
+    return text_blocks
 
 
 def _list_end(lines: Sequence[str], start: int, first: re.Match[str]) -> int:
@@ -151,19 +151,19 @@ def items(block: Block) -> list[ListItem]:
         match = ITEM.match(line)
         if match and len(match[1]) == len(first[1]) and _marker_style(match[2]) == _marker_style(first[2]):
             starts.append(i)
-    found = []
+    list_items = []
     for start, stop in zip(starts, [*starts[1:], len(lines)], strict=True):
         whole = "".join(lines[start:stop])
         match = ITEM.match(whole)
         assert match is not None
         body = whole[match.end() :]
         stripped = body.rstrip()
-        found.append(ListItem(match[1], match[2], match[3], stripped, body[len(stripped) :]))
-    return found
+        list_items.append(ListItem(match[1], match[2], match[3], stripped, body[len(stripped) :]))
+    return list_items
 
 
-def list_block(parts: Sequence[ListItem]) -> Block:
-    return Block("list", "".join(item.text for item in parts))
+def list_block(list_items: Sequence[ListItem]) -> Block:
+    return Block("list", "".join(item.text for item in list_items))
 
 
 def number_marker(style: str, position: int) -> str:
@@ -171,22 +171,22 @@ def number_marker(style: str, position: int) -> str:
     return style.replace("1", str(position + 1)) if "1" in style else style.replace("a", chr(ord("a") + position))
 
 
-def renumber(parts: Sequence[ListItem], style: str) -> list[ListItem]:
-    return [replace(item, marker=number_marker(style, i)) for i, item in enumerate(parts)]
+def renumber(list_items: Sequence[ListItem], style: str) -> list[ListItem]:
+    return [replace(item, marker=number_marker(style, i)) for i, item in enumerate(list_items)]
 
 
 def sentences(text: str) -> list[tuple[str, str]]:
     """``(sentence, space after it)`` pairs of a paragraph; joining both gives the text back."""
-    found, start = [], 0
+    pairs, start = [], 0
     for match in SENTENCE_END.finditer(text):
         end = match.end(1)
         if ABBREVIATION.search(text[start:end]):
             continue
-        found.append((text[start:end], match[2]))
+        pairs.append((text[start:end], match[2]))
         start = match.end()
     if start < len(text):
-        found.append((text[start:], ""))
-    return found
+        pairs.append((text[start:], ""))
+    return pairs
 
 
 def units(text: str) -> Iterator[tuple[int, int]]:

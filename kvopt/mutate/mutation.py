@@ -64,33 +64,33 @@ class Mutation:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], *, where: str = "mutation") -> Mutation:
+    def from_json(cls, record: Mapping[str, Any], *, where: str = "mutation") -> Mutation:
         """The mutation of :meth:`to_json`. Raises InputError for anything else."""
         try:
-            template = _template(value["template"]) if value["template"] else None
+            template = _template(record["template"]) if record["template"] else None
             return cls(
-                id=value["id"],
-                name=value["name"],
-                attempt=value["attempt"],
+                id=record["id"],
+                name=record["name"],
+                attempt=record["attempt"],
                 template=template,
-                operators=tuple(value["operators"]),
-                lineage=tuple(value["lineage"]),
-                family=value["family"],
-                seed=value["seed"],
-                accepted=value["accepted"],
-                reason=value["reason"],
-                detail=value["detail"],
-                search=value["search"],
+                operators=tuple(record["operators"]),
+                lineage=tuple(record["lineage"]),
+                family=record["family"],
+                seed=record["seed"],
+                accepted=record["accepted"],
+                reason=record["reason"],
+                detail=record["detail"],
+                search=record["search"],
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"not a mutation: {error!r}", where=where) from None
 
 
-def _template(value: Mapping[str, Any]) -> Template:
+def _template(record: Mapping[str, Any]) -> Template:
     """A recorded candidate, whatever is wrong with it: a rejected one may have lost its slots."""
-    if "text" in value:
-        return Template(text=value["text"])
-    return Template(messages=tuple(Message(m["role"], m["content"]) for m in value["messages"]))
+    if "text" in record:
+        return Template(text=record["text"])
+    return Template(messages=tuple(Message(m["role"], m["content"]) for m in record["messages"]))
 
 
 def counts_by_reason(mutations: Sequence[Mutation]) -> dict[str, int]:
@@ -134,10 +134,10 @@ class Journal:
     def __init__(self, path: Path, search: str):
         """Open ``path`` and keep what belongs to ``search`` and is whole; the rest of the file is cut off."""
         self.path = Path(path)
-        found, good = _parse(self.path)
-        if any(m.search != search or m.attempt != i for i, m in enumerate(found)):
-            found, good = [], 0
-        self.found = found
+        attempts, good = _parse(self.path)
+        if any(m.search != search or m.attempt != i for i, m in enumerate(attempts)):
+            attempts, good = [], 0
+        self.attempts = attempts
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("r+b" if self.path.exists() else "w+b")
@@ -154,7 +154,7 @@ class Journal:
         good = sum(len(self._file.readline()) for _ in range(count))
         self._file.truncate(good)
         self._file.seek(good)
-        self.found = self.found[:count]
+        self.attempts = self.attempts[:count]
 
     def append(self, mutation: Mutation) -> None:
         """Write one attempt and wait until it is on disk. On a full disk nothing half-written is left."""

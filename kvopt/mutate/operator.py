@@ -43,8 +43,8 @@ def operator(name: str, family: str) -> Callable[[Apply], Operator]:
 @cache
 def operators() -> dict[str, Operator]:
     """Every operator by name, in alphabetical order. Raises ValueError for two of one name."""
-    listed = [value for value in OPERATORS.values() if isinstance(value, Operator)]
-    by_name = {one.name: one for one in listed}
+    listed = [member for member in OPERATORS.values() if isinstance(member, Operator)]
+    by_name = {rule.name: rule for rule in listed}
     if len(by_name) < len(listed):
         raise ValueError("two operators have the same name")
     return dict(sorted(by_name.items()))

@@ -85,11 +85,11 @@ def diverse_order(original: Template, ranked: Sequence[tuple[str, Template]], co
 
 def word_pairs(template: Template) -> frozenset[tuple[str, str]]:
     """Neighbouring words, marks and line ends of each field."""
-    found: set[tuple[str, str]] = set()
+    pairs: set[tuple[str, str]] = set()
     for field in template.fields:
         words = ["", *WORD.findall(field), ""]
-        found.update(pairwise(words))
-    return frozenset(found)
+        pairs.update(pairwise(words))
+    return frozenset(pairs)
 
 
 def text_distance(a: frozenset[tuple[str, str]], b: frozenset[tuple[str, str]]) -> float:

@@ -85,12 +85,12 @@ class Marked:
         """The masked form of a model's answer, or why it is refused: each marker must be there exactly once, in any
         order.
         """
-        found = Counter(re.findall(r"\[K\d+\]", answer))
+        counts = Counter(re.findall(r"\[K\d+\]", answer))
         for marker in self.markers:
-            if found[marker] != 1:
-                return Rejection("lost-marker" if not found[marker] else "duplicated-marker", marker)
-        if len(found) > len(self.markers):
-            return Rejection("invented-marker", next(m for m in found if m not in self.markers))
+            if counts[marker] != 1:
+                return Rejection("lost-marker" if not counts[marker] else "duplicated-marker", marker)
+        if len(counts) > len(self.markers):
+            return Rejection("invented-marker", next(m for m in counts if m not in self.markers))
         if re.search(MARK, answer):
             return Rejection("invented-marker", "a private-use character")
         for marker, mark in self.markers.items():

@@ -85,7 +85,7 @@ class Search:
         return self._failures >= GIVES_UP_AFTER
 
     def attempt(self) -> Mutation:
-        """Make the next attempt."""
+        """The next attempt; :meth:`take` counts it in."""
         number = len(self.attempts)
         seed = attempt_seed(self.seed, number)
         rng = Random(seed)
@@ -187,10 +187,10 @@ def identity_of(
     template: Template, config: MutationsConfig, scope: Scope, seed: int, generator: Generator | None
 ) -> str:
     """What the attempts depend on, ``count`` and ``max_attempts`` apart, as 12 hex digits."""
-    rest = config.model_dump(mode="json", exclude={"count", "max_attempts"})
-    return sha256_json([template.to_json(), rest, scope, seed, generator.name if generator else None, RULES_VERSION])[
-        :12
-    ]
+    settings = config.model_dump(mode="json", exclude={"count", "max_attempts"})
+    return sha256_json(
+        [template.to_json(), settings, scope, seed, generator.name if generator else None, RULES_VERSION]
+    )[:12]
 
 
 def mutate(
@@ -234,7 +234,7 @@ def mutate(
 
 
 def _attempts(search: Search, journal: Journal) -> Iterator[Mutation]:
-    for mutation in journal.found:
+    for mutation in journal.attempts:
         if search.done:
             break
         search.take(mutation)

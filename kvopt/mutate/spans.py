@@ -2,8 +2,8 @@
 on.
 
 A field is masked by putting one private-use character (a *mark*) in the place of each protected span. Operators see and
-rearrange marks but never
-what is behind them; :meth:`Field.unmask` refuses a text in which a mark was lost, doubled or invented.
+rearrange marks but never what is behind them; :meth:`Field.unmask` refuses a text in which a mark was lost, doubled or
+invented.
 """
 
 from __future__ import annotations
@@ -78,20 +78,20 @@ def compile_protect(protect: Sequence[str]) -> tuple[re.Pattern[str], ...]:
 
 def numbering(source: str) -> list[tuple[int, int]]:
     """Where the markers of numbered lists are (``1. `` … in sequence): structure, not literals."""
-    found: list[tuple[int, int]] = []
+    markers: list[tuple[int, int]] = []
     previous: tuple[int, int, int] | None = None
     for match in NUMBERED.finditer(source):
         number = int(match[1])
         if previous and number == previous[0] + 1:
             if previous[0] == 1:
-                found.append(previous[1:])
-            found.append(match.span())
+                markers.append(previous[1:])
+            markers.append(match.span())
             previous = (number, *match.span())
         elif number == 1:
             previous = (1, *match.span())
         else:
             previous = None
-    return found
+    return markers
 
 
 def _braces(source: str) -> Iterator[Span]:

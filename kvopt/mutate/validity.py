@@ -52,11 +52,11 @@ def editable_lengths(template: Template, scope: Scope) -> tuple[int, ...]:
     """For each field, how many leading characters of its source may change."""
     if scope == "all":
         return tuple(len(source) for source in template.fields)
-    lengths, found = [], False
+    lengths, slot_seen = [], False
     for source in template.fields:
         first = next((m.start() for m in SLOT.finditer(source) if not m[1]), None)
-        lengths.append(0 if found else len(source) if first is None else first)
-        found = found or first is not None
+        lengths.append(0 if slot_seen else len(source) if first is None else first)
+        slot_seen = slot_seen or first is not None
     return tuple(lengths)
 
 
@@ -73,8 +73,10 @@ def check_slots(original: Template, candidate: Template) -> Rejection | None:
         return Rejection("invented-slot", unknown[0])
     if extra:
         return Rejection("duplicated-slot", extra[0])
-    for one, other in zip(original.fields, candidate.fields, strict=True):
-        if [p.name for p in parse(one) if isinstance(p, Slot)] != [p.name for p in parse(other) if isinstance(p, Slot)]:
+    for source, changed in zip(original.fields, candidate.fields, strict=True):
+        if [p.name for p in parse(source) if isinstance(p, Slot)] != [
+            p.name for p in parse(changed) if isinstance(p, Slot)
+        ]:
             return Rejection("slot-order", ", ".join(candidate.slot_sequence))
     return None
 
@@ -143,8 +145,8 @@ class Checker:
             self.seen_tokens[self.token_ids(candidate)] = name
 
     def _empty(self, candidate: Template) -> Rejection | None:
-        for i, (one, other) in enumerate(zip(self.original.fields, candidate.fields, strict=True)):
-            if one.strip() and not other.strip():
+        for i, (source, other) in enumerate(zip(self.original.fields, candidate.fields, strict=True)):
+            if source.strip() and not other.strip():
                 return Rejection("empty", f"field {i}")
         if not SLOT.sub("", "".join(candidate.fields)).strip():
             return Rejection("empty", "no static text")
@@ -163,10 +165,10 @@ class Checker:
         return None
 
     def _literals(self, candidate: Template) -> Rejection | None:
-        for one, other in zip(self.original.fields, candidate.fields, strict=True):
-            if one == other:
+        for source, other in zip(self.original.fields, candidate.fields, strict=True):
+            if source == other:
                 continue
-            before, after = _without_markers(one), _without_markers(other)
+            before, after = _without_markers(source), _without_markers(other)
             known = Counter(before[s.start : s.end] for s in find_spans(before, self.protect))
             for literal in known:
                 had, has = _occurrences(before, literal), _occurrences(after, literal)
@@ -192,9 +194,9 @@ class Checker:
         values = probes(self.original.slots)
         pairs = zip(_contents(self.original.fill(values)), _contents(candidate.fill(values)), strict=True)
         for before, after in pairs:
-            for name, value in values.items():
-                if before.count(value) != after.count(value):
-                    return Rejection("rendering", f"the value of {name} is there {after.count(value)} times")
+            for name, probe in values.items():
+                if before.count(probe) != after.count(probe):
+                    return Rejection("rendering", f"the value of {name} is there {after.count(probe)} times")
         return None
 
     def _new(self, candidate: Template) -> Rejection | None:

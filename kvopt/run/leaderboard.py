@@ -120,8 +120,8 @@ def board_facts(task: EncodedTask) -> dict[str, Any]:
 
 def report_facts(task: EncodedTask) -> dict[str, Any]:
     """:func:`board_facts` with the template's text and a hash of each part's rows, which tell runs apart."""
-    parts = {split: getattr(task.dataset, split) for split in SPLITS}
-    hashes = {split: sha256_json([[e.values, e.output] for e in rows]) for split, rows in parts.items()}
+    rows_of = {split: getattr(task.dataset, split) for split in SPLITS}
+    hashes = {split: sha256_json([[e.values, e.output] for e in rows]) for split, rows in rows_of.items()}
     return board_facts(task) | {"template": task.template.to_json(), "rows_sha256": hashes}
 
 

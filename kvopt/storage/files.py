@@ -59,8 +59,8 @@ def read_record_file(path: Path, version: int) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     record = read_json(path)
-    if (found := record.get("format_version")) != version:
-        what = f"format version {found!r}, this kvopt reads {version}"
+    if (recorded := record.get("format_version")) != version:
+        what = f"format version {recorded!r}, this kvopt reads {version}"
         raise InputError(what, where=str(path), mend="update kvopt")
     return record
 

@@ -144,10 +144,10 @@ def _definitions(tree: ast.Module) -> Iterator[Function]:
 
 def _summary(node: Function) -> str | None:
     """The docstring's first line if it is one plain sentence that obeys the demo's template, else None."""
-    head, _, rest = (ast.get_docstring(node) or "").partition("\n")
+    head, _, body = (ast.get_docstring(node) or "").partition("\n")
     head = head.strip()
     first = head.split(" ")[0]
-    complete = not rest or not rest.split("\n")[0].strip()
+    complete = not body or not body.split("\n")[0].strip()
     plain = SUMMARY.fullmatch(head) and not re.search(r"`|\*|: |\. [A-Z]|  |<|\b(XXX|TODO)\b|deprecated", head)
     return (
         head

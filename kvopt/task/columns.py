@@ -71,33 +71,33 @@ def find(fields: Mapping[str, Any], path: str, what: str) -> Any:
     """The value at ``path``. Raises NoValue, naming ``what`` the value is for, when there is none."""
     if path in fields:
         return fields[path]
-    value: Any = fields
+    node: Any = fields
     for step in path.split("."):
-        if isinstance(value, Mapping) and step in value:
-            value = value[step]
-        elif isinstance(value, list) and step.lstrip("-").isdigit() and -len(value) <= int(step) < len(value):
-            value = value[int(step)]
-        elif isinstance(value, list) and _last_message(value, step) is not None:
-            value = _last_message(value, step)
+        if isinstance(node, Mapping) and step in node:
+            node = node[step]
+        elif isinstance(node, list) and step.lstrip("-").isdigit() and -len(node) <= int(step) < len(node):
+            node = node[int(step)]
+        elif isinstance(node, list) and _last_message(node, step) is not None:
+            node = _last_message(node, step)
         else:
             there = f" (the row has: {', '.join(list(fields)[:8])})"
             raise NoValue(f"{what} has no column {path!r}{there}")
-    return _content(value)
+    return _content(node)
 
 
-def as_text(value: Any, what: str) -> str:
+def as_text(cell: Any, what: str) -> str:
     """Text as it is, numbers and booleans in their JSON spelling. Raises NoValue for anything else."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
+    if isinstance(cell, bool):
+        return "true" if cell else "false"
+    if isinstance(cell, str):
         try:
-            value.encode("utf-8")
+            cell.encode("utf-8")
         except UnicodeEncodeError:
             raise NoValue(f"{what} contains half of a surrogate pair, which is not a character") from None
-        return value
-    if value is None:
+        return cell
+    if cell is None:
         raise NoValue(f"{what} is null")
-    kind = "a list" if isinstance(value, list) else "an object" if isinstance(value, Mapping) else type(value).__name__
+    kind = "a list" if isinstance(cell, list) else "an object" if isinstance(cell, Mapping) else type(cell).__name__
     raise NoValue(f"{what} is {kind}, not text; serialise it, e.g. with json.dumps")
 
 

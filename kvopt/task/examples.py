@@ -111,13 +111,13 @@ def _columns(config: DataConfig, template: Template) -> Columns:
 
 
 def _patterns(only: dict[str, str]) -> dict[str, re.Pattern[str]]:
-    found = {}
+    patterns = {}
     for path, pattern in only.items():
         try:
-            found[path] = re.compile(pattern)
+            patterns[path] = re.compile(pattern)
         except re.error as error:
             raise InputError(f"{pattern!r} is not a regular expression: {error}", where=f"data.only.{path}") from None
-    return found
+    return patterns
 
 
 def _is_wanted(fields: Mapping[str, Any], wanted: Mapping[str, re.Pattern[str]]) -> bool:
@@ -203,10 +203,10 @@ def _set_aside(examples: list[Example], fraction: float, seed: int) -> tuple[lis
     ranks = {key: _rank(key, "validation", seed) for key in {example.key for example in examples}}
     threshold = max(fraction, min(ranks.values()))
     aside = [example for example in examples if ranks[example.key] <= threshold]
-    rest = [example for example in examples if ranks[example.key] > threshold]
-    if not rest:
+    kept = [example for example in examples if ranks[example.key] > threshold]
+    if not kept:
         raise InputError("all rows have the same values", where=examples[0].source, mend="give a validation file")
-    return rest, aside
+    return kept, aside
 
 
 def _rank(key: tuple[str, ...], purpose: str, seed: int) -> float:

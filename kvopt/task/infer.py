@@ -139,11 +139,11 @@ def _infer_text(texts: list[str], names: Sequence[str]) -> Split:
         segment, strangers = _majority_segment(values)
         if not strangers:
             continue
-        rest = [text for i, text in enumerate(texts) if i not in set(strangers)]
-        others = _split(rest)[0] if len(rest) >= MIN_ROWS else literals
+        fitting = [text for i, text in enumerate(texts) if i not in set(strangers)]
+        others = _split(fitting)[0] if len(fitting) >= MIN_ROWS else literals
         if sum(map(_weight, literals)) < 0.5 * sum(map(_weight, others)):
             raise InputError(
-                f"does not fit the template of the other {len(rest)} prompts, which share {_residue(segment)}: "
+                f"does not fit the template of the other {len(fitting)} prompts, which share {_residue(segment)}: "
                 f"left over is {_residue(values[strangers[0]])}",
                 where=_named(strangers, names),
                 mend="remove these rows, or recover their template separately",
@@ -248,12 +248,12 @@ class _Node:
 
     def pieces(self, gap: str) -> list[str] | None:
         """What a row has in the slots; None if it does not have the segments as often."""
-        parts = gap.split(self.segment)
-        if len(parts) != len(self.children):
+        gaps = gap.split(self.segment)
+        if len(gaps) != len(self.children):
             return None
         result: list[str] = []
-        for part, child in zip(parts, self.children, strict=True):
-            inner = child.pieces(part) if child else [part]
+        for inner_gap, child in zip(gaps, self.children, strict=True):
+            inner = child.pieces(inner_gap) if child else [inner_gap]
             if inner is None:
                 return None
             result += inner
@@ -318,7 +318,7 @@ def _majority_segment(values: list[str]) -> tuple[str, list[int]]:
 
 
 def _longest_with_quorum(row: str, rows: list[str], quorum: int) -> str:
-    low, high, found = 0, len(row), ""
+    low, high, longest = 0, len(row), ""
     while low < high:
         length = (low + high + 1) // 2
         segments = dict.fromkeys(row[i : i + length] for i in range(len(row) - length + 1))
@@ -326,8 +326,8 @@ def _longest_with_quorum(row: str, rows: list[str], quorum: int) -> str:
         if hit is None:
             high = length - 1
         else:
-            low, found = length, hit
-    return found
+            low, longest = length, hit
+    return longest
 
 
 def _held_by(segment: str, rows: list[str], quorum: int) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kvopt.errors import InputError
+from kvopt.errors import InputError, missing_extra
 from kvopt.task.builtin_data import BUILTIN_NAME, stdlib_docstrings
 
 BOM = b"\xef\xbb\xbf"
@@ -137,11 +137,11 @@ def _parsing(where: str, line_offset: int | None = None) -> Iterator[None]:
         raise InputError(f"broken JSON: {error}", where=where) from None
 
 
-def _record(value: Any, where: str) -> Record:
-    if not isinstance(value, dict):
-        kind = {list: "a list", str: "text or a number", bool: "a boolean"}.get(type(value), "null")
+def _record(row: Any, where: str) -> Record:
+    if not isinstance(row, dict):
+        kind = {list: "a list", str: "text or a number", bool: "a boolean"}.get(type(row), "null")
         raise InputError(f"the row is {kind}, not an object", where=where, mend='write {"column": "value", …}')
-    return Record(value, where)
+    return Record(row, where)
 
 
 def _jsonl(source: str, path: Path) -> Iterator[Record]:
@@ -157,8 +157,8 @@ def _jsonl(source: str, path: Path) -> Iterator[Record]:
             except UnicodeDecodeError as error:
                 raise _not_utf8(error, where) from None
             with _parsing(where):
-                value = _DECODER.decode(text)
-            yield _record(value, where)
+                row = _DECODER.decode(text)
+            yield _record(row, where)
 
 
 def _json_array(source: str, path: Path) -> Iterator[Record]:
@@ -178,8 +178,8 @@ def _json_array(source: str, path: Path) -> Iterator[Record]:
         line, counted = line + text.count("\n", counted, at), at
         where = f"{source}:{line}"
         with _parsing(where, line_offset=line):
-            value, at = _DECODER.raw_decode(text, at)
-        yield _record(value, where)
+            row, at = _DECODER.raw_decode(text, at)
+        yield _record(row, where)
         at = _skip_space(text, at)
         if text[at : at + 1] == "]":
             _nothing_after(text, at + 1, source)
@@ -256,7 +256,7 @@ def _hugging_face(source: str, base_dir: Path, part: str) -> Iterator[Record]:
     try:
         import datasets
     except ImportError:
-        raise InputError("needs the datasets package", where=source, mend="pip install datasets") from None
+        raise missing_extra("data", "reading a Hugging Face data set", source) from None
     try:
         if folder.is_dir():
             loaded = datasets.load_from_disk(str(folder))
@@ -274,14 +274,14 @@ def _hugging_face(source: str, base_dir: Path, part: str) -> Iterator[Record]:
 
 def _hugging_face_name(source: str) -> tuple[str, str | None, str | None]:
     """``hf:NAME[:CONFIG][:SPLIT]``; one word after the name is a split if it is the usual name of one."""
-    name, *rest = source.removeprefix(HF).split(":")
-    if not name or len(rest) > 2:
+    name, *qualifiers = source.removeprefix(HF).split(":")
+    if not name or len(qualifiers) > 2:
         raise InputError(
             "not a data set name", where=source, mend="write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"
         )
-    if len(rest) == 1:
-        rest = ["", rest[0]] if rest[0].split("[")[0] in SPLIT_NAMES else [rest[0], ""]
-    config, split = [*rest, "", ""][:2]
+    if len(qualifiers) == 1:
+        qualifiers = ["", qualifiers[0]] if qualifiers[0].split("[")[0] in SPLIT_NAMES else [qualifiers[0], ""]
+    config, split = [*qualifiers, "", ""][:2]
     return name, config or None, split or None
 
 

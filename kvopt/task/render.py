@@ -78,8 +78,8 @@ class Renderer:
             except InputError:
                 after = ""
             ends = sorted(self.tokenizer.convert_ids_to_tokens(sorted(control_tokens(self.tokenizer))), key=len)
-            found = re.match(rf"\s*?(?:{'|'.join(map(re.escape, reversed(ends)))})", after) if ends else None
-            self._ends[roles] = found[0] if found else eos
+            ending = re.match(rf"\s*?(?:{'|'.join(map(re.escape, reversed(ends)))})", after) if ends else None
+            self._ends[roles] = ending[0] if ending else eos
         return self._ends[roles]
 
     def _apply(self, messages: Any, *, add_generation_prompt: bool = True) -> str:

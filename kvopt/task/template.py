@@ -170,13 +170,13 @@ class Template:
 
     def without_trailing_static(self) -> Template:
         """Without the static text behind the first slot: later slots follow it, each on its own line."""
-        fields, found = [], False
+        fields, slot_seen = [], False
         for field in self.fields:
             parts = parse(field)
             first = next((i for i, part in enumerate(parts) if isinstance(part, Slot)), len(parts))
-            lead = "" if found else unparse(parts[:first])
+            lead = "" if slot_seen else unparse(parts[:first])
             fields.append(lead + "\n".join("{{" + p.name + "}}" for p in parts[first:] if isinstance(p, Slot)))
-            found = found or first < len(parts)
+            slot_seen = slot_seen or first < len(parts)
         if not self.is_chat:
             return Template(text=fields[0])
         messages = zip(self.messages, fields, strict=True)

@@ -10,8 +10,8 @@ import pytest
 
 from kvopt.contexts import load_context
 from kvopt.errors import InputError
-from kvopt.export import export
 from kvopt.export.inspection import describe
+from kvopt.export.writing import export
 from tests.export.readers import saved
 from tests.tasks import make_task
 from tests.tiny import tiny_base

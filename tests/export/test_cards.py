@@ -20,16 +20,17 @@ from kvopt.base.generate import answer_text, generate, stop_ids
 from kvopt.config.model import BUILTIN_BASE
 from kvopt.contexts import load_context
 from kvopt.errors import InputError, KvoptError
-from kvopt.export import EXPORTERS, Options, export, upload
-from kvopt.export.exporter import base_lines
+from kvopt.export import upload
+from kvopt.export.export_format import base_lines, export_formats
 from kvopt.export.inspection import describe, describe_text
 from kvopt.export.source import open_source
+from kvopt.export.writing import export
 from kvopt.task.template import Template
 from tests.jobs import run_job, write_job
 from tests.tiny import save_tiny, tiny_base, tiny_folder
 
 CONTEXTS = {"kv": "#kv-8", "soft": "#soft-6", "text": "#m001"}
-EXPORTED = [(name, kind) for name, exporter in EXPORTERS.items() for kind in exporter.kinds]
+EXPORTED = [(name, kind) for name, one in export_formats().items() for kind in one.takes]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(run: Path, to: str, kind: str, out: Path) -> Path:
-    export(f"{run}{CONTEXTS[kind]}", to, out, options=Options(block_size=2, config=run.parent / "job.yaml"))
+    options = {"vllm": {"block_size": 2}, "trl-dataset": {"config": run.parent / "job.yaml"}}.get(to)
+    export(f"{run}{CONTEXTS[kind]}", to, out, options=options)
     return out
 
 
@@ -211,8 +213,8 @@ def test_data_that_are_not_found_are_asked_for(run: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("to", "kind", "able"),
     [
-        ("prompt-embeds", "kv", "peft, hf-cache, vllm"),
-        ("text", "soft", "peft, prompt-embeds, hf-cache, vllm"),
+        ("prompt-embeds", "kv", "hf-cache, peft, vllm"),
+        ("text", "soft", "hf-cache, peft, prompt-embeds, vllm"),
         ("peft", "text", "text, trl-dataset"),
     ],
 )
@@ -234,10 +236,10 @@ def test_wrong_names_are_refused_with_the_right_ones(run: Path, tmp_path: Path) 
     ]:
         with pytest.raises(InputError, match=message):
             export(spec, "peft", tmp_path / "out")
-    with pytest.raises(InputError, match="one of peft, prompt-embeds"):
+    with pytest.raises(InputError, match="one of hf-cache, peft, prompt-embeds"):
         export(f"{run}#kv-8", "gguf", tmp_path / "out")
     with pytest.raises(InputError, match="it can be CARTRIDGE or PREFIX_TUNING"):
-        export(f"{run}#kv-8", "peft", tmp_path / "out", options=Options(peft_type="PROMPT_TUNING"))
+        export(f"{run}#kv-8", "peft", tmp_path / "out", options={"peft_type": "PROMPT_TUNING"})
 
 
 def test_only_an_earlier_export_is_replaced(run: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from kvopt.base.loading import Base
 from kvopt.contexts import load_context, save_context
 from kvopt.contexts.folder import TensorContext
 from kvopt.contexts.moving import joined, moved
-from kvopt.export import Options, export
+from kvopt.export.writing import export
 from tests.adapters import CONFIGS, trained
 from tests.export.readers import (
     BODIES,
@@ -123,7 +123,7 @@ def test_peft_counts_padding_as_positions_under_prompt_tuning_as_the_card_says(t
 
 def test_prefix_tuning_for_older_peft_is_the_same_cache(task: Task, tmp_path: Path) -> None:
     context = saved(task, "kv", tmp_path / "c")
-    result = export(tmp_path / "c", "peft", tmp_path / "out", options=Options(peft_type="PREFIX_TUNING"))
+    result = export(tmp_path / "c", "peft", tmp_path / "out", options={"peft_type": "PREFIX_TUNING"})
     assert result["peft_type"] == "PREFIX_TUNING"
     check_peft(task.base, context, tmp_path / "out")
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from kvopt.base.loading import Base
 from kvopt.contexts import KVContext
 from kvopt.errors import InputError
-from kvopt.export import Options, export
 from kvopt.export import vllm_connector as connector
+from kvopt.export.writing import export
 from tests.export.readers import saved
 from tests.tasks import make_task
 from tests.tiny import MODELS, tiny_base
@@ -304,8 +304,8 @@ def test_slots_that_do_not_fill_blocks_are_refused_at_the_export(tmp_path: Path)
     with pytest.raises(InputError, match="shorten it to 16 slots"):
         export(tmp_path / "c", "vllm", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    export(tmp_path / "c", "vllm", tmp_path / "out", options=Options(block_size=4))
-    export(tmp_path / "c", "vllm", tmp_path / "out", options=Options(partial_block=True))
+    export(tmp_path / "c", "vllm", tmp_path / "out", options={"block_size": 4})
+    export(tmp_path / "c", "vllm", tmp_path / "out", options={"partial_block": True})
 
 
 def test_the_connector_asks_for_nothing_but_torch_safetensors_and_vllm(tmp_path: Path) -> None:

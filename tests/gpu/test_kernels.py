@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from kvopt.kernels import Head, KLOptions, TopK, linear_kl, linear_scores, moments_of
-from kvopt.kernels.reference import linear_kl64, linear_scores64, logits64
+from kvopt.kernels.float64 import linear_kl64, logits64
 from tests.gpu.device import DEVICE, DTYPES, ON_GPU, RAGGED, on_device, problem, random
-from tests.kernels.cases import DISTANCE_FOR_KL, Problem, errors, relative
+from tests.kernels.cases import DISTANCE_FOR_KL, Problem, errors, linear_scores64, relative
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ["torch", "auto"]

@@ -17,14 +17,13 @@ from kvopt.base.prefix import gold_states, prefill
 from kvopt.config.contexts import ContextConfig, Init
 from kvopt.contexts import KVContext, SoftContext, load_context, save_context
 from kvopt.kernels import KLOptions
-from kvopt.kernels.reference import linear_scores64
 from kvopt.learn.descent import Descent, context_loss, optimize
 from kvopt.learn.start_task import StartTask, initial_tensor
 from kvopt.measure.moments import StoredMoments
 from kvopt.measure.score import TokenScores, score_tokens
 from kvopt.train.trainer import Trained, train_student
 from tests.gpu.device import DEVICE, base_on_device
-from tests.kernels.cases import relative
+from tests.kernels.cases import linear_scores64, relative
 from tests.tasks import OTHER, Task, make_task, template_for
 from tests.tiny import MODELS, tiny_base
 from tests.train.pools import job, pool

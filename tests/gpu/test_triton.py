@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kvopt.kernels import Head, KLOptions, UnsupportedError, linear_kl, plan
-from kvopt.kernels.reference import linear_kl64
+from kvopt.kernels.float64 import linear_kl64
 from tests.gpu import device
 from tests.gpu.device import DTYPES, ON_GPU, random
 from tests.kernels.cases import DISTANCE_FOR_KL, Problem, errors, relative

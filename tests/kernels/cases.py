@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from kvopt.kernels import Head, KLOptions, linear_kl
-from kvopt.kernels.reference import linear_kl64
+from kvopt.kernels.divergences import divergences
+from kvopt.kernels.float64 import linear_kl64, logits64
+
+DIVERGENCES = tuple(divergences())
+"""Every registered divergence: what the tests run for one, they run for all."""
 
 DISTANCE_FOR_KL = {1e-6: 5e-4, 1e-3: 1.6e-2, 1e-1: 0.16, 5.0: 1.4}
 """Noise on the hidden states of ``problem`` that gives about this forward KL."""
@@ -41,10 +45,12 @@ class Errors(NamedTuple):
     kl: float
     gradient: float
     mean_kl: float
+    gradient_norm: float
 
 
 def errors(p: Problem, options: KLOptions, reference_head: Head | None = None) -> Errors:
-    """Worst relative error of a token's divergence, and relative error of the gradient, against float64."""
+    """Worst relative error of a token's divergence and relative error of the gradient, against float64, whose mean
+    divergence and norm of the gradient are given too."""
     actual = p.candidate.clone().requires_grad_()
     expected = p.candidate.double().requires_grad_()
     upstream = (torch.rand(len(actual), generator=torch.Generator().manual_seed(7)) + 0.5).to(actual.device)
@@ -55,4 +61,31 @@ def errors(p: Problem, options: KLOptions, reference_head: Head | None = None) -
     assert actual.grad is not None
     assert expected.grad is not None
     worst = ((kl.detach() - kl64.detach()) / kl64.detach()).abs().max().item()
-    return Errors(worst, relative(actual.grad, expected.grad), kl64.mean().item())
+    return Errors(worst, relative(actual.grad, expected.grad), kl64.mean().item(), expected.grad.norm().item())
+
+
+class Scores64(NamedTuple):
+    """What ``linear_scores`` gives, [N] each, in float64 (agree: bool)."""
+
+    kl: Tensor
+    nll: Tensor
+    reference_nll: Tensor
+    agree: Tensor
+    entropy: Tensor
+
+
+@torch.no_grad()
+def linear_scores64(
+    candidate_hidden: Tensor, reference_hidden: Tensor, head: Head, gold_ids: Tensor, options: KLOptions
+) -> Scores64:
+    """[N] each, float64 (agree: bool); negative log-likelihoods are those of the gold ids."""
+    log_p = logits64(reference_hidden, head, options.temperature).log_softmax(-1)
+    log_q = logits64(candidate_hidden, head, options.temperature).log_softmax(-1)
+    gold = gold_ids[:, None]
+    return Scores64(
+        options.formula.exact(log_p, log_q),
+        -log_q.gather(1, gold)[:, 0],
+        -log_p.gather(1, gold)[:, 0],
+        log_p.argmax(-1) == log_q.argmax(-1),
+        -(log_p.exp() * log_p).sum(-1),
+    )

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from kvopt.kernels import KLOptions, contenders
-from kvopt.kernels.benchmark import Inputs, run
+from kvopt.kernels.benchmark import KLInputs, run
+from kvopt.kernels.float64 import linear_kl64
 from kvopt.kernels.plan import make_plan
-from kvopt.kernels.reference import linear_kl64
 from tests.kernels.cases import problem
 
 
@@ -36,7 +36,7 @@ def test_benchmark_measures_ours_skips_by_name_and_writes_its_files(tmp_path, mo
 
 def test_given_hidden_states_are_measured_as_they_are():
     p = problem(0.1, torch.bfloat16, n=80, v=900)
-    given = Inputs(p.reference, {"near": p.candidate, "far": p.candidate * 2}, p.head.weight, "near", "mine")
+    given = KLInputs(p.reference, {"near": p.candidate, "far": p.candidate * 2}, p.head.weight, "near", "mine")
     entry = run([given], ["kvopt", "torch"], repeats=1, show=False)["shapes"][0]
     assert entry["shape"] == (80, 96, 900)
     expected = linear_kl64(p.candidate[:64], p.reference[:64], p.head, p.head, KLOptions()).mean()

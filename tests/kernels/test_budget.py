@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvopt.kernels import benchmark, budget, contenders
-from kvopt.kernels.benchmark import Inputs, run
+from kvopt.kernels.benchmark import KLInputs, run
 
 ASKED = 2000
 
@@ -26,7 +26,7 @@ class Machine:
     token_seconds: float
     time: float = 0.0
 
-    def product(self, inputs: Inputs) -> Tensor:
+    def product(self, inputs: KLInputs) -> Tensor:
         self.time += len(inputs.reference) * self.token_seconds
         return inputs.reference
 

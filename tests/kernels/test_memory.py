@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
@@ -54,7 +55,7 @@ def trained(candidate: Tensor, reference: Tensor, head: Head) -> None:
 
 def masked_reverse(candidate: Tensor, reference: Tensor, head: Head) -> None:
     mask = torch.arange(len(candidate)) % 2 == 0
-    options = OPTIONS.with_(divergence="reverse")
+    options = replace(OPTIONS, divergence="reverse")
     linear_kl(candidate.requires_grad_(), reference, head, options=options, mask=mask).loss.backward()
 
 

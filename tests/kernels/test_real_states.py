@@ -9,8 +9,8 @@ from torch import Tensor
 from kvopt.base.loading import Base
 from kvopt.bench.real_states import RealStates, real_states
 from kvopt.kernels import Head, KLOptions, linear_kl, linear_scores, moments_of, reference_facts
-from kvopt.kernels.reference import linear_kl64, linear_scores64
-from tests.kernels.cases import relative
+from kvopt.kernels.float64 import linear_kl64
+from tests.kernels.cases import linear_scores64, relative
 
 pytestmark = pytest.mark.slow
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvopt.kernels import KLOptions
-from kvopt.kernels.reference import divergence64
+from kvopt.kernels.divergences import Divergence, divergences
 from kvopt.kernels.rows import divergence_rows, divergence_rows_any_size, normalize_
-from tests.kernels.cases import relative
+from tests.kernels.cases import DIVERGENCES, relative
 
 
 def logits(size: float, common: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -19,33 +18,33 @@ def logits(size: float, common: float = 0.0) -> tuple[Tensor, Tensor]:
     return z, size * torch.randn(9, 3001, generator=generator) + common
 
 
-def exact(z: Tensor, u: Tensor, divergence: str, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+def exact(z: Tensor, u: Tensor, formula: Divergence) -> tuple[Tensor, Tensor, Tensor]:
     """Value, gradient by z_s, and log Z_s − log Z_t, in float64."""
     z_t, z_s = z.double(), (z.double() + u.double()).requires_grad_()
-    value = divergence64(z_t.log_softmax(-1), z_s.log_softmax(-1), KLOptions(divergence=divergence, beta=beta))
+    value = formula.exact(z_t.log_softmax(-1), z_s.log_softmax(-1))
     (gradient,) = torch.autograd.grad(value.sum(), z_s)
     return value.detach(), gradient, (z_s.logsumexp(-1) - z_t.logsumexp(-1)).detach()
 
 
 @pytest.mark.parametrize("work", [divergence_rows, divergence_rows_any_size])
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize(("size", "common"), [(1.4e-3, 0.0), (1.4e-3, 2.0), (0.3, -7.0), (3.0, 1.0), (12.0, 0.0)])
 def test_value_gradient_and_shift(work, divergence, size, common):
-    z, u = logits(size, common)
-    value, gradient, shift = exact(z, u, divergence, 0.3)
-    actual = work(z.clone(), u.clone(), divergence, 0.3, True)
+    (z, u), formula = logits(size, common), divergences()[divergence](0.3)
+    value, gradient, shift = exact(z, u, formula)
+    actual = work(z.clone(), u.clone(), formula, True)
     assert ((actual.value - value) / value).abs().max() <= 2e-3
     assert relative(actual.gradient, gradient) <= 1e-3
     assert (actual.shift - shift).abs().max() <= 1e-5
-    assert work(z.clone(), u.clone(), divergence, 0.3, False).gradient is None
+    assert work(z.clone(), u.clone(), formula, False).gradient is None
 
 
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_token_that_only_the_candidate_expects(divergence):
-    z, u = logits(0.1)
+    (z, u), formula = logits(0.1), divergences()[divergence](0.3)
     z[:, 7], u[:, 7] = -45.0, 60.0
-    value, gradient, shift = exact(z, u, divergence, 0.3)
-    actual = divergence_rows(z.clone(), u.clone(), divergence, 0.3, True)
+    value, gradient, shift = exact(z, u, formula)
+    actual = divergence_rows(z.clone(), u.clone(), formula, True)
     assert ((actual.value - value) / value).abs().max() <= 1e-4
     assert relative(actual.gradient, gradient) <= 1e-4
     assert relative(actual.shift, shift) <= 1e-5

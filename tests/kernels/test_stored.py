@@ -2,14 +2,22 @@ import pytest
 import torch
 
 from kvopt.kernels import Head, KernelInputError, KLOptions, TopK, UnsupportedError, linear_kl, moments_of
-from kvopt.kernels.reference import linear_kl64, logits64
-from tests.kernels.cases import problem, relative
+from kvopt.kernels.divergences import divergences
+from kvopt.kernels.float64 import linear_kl64, logits64
+from tests.kernels.cases import DIVERGENCES, problem, relative
+
+
+def stored_as(form: str) -> list[str]:
+    """Divergences that a stored reference of this form gives."""
+    return [name for name, divergence in divergences().items() if form in divergence.stored_forms]
 
 
 @pytest.mark.parametrize("distance", [5e-4, 0.016, 0.16, 1.4])
-def test_moments_give_the_gradient_at_any_size_and_the_value_to_1e5_nats(distance):
+@pytest.mark.parametrize("divergence", stored_as("moments"))
+def test_moments_give_the_gradient_at_any_size_and_the_value_to_1e5_nats(divergence, distance):
     p = problem(distance, torch.float32)
-    head, options = Head(p.head.weight, torch.randn(5003), scale=0.8), KLOptions(temperature=1.2)
+    head = Head(p.head.weight, torch.randn(5003), scale=0.8)
+    options = KLOptions(divergence=divergence, temperature=1.2)
     candidate, expected = p.candidate.clone().requires_grad_(), p.candidate.double().requires_grad_()
     out = linear_kl(candidate, moments_of(p.reference, head, options=options), head, options=options)
     kl64 = linear_kl64(expected, p.reference, head, head, options)
@@ -36,23 +44,22 @@ def test_scaled_dot_product_attention_agrees_with_the_mean_weight():
 
 @pytest.mark.parametrize("softcap", [None, 6.0])
 @pytest.mark.parametrize("k", [1, 64])
-def test_top_k_is_the_kl_of_k_tokens_and_a_tail_and_never_above_the_truth(k, softcap):
+@pytest.mark.parametrize("divergence", stored_as("top-k"))
+def test_top_k_is_the_divergence_of_k_tokens_and_a_tail_and_never_above_the_truth(divergence, k, softcap):
+    options = KLOptions(divergence=divergence)
     p = problem(0.3 if softcap is None else 3.0, torch.float32, softcap=softcap)
     log_p = logits64(p.reference, p.head, 1.0).log_softmax(-1)
     top = log_p.topk(k, -1)
     candidate, expected = p.candidate.clone().requires_grad_(), p.candidate.double().requires_grad_()
-    out = linear_kl(candidate, TopK(top.indices, top.values.float()), p.head)
-    log_q = logits64(expected, p.head, 1.0).log_softmax(-1)
-    rest_p = 1 - top.values.exp().sum(-1)
-    rest_q = 1 - log_q.gather(1, top.indices).exp().sum(-1)
-    buckets = (top.values.exp() * (top.values - log_q.gather(1, top.indices))).sum(-1) + rest_p * (
-        rest_p / rest_q
-    ).log()
+    out = linear_kl(candidate, TopK(top.indices, top.values.float()), p.head, options=options)
+    chosen = logits64(expected, p.head, 1.0).log_softmax(-1).gather(1, top.indices)
+    with_tail = (torch.cat([log, (1 - log.exp().sum(-1, keepdim=True)).log()], 1) for log in (top.values, chosen))
+    buckets = options.formula.exact(*with_tail)
     out.kl.sum().backward()
     buckets.sum().backward()
     assert relative(out.kl, buckets) <= 1e-4
     assert relative(candidate.grad, expected.grad) <= 1e-3
-    assert (out.kl <= linear_kl64(p.candidate, p.reference, p.head, p.head, KLOptions()) + 1e-5).all()
+    assert (out.kl <= linear_kl64(p.candidate, p.reference, p.head, p.head, options) + 1e-5).all()
 
 
 def test_masks_drop_tokens_of_stored_references():
@@ -65,9 +72,11 @@ def test_masks_drop_tokens_of_stored_references():
 
 def test_what_stored_references_cannot_do_names_what_can():
     p = problem(0.3, torch.float32)
-    stored = moments_of(p.reference, p.head)
-    with pytest.raises(UnsupportedError, match="store the reference hidden states"):
-        linear_kl(p.candidate, stored, p.head, options=KLOptions(divergence="reverse"))
+    stored, top = moments_of(p.reference, p.head), TopK(torch.zeros(37, 1).long(), torch.zeros(37, 1))
+    for reference, form in ((stored, "moments"), (top, "top-k")):
+        for divergence in set(DIVERGENCES) - set(stored_as(form)):
+            with pytest.raises(UnsupportedError, match=r"gives forward KL.* only, .*store the reference hidden states"):
+                linear_kl(p.candidate, reference, p.head, options=KLOptions(divergence=divergence))
     with pytest.raises(UnsupportedError, match="softcap"):
         moments_of(p.reference, Head(p.head.weight, softcap=30.0))
     with pytest.raises(KernelInputError, match="belong to temperature"):

@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kvopt.kernels import triton_backend, triton_kernels  # noqa: E402
+from tests.kernels.cases import DIVERGENCES  # noqa: E402
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), "mma.sync", 166912),
@@ -31,6 +32,9 @@ POINTERS = {
     "factor": "fp32", "out": "A", "x_t": "fp32", "x_s": "fp32", "value": "fp32", "rescale": "fp32", "bias_t": "A",
     "bias_s": "A",
 }  # fmt: skip
+WAYS = [("bf16", True), ("fp16", True), ("fp32", False)]
+"""Dtype of the gradient and whether the form is the difference: divergences take them in turn."""
+
 FLOATS = {"scale_t", "scale_s", "cap_t", "cap_s", "beta"}
 STRIDES = {"h_stride", "w_stride", "out_stride", "stride", "features", "per_split"}
 
@@ -78,7 +82,7 @@ def check(binary, name: str, matrix: bool) -> None:
 
 
 def tile_constants(name: str, bias: bool) -> tuple[dict, int, int]:
-    arguments = triton_backend.tile_for(name.startswith("gfx"), TARGETS[name][0].arch).arguments()
+    arguments = triton_backend.tile_for(name.startswith("gfx")).arguments()
     warps, stages = arguments.pop("num_warps"), arguments.pop("num_stages")
     return {"BIAS": bias, **arguments}, warps, stages
 
@@ -96,12 +100,14 @@ def test_store_free_kernels_use_matrix_units_and_do_not_spill(name, kernel, dtyp
 
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("capped", [False, True])
-@pytest.mark.parametrize(("dtype", "kind", "difference"), [("bf16", 0, True), ("fp16", 2, True), ("fp32", 1, False)])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("aligned", [True, False])
-def test_row_kernel_does_not_spill(name, dtype, kind, difference, aligned, capped):
+def test_row_kernel_does_not_spill(name, divergence, aligned, capped):
+    dtype, difference = WAYS[DIVERGENCES.index(divergence) % len(WAYS)]
     constants = {
         "DIFFERENCE": difference, "BIAS_T": not difference, "BIAS_S": not difference, "CAP_T": capped,
-        "CAP_S": capped, "KIND": kind, "GRADIENT": True, "RESCALE": dtype == "fp16", "BLOCK": triton_backend.ROW_BLOCK,
+        "CAP_S": capped, "GRADIENT": True, "RESCALE": dtype == "fp16", "BLOCK": triton_backend.ROW_BLOCK,
+        **triton_backend.row_constants(divergence),
     }  # fmt: skip
     binary = compiled(
         triton_kernels.rows_kernel, dtype, aligned, TARGETS[name][0], constants, triton_backend.ROW_WARPS, 3

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from kvopt.kernels import Head, KLOptions, UnsupportedError, linear_kl
+from kvopt.kernels.divergences import divergences
+from kvopt.kernels.float64 import linear_kl64
 from kvopt.kernels.plan import make_plan
-from kvopt.kernels.reference import linear_kl64
 from tests.kernels import cases
-from tests.kernels.cases import DISTANCE_FOR_KL, Problem, errors, relative
+from tests.kernels.cases import DISTANCE_FOR_KL, DIVERGENCES, Problem, errors, relative
 
 pytest.importorskip("triton", reason="the triton package is optional")
 
@@ -42,24 +43,26 @@ def kernel(request):
 @inside
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("distance", DISTANCE_FOR_KL.values())
-def test_forward_kl_from_tiny_to_large(kernel, dtype, distance):
+@pytest.mark.parametrize("divergence", [name for name, known in divergences().items() if known.store_free])
+def test_both_kernels_from_tiny_to_large(kernel, divergence, dtype, distance):
     from kvopt.kernels import triton_backend
 
     p = problem(distance, dtype)
-    plan = replace(make_plan(p.candidate, p.reference, p.head, p.head, KLOptions(backend=kernel)), product=dtype)
+    options = KLOptions(backend=kernel, divergence=divergence)
+    plan = replace(make_plan(p.candidate, p.reference, p.head, p.head, options), product=dtype)
     value, gradient = triton_backend.value_and_hidden_gradient(plan, p.candidate, p.reference, True)
     expected = p.candidate.double().requires_grad_()
-    kl64 = linear_kl64(expected, p.reference, p.head, p.head, KLOptions())
+    kl64 = linear_kl64(expected, p.reference, p.head, p.head, options)
     kl64.sum().backward()
     assert ((value - kl64) / kl64).abs().max() <= 5e-3  # float16 rounds the difference h_s − h_t to 11 bits
     assert relative(gradient, expected.grad) <= 5e-3
 
 
 @inside
-@pytest.mark.parametrize("divergence", ["reverse", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("distance", DISTANCE_FOR_KL.values())
-def test_other_divergences_from_tiny_to_large(divergence, distance):
-    e = errors(problem(distance, torch.float32), KLOptions(divergence=divergence, beta=0.3, backend="triton"))
+def test_divergences_from_tiny_to_large(divergence, distance):
+    e = errors(problem(distance, torch.float32), KLOptions(divergence=divergence, beta=0.3, backend="triton-rows"))
     assert e.kl <= 1e-3
     assert e.gradient <= 1e-4
 
@@ -117,7 +120,7 @@ def test_large_divergences_saturate_instead_of_overflowing(kernel):
 
 @inside
 @pytest.mark.parametrize("form", ["difference", "direct"])
-@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_softcap_with_all_that_goes_with_it(form, divergence):
     p = problem(0.05, torch.float32, n=4, v=1100)
     head = Head(p.head.weight * 3, bias=torch.randn(1100), scale=0.7, softcap=5.0, vocab=1090)
@@ -127,7 +130,7 @@ def test_softcap_with_all_that_goes_with_it(form, divergence):
     assert e.gradient <= 1e-4
     for one in (head, Head(head.weight, scale=2.0, vocab=1090)):  # two caps, or the reference's alone
         teacher = Head(head.weight.clone(), bias=torch.randn(1100), softcap=4.0, vocab=1090)
-        e = errors(p._replace(head=one), options.with_(form="auto"), teacher)
+        e = errors(p._replace(head=one), replace(options, form="auto"), teacher)
         assert e.kl <= 1e-4
         assert e.gradient <= 1e-3
 
@@ -179,13 +182,14 @@ def test_a_trained_head_gets_its_gradients(dtype, shared, softcap, monkeypatch):
 
 
 @inside
-@pytest.mark.parametrize("divergence", ["reverse", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_tokens_that_only_the_candidate_expects(divergence):
     p = problem(0.0, torch.float32, n=4, v=1100)
-    far = Problem(-3 * p.reference, 3 * p.reference, p.head)  # log-ratios of up to 60
+    far = Problem(-2.5 * p.reference, 2.5 * p.reference, p.head)  # forward KL of up to 59 nats: it saturates at 80
     e = errors(far, KLOptions(divergence=divergence, beta=0.3, backend="triton"))
     assert e.kl <= 1e-4
-    assert divergence == "jsd" or e.gradient <= 1e-2  # at its upper bound the JSD has a gradient of rounding errors
+    # The gradient of a bounded divergence vanishes here: what is left of it may be rounding errors.
+    assert e.gradient * e.gradient_norm <= 1e-2 * max(e.gradient_norm, 1e-3)
 
 
 @inside

@@ -385,7 +385,7 @@ def test_a_judge_is_asked_once_for_each_answer_and_again_only_where_it_failed(co
             evaluation = evaluator_of(run, run.config.students, only=whole)
             judge = evaluation.metrics[0]
             assert isinstance(judge, Judge)
-            evaluation.__dict__["metrics"] = [Judge("judge", judge.endpoint, transport=httpx.MockTransport(handle))]
+            evaluation.__dict__["metrics"] = [judge.through(httpx.MockTransport(handle))]
             document = evaluation.evaluate(subject(run.task(), "base", run.at))
         counts.append(len(asked))
         warnings.append([line for line in run.lines if "judge" in line])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from kvopt.config.losses import Loss
 from kvopt.config.students import StudentConfig
 from kvopt.errors import KvoptError
 from kvopt.kernels import Head
-from kvopt.train.losses import Gold, Loss, build_loss
-from kvopt.train.losses.gold import gold_log_probs
+from kvopt.train.gold_tokens import Gold
 
 G, D, V = 9, 12, 50
 
@@ -55,7 +57,7 @@ LOSSES = [
 
 
 def build(loss: dict[str, object]) -> Loss:
-    return build_loss(StudentConfig.model_validate({"name": "s", "contexts": ["original"], "loss": loss}).loss)
+    return StudentConfig.model_validate({"name": "s", "contexts": ["original"], "loss": loss}).loss
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -89,8 +91,8 @@ def test_a_student_that_still_is_the_base_has_a_kl_of_zero(kind: str) -> None:
 
 def test_log_probs_in_chunks_are_those_in_one_piece() -> None:
     def run(chunk_bytes: int) -> tuple[Tensor, Tensor]:
-        gold = case(True)
-        value = gold_log_probs(gold, chunk_bytes)
+        gold = replace(case(True), chunk_bytes=chunk_bytes)
+        value = gold.log_probs()
         value.sum().backward()
         return value.detach(), gold.hidden.grad
 
@@ -107,9 +109,9 @@ def test_chunks_bound_the_logits_that_are_kept_for_the_backward_pass() -> None:
             sizes.append(tensor.numel() if is_logits else 0)
             return tensor
 
-        gold = case(False)
+        gold = replace(case(False), chunk_bytes=chunk_bytes)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            gold_log_probs(gold, chunk_bytes)
+            gold.log_probs()
         return max(sizes)
 
     assert kept(2**30) == G * V

@@ -9,17 +9,15 @@ import pytest
 from pydantic import TypeAdapter
 
 from kvopt.config.evaluation import MetricConfig
+from kvopt.config.metrics import Item, Metric
 from kvopt.errors import InputError
-from kvopt.train.metrics import Item, build_metric
-from kvopt.train.metrics.base import Metric
-from kvopt.train.metrics.json_answers import same_value
-from kvopt.train.metrics.judge import Judge
+from kvopt.train.json_answers import same_value
 
 GOLD = '{"intent": "PlayMusic", "slots": {"track": "Yesterday", "artist": "the Beatles"}}'
 
 
 def metric(settings, folder) -> Metric:
-    return build_metric(TypeAdapter(MetricConfig).validate_python(settings), folder)
+    return TypeAdapter(MetricConfig).validate_python(settings).prepared(folder)
 
 
 def item(answer, gold=GOLD, **values):
@@ -219,7 +217,7 @@ def judge(reply, seen=None, status=200):
     settings = TypeAdapter(MetricConfig).validate_python(
         {"kind": "judge", "base_url": "http://judge.invalid/v1", "model": "m", "retries": 0}
     )
-    return Judge("judge", settings, transport=httpx.MockTransport(handle))
+    return settings.through(httpx.MockTransport(handle))
 
 
 def test_a_judges_number_is_scaled_to_one():
@@ -247,7 +245,7 @@ def test_an_endpoint_that_fails_is_recorded_for_each_answer():
 
 def test_an_address_that_is_none_is_a_failure_and_no_traceback():
     settings = {"kind": "judge", "base_url": "http://judge:port/v1", "model": "m", "retries": 0}
-    verdict = Judge("judge", TypeAdapter(MetricConfig).validate_python(settings)).verdict(item("a"))
+    verdict = TypeAdapter(MetricConfig).validate_python(settings).verdict(item("a"))
     assert verdict.note == "failed: InvalidURL: Invalid port: 'port'"
 
 

@@ -26,8 +26,9 @@ from kvopt.task.seam import Row
 from kvopt.train.commands import train_students
 from kvopt.train.distill.drawn_answers import OnPolicyLoss, evaluating
 from kvopt.train.distill.teacher import Teacher
+from kvopt.train.gold_tokens import Gold
 from kvopt.train.job import Job
-from kvopt.train.losses import Gold, OnPolicyDivergence
+from kvopt.train.losses.on_policy import OnPolicyDivergence
 from kvopt.train.student import load_student, lora_student, read_student_record
 from kvopt.train.trainer import StudentTrainer, train_student
 from tests.jobs import write_job
@@ -59,7 +60,7 @@ def module_of(task: Task, *names: str, teacher: str = "original", size: float = 
     student = lora_student(task.base, "s")
     for parameter in student.trainable().values():
         parameter.data.normal_(0, size)
-    settings = OnPolicyDivergence(max_new_tokens=6, **loss)
+    settings = OnPolicyDivergence(kind="on-policy", max_new_tokens=6, **loss)
     return OnPolicyLoss(student.base, task.base, pool(task, *names), settings, teacher_of(task, teacher), seed=1)
 
 
@@ -77,7 +78,7 @@ def test_value_and_gradient_equal_the_formula_in_float64_for_a_wider_teacher(kin
     hidden, wide = torch.randn(7, 8, requires_grad=True), torch.randn(7, 12)
     head, wide_head = Head(torch.randn(40, 8)), Head(torch.randn(40, 12))
     gold = Gold(hidden, torch.randint(40, (7,)), head, wide, wide_head)
-    found = OnPolicyDivergence(divergence=kind, beta=beta)(gold)
+    found = OnPolicyDivergence(kind="on-policy", divergence=kind, beta=beta)(gold)
     (gradient,) = torch.autograd.grad(found.sum(), hidden)
     exact = hidden.detach().double().requires_grad_(True)
     expected = divergence64(exact @ head.weight.double().T, wide.double() @ wide_head.weight.double().T, kind, beta)
@@ -123,7 +124,7 @@ def test_answers_are_drawn_without_dropout(task: Task) -> None:
     student = lora_student(task.base, "s", dropout=0.9)
     for parameter in student.trainable().values():
         parameter.data.normal_(0, 0.5)
-    loss = OnPolicyDivergence(temperature=0.0, max_new_tokens=6)
+    loss = OnPolicyDivergence(kind="on-policy", temperature=0.0, max_new_tokens=6)
     module = OnPolicyLoss(student.base, task.base, pool(task, "original"), loss, teacher_of(task), seed=1).train()
     rows = module.pool.contexts[0].rows
     drawn = [row.gold for row in module._answers(None, rows, "0" * 10)]
@@ -266,7 +267,9 @@ def test_padding_of_the_vocabulary_is_neither_drawn_nor_compared(task: Task, tmp
     for student, teacher in ((task.base, big), (big, task.base)):
         own = lora_student(student, "s")
         context = pool(replace(task, base=student), "original")
-        module = OnPolicyLoss(own.base, student, context, OnPolicyDivergence(), teacher_of(task, base=teacher), seed=1)
+        module = OnPolicyLoss(
+            own.base, student, context, OnPolicyDivergence(kind="on-policy"), teacher_of(task, base=teacher), seed=1
+        )
         assert module.student.head.size == 400
         assert abs(float(module([(0, 0), (1, 0)]).detach())) < 1e-5
 

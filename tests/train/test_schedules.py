@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 
 from kvopt.config.students import StudentConfig
-from kvopt.train.schedules import Schedule, StateAdaptive, build_schedule
+from kvopt.train.schedules.state_adaptive import StateAdaptive
+from kvopt.train.stream import Stream
 
 
-def schedule(kind: str | dict[str, Any], rows: int, weights: tuple[float, ...], seed: int = 0) -> Schedule:
+def schedule(kind: str | dict[str, Any], rows: int, weights: tuple[float, ...], seed: int = 0) -> Stream:
     contexts = [{"context": f"c{i}", "weight": w} for i, w in enumerate(weights)]
     config = StudentConfig.model_validate({"name": "s", "contexts": contexts, "schedule": kind})
-    return build_schedule(config.schedule, rows, weights, seed)
+    return Stream(config.schedule, rows, weights, seed)
 
 
-def items(of: Schedule, start: int, stop: int, kept: tuple[int, ...] = ()) -> list[tuple[int, int]]:
+def items(of: Stream, start: int, stop: int, kept: tuple[int, ...] = ()) -> list[tuple[int, int]]:
     return [(of.row(p), of.context(p, kept)) for p in range(start, stop)]
 
 
@@ -52,17 +53,17 @@ def test_epochs_and_seeds_have_their_own_order(kind: str) -> None:
 
 def test_state_adaptive_keeps_the_lowest_and_draws_among_them() -> None:
     of = schedule({"kind": "state-adaptive", "keep": 2, "every": 5, "rows": 7}, 30, (1, 1, 1))
-    assert isinstance(of, StateAdaptive)
-    assert of.scored_rows == 7
-    assert of.choose([3.0, 1.0, 2.0]) == (1, 2)
-    assert of.choose([1.0, 1.0, 1.0]) == (0, 1)
+    assert isinstance(of.schedule, StateAdaptive)
+    assert of.schedule.scored_rows == 7
+    assert of.schedule.choose([3.0, 1.0, 2.0]) == (1, 2)
+    assert of.schedule.choose([1.0, 1.0, 1.0]) == (0, 1)
     assert {context for _, context in items(of, 0, 30, (1, 2))} == {1, 2}
-    assert [step for step in range(12) if of.rescores_at(step)] == [0, 5, 10]
+    assert [step for step in range(12) if of.schedule.rescores_at(step)] == [0, 5, 10]
 
 
 def test_state_adaptive_once_is_before_the_first_step() -> None:
     of = schedule({"kind": "state-adaptive"}, 30, (1, 1))
-    assert [step for step in range(12) if of.rescores_at(step)] == [0]
+    assert [step for step in range(12) if of.schedule.rescores_at(step)] == [0]
     assert {context for _, context in items(of, 0, 30, (1,))} == {1}
 
 

@@ -22,7 +22,8 @@ from kvopt.train import trainer as module
 from kvopt.train.forward import ContextLoss
 from kvopt.train.gold import gold_nll
 from kvopt.train.job import Job, Trained, make_plan
-from kvopt.train.losses import AnchoredKL, CrossEntropy
+from kvopt.train.losses.anchored_kl import AnchoredKL
+from kvopt.train.losses.ce import CrossEntropy
 from kvopt.train.student import full_student, lora_student
 from kvopt.train.trainer import StudentTrainer, train_student
 from tests.tasks import Task, make_task
@@ -194,7 +195,7 @@ def test_the_anchor_is_the_base_under_the_original_or_under_the_same_context(
     student = lora_student(task.base, "s") if method == "lora" else full_student(task.base, "s")
     for parameter in student.trainable().values():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    loss = AnchoredKL(0.5, "forward", anchor)
+    loss = AnchoredKL(kind="anchored-kl", weight=0.5, direction="forward", anchor=anchor)
     for number, item in enumerate(contexts.contexts):
         with torch.no_grad():
             ours = ContextLoss(student.base, task.base, contexts, loss, task.reference)([(2, number)])

@@ -20,7 +20,8 @@ from kvopt.storage.files import sha256_json
 from kvopt.task.seam import Row
 from kvopt.train.distill.teacher import Teacher
 from kvopt.train.forward import ContextLoss, Item
-from kvopt.train.losses import Gold, OnPolicyDivergence
+from kvopt.train.gold_tokens import Gold
+from kvopt.train.losses.on_policy import OnPolicyDivergence
 from kvopt.train.pool import Pool
 
 

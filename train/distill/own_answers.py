@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvopt.base.generate import answer_text, generate
+from kvopt.config.metrics import Item
 from kvopt.config.students import OwnAnswersConfig, StudentConfig
 from kvopt.console.progress import advance
 from kvopt.run.directory import Workspace
@@ -18,7 +19,6 @@ from kvopt.run.inputs import Inputs
 from kvopt.storage.files import sha256_json
 from kvopt.task.seam import Encoded, Row
 from kvopt.train.keyed_rows import stored_rows, write_rows
-from kvopt.train.metrics import Item, build_metrics
 from kvopt.train.pool import Pool
 
 VERSION = 1
@@ -28,7 +28,8 @@ VERSION = 1
 def check_own_answers(inputs: Inputs, config: StudentConfig) -> None:
     """Refuse, before any work, checks that cannot be made. Raises InputError."""
     if config.own_answers is not None:
-        build_metrics(config.own_answers.accept, inputs.base_dir)
+        for check in config.own_answers.accept:
+            check.prepared(inputs.base_dir)
 
 
 def with_own_answers(task: EncodedTask, config: StudentConfig, pool: Pool, at: Workspace) -> Pool:
@@ -55,7 +56,7 @@ def _with_gold(encoded: Encoded, golds: dict[str, tuple[int, ...]]) -> Encoded:
 
 def _accepted(task: EncodedTask, settings: OwnAnswersConfig, at: Workspace) -> dict[str, tuple[int, ...]]:
     """Ids of the answers that pass every check, end token included, by example."""
-    checks = build_metrics(settings.accept, task.inputs.base_dir)
+    checks = [check.prepared(task.inputs.base_dir) for check in settings.accept]
     examples = {example.id: example for example in task.dataset.train}
     found = {}
     for example_id, ids in _answers(task, settings.max_new_tokens, at).items():

@@ -15,12 +15,13 @@ from kvopt.base.loading import Base, load_base, load_tokenizer
 from kvopt.base.prefix import Prefix, gold_hidden
 from kvopt.config.model import ModelConfig
 from kvopt.config.names import ContextName
-from kvopt.config.students import OnPolicyConfig, StudentConfig
+from kvopt.config.students import StudentConfig
 from kvopt.contexts import Context, load_context
 from kvopt.errors import InputError
 from kvopt.run.catalogue import Catalogue
 from kvopt.run.inputs import Inputs
 from kvopt.task.seam import Row, make_batch
+from kvopt.train.losses.on_policy import OnPolicyDivergence
 from kvopt.train.pool import PoolContext, check_choice, in_front_of_rows
 
 
@@ -65,9 +66,9 @@ class Teacher:
         return [self.base.identity, str(self.base.dtype), self.context.context.sha256(), rows]
 
 
-def on_policy(config: StudentConfig) -> OnPolicyConfig | None:
+def on_policy(config: StudentConfig) -> OnPolicyDivergence | None:
     """The student's on-policy settings, None for another loss."""
-    return config.loss if isinstance(config.loss, OnPolicyConfig) else None
+    return config.loss if isinstance(config.loss, OnPolicyDivergence) else None
 
 
 def check_teacher(inputs: Inputs, config: StudentConfig) -> None:
@@ -136,11 +137,11 @@ def load_teacher(catalogue: Catalogue, config: StudentConfig, context: PoolConte
     return teacher
 
 
-def _is_own_folder(inputs: Inputs, settings: OnPolicyConfig) -> bool:
+def _is_own_folder(inputs: Inputs, settings: OnPolicyDivergence) -> bool:
     return settings.teacher.base is not None and (inputs.base_dir / settings.teacher.context).is_dir()
 
 
-def _context(catalogue: Catalogue, base: Base, settings: OnPolicyConfig, where: str) -> Context:
+def _context(catalogue: Catalogue, base: Base, settings: OnPolicyDivergence, where: str) -> Context:
     inputs, spec = catalogue.task.inputs, settings.teacher.context
     if _is_own_folder(inputs, settings):
         return load_context(inputs.base_dir / spec, base)

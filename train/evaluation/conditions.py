@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from kvopt.config.evaluation import EvaluateConfig
 from kvopt.config.names import MUTATION, ContextName
-from kvopt.config.students import OnPolicyConfig, StudentConfig
+from kvopt.config.students import StudentConfig
 from kvopt.contexts import Context, TextContext
 from kvopt.errors import InputError
 from kvopt.run.catalogue import Catalogue
@@ -19,6 +19,7 @@ from kvopt.run.inputs import Inputs
 from kvopt.storage.files import file_name, sha256_json
 from kvopt.task.template import Template
 from kvopt.train.evaluation.templates import read_templates
+from kvopt.train.losses.on_policy import OnPolicyDivergence
 from kvopt.train.pool import names_of
 
 GROUPS = ("original", "held-out", "templates", "none", "learned", "other")
@@ -157,7 +158,7 @@ def mutations_in_use(catalogue: Catalogue, students: Sequence[StudentConfig]) ->
             else:
                 taken.add(name.argument)
         used |= taken
-        if isinstance(student.loss, OnPolicyConfig):
+        if isinstance(student.loss, OnPolicyDivergence):
             used.add(student.loss.teacher.context)
     for context in config.contexts:
         if context.start.kind == "best-mutation":

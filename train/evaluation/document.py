@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvopt.config.metrics import Metric, Ratio, Verdict
 from kvopt.storage.files import file_name
 from kvopt.train.evaluation.conditions import GROUPS, WORDINGS, Condition
 from kvopt.train.evaluation.frozen import is_container, task_likeness
 from kvopt.train.evaluation.models import BASE, Subject
 from kvopt.train.evaluation.statistics import Ratios, agreement, ratio_of, summarize
-from kvopt.train.metrics import Metric, Ratio, Verdict
 
 if TYPE_CHECKING:
     from kvopt.train.evaluation.evaluate import Evaluator
@@ -149,7 +149,7 @@ def _headline(metric: Metric, by_context: Mapping[str, Mapping[str, Any]]) -> st
     known = next(iter(by_context.values()))
     if metric.headline in known:
         return metric.headline
-    return next(q for q in known if q.startswith(f"{metric.name}."))
+    return next(q for q in known if q.startswith(f"{metric.label}."))
 
 
 def _is_json_task(rows: Rows) -> bool:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from kvopt.base.generate import answer_text, generate
 from kvopt.config.evaluation import EvaluateConfig
+from kvopt.config.metrics import Item, Metric, Verdict
 from kvopt.console.progress import advance
 from kvopt.measure.reference import Reference
 from kvopt.run.directory import Workspace
@@ -39,7 +40,6 @@ from kvopt.train.evaluation.likelihood import likelihoods
 from kvopt.train.evaluation.models import BASE, Subject, subject
 from kvopt.train.evaluation.probes import Probes
 from kvopt.train.keyed_rows import stored_rows, write_rows
-from kvopt.train.metrics import Item, Metric, Verdict, build_metrics
 
 VERSION = 1
 """Raise it when the same inputs give other answers or likelihoods."""
@@ -73,11 +73,11 @@ class Evaluator:
     def __post_init__(self) -> None:
         for metric in self.metrics:
             if doubt := metric.doubt([example.output for example in self.answered]):
-                self.at.say(f"warning: {metric.name}: {doubt}")
+                self.at.say(f"warning: {metric.label}: {doubt}")
 
     @cached_property
     def metrics(self) -> list[Metric]:
-        return build_metrics(self.settings.metrics, self.task.inputs.base_dir)
+        return [metric.prepared(self.task.inputs.base_dir) for metric in self.settings.metrics]
 
     @property
     def scored(self) -> Sequence[Example]:
@@ -172,10 +172,10 @@ class Evaluator:
         for metric, settings in zip(self.metrics, self.settings.metrics, strict=True):
             if metric.remote:
                 key = sha256_json([rows[0]["key"], settings.model_dump(mode="json"), len(items)])[:16]
-                path = self._path(model, f"{file_name(condition)}.{file_name(metric.name)}.jsonl")
-                found[metric.name] = self._remote_verdicts(metric, items, path, key)
+                path = self._path(model, f"{file_name(condition)}.{file_name(metric.label)}.jsonl")
+                found[metric.label] = self._remote_verdicts(metric, items, path, key)
             else:
-                found[metric.name] = metric.verdicts(items)
+                found[metric.label] = metric.verdicts(items)
         return found
 
     def _remote_verdicts(self, metric: Metric, items: list[Item], path: Path, key: str) -> list[Verdict]:
@@ -186,7 +186,7 @@ class Evaluator:
         }
         open_ = [i for i in range(len(items)) if i not in verdicts or _unanswered(verdicts[i])]
         if open_:
-            with self.at.progress.bar(metric.name, len(open_)) as bar:
+            with self.at.progress.bar(metric.label, len(open_)) as bar:
                 for i, verdict in zip(open_, metric.verdicts([items[i] for i in open_], advance(bar)), strict=True):
                     verdicts[i] = verdict
         found = [verdicts[i] for i in range(len(items))]
@@ -197,7 +197,7 @@ class Evaluator:
             ]
             write_rows(path, key, rows)
         if failed := [verdict for verdict in found if not verdict.ratios[metric.headline][1]]:
-            what = f"{metric.name} has no score for {len(failed)} of {len(found)} answers ({path.stem})"
+            what = f"{metric.label} has no score for {len(failed)} of {len(found)} answers ({path.stem})"
             self.at.say(f"warning: {what}, for the first because of: {failed[0].note}")
         return found
 

@@ -14,11 +14,11 @@ import torch
 from kvopt.base.generate import answer_text, generate
 from kvopt.base.loading import Base
 from kvopt.base.prefix import prefill
+from kvopt.config.metrics import Ratio
 from kvopt.task.examples import Example
 from kvopt.task.seam import Encoder
 from kvopt.task.template import Slot, Template, escape, parse
-from kvopt.train.metrics.base import Ratio
-from kvopt.train.metrics.json_answers import NotJSON, parse_json, same_value
+from kvopt.train.json_answers import NotJSON, parse_json, same_value
 
 Progress = Callable[[int], None]
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from kvopt.config.metrics import Ratio
 from kvopt.measure.bootstrap import bounds, row_draws
-from kvopt.train.metrics.base import Ratio
-from kvopt.train.metrics.json_answers import same_value
+from kvopt.train.json_answers import same_value
 
 Ratios = Mapping[str, Sequence[Mapping[str, Ratio]]]
 """Context name → the ratios by quantity of each example, the same examples in the same order everywhere."""

@@ -1,26 +1,33 @@
 """Context-anchored KL: −log p_t + λ KL(p0(· | V, C) ‖ pθ(· | V, C')).
 
-With ``anchor="original"`` the base sees the original template C while the student sees C', so the student is drawn to
+With ``anchor: original`` the base sees the original template C while the student sees C', so the student is drawn to
 answer under every wording as the base answers under the one that was written with care.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+from pydantic import Field
 
-from kvopt.train.losses.gold import Gold, anchor_kl, gold_log_probs
+from kvopt.config.losses import Loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvopt.train.gold_tokens import Gold
 
 
-@dataclass(frozen=True)
-class AnchoredKL:
-    """−log p_t + weight · KL in the given direction ("forward": KL(base ‖ student))."""
+class AnchoredKL(Loss):
+    """Cross-entropy plus weight · KL between the base and the student."""
 
-    weight: float = 0.1
-    direction: str = "forward"
-    anchor: Literal["original", "same"] = "original"
+    kind: Literal["anchored-kl"]
+    weight: float = Field(0.1, ge=0, description="of the KL term (λ)")
+    direction: Literal["forward", "reverse"] = Field("forward", description="KL(base ‖ student) or KL(student ‖ base)")
+    anchor: Literal["original", "same"] = Field(
+        "original", description="what the base sees: the original template, or the context that the student sees"
+    )
 
     def __call__(self, gold: Gold) -> Tensor:
-        return -gold_log_probs(gold) + self.weight * anchor_kl(gold, self.direction)
+        """−log p_t + weight · KL in the given direction."""
+        return -gold.log_probs() + self.weight * gold.divergence(self.direction)

@@ -5,12 +5,14 @@ The stop-gradient weight p_t takes back the 1/p_t of cross-entropy's gradient, s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import Tensor
+from kvopt.config.losses import Anchor, Loss
 
-from kvopt.train.losses.gold import Gold, gold_log_probs
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvopt.train.gold_tokens import Gold
 
 
 def dynamic(log_probs: Tensor) -> Tensor:
@@ -18,11 +20,12 @@ def dynamic(log_probs: Tensor) -> Tensor:
     return -log_probs.detach().exp() * log_probs
 
 
-@dataclass(frozen=True)
-class DFT:
-    """−sg(p_t) log p_t."""
+class DFT(Loss):
+    """Dynamic fine-tuning: −sg(p) log p."""
 
-    anchor: Literal["none"] = "none"
+    kind: Literal["dft"]
+    anchor: ClassVar[Anchor] = "none"
 
     def __call__(self, gold: Gold) -> Tensor:
-        return dynamic(gold_log_probs(gold))
+        """−sg(p_t) log p_t."""
+        return dynamic(gold.log_probs())

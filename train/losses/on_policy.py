@@ -6,31 +6,45 @@ reverse: KL(student ‖ teacher). jsd: β KL(teacher ‖ m) + (1 − β) KL(stud
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import Tensor
+from pydantic import Field
 
-from kvopt.errors import KvoptError
-from kvopt.kernels import KLOptions, linear_kl
-from kvopt.train.losses.gold import Gold
+from kvopt.config.losses import Anchor, Loss
+from kvopt.config.section import FrozenSection
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvopt.train.gold_tokens import Gold
 
 
-@dataclass(frozen=True)
-class OnPolicyDivergence:
-    """``gold`` holds drawn tokens, ``gold.anchor`` the teacher's states for them. ``temperature`` and
-    ``max_new_tokens`` are of the drawing, ``teacher`` says who the teacher is (``kvopt.train.distill``).
-    """
+class TeacherConfig(FrozenSection):
+    """Who scores the answers of on-policy distillation."""
 
-    divergence: str = "reverse"
-    beta: float = 0.5
-    temperature: float = 1.0
-    max_new_tokens: int = 64
-    teacher: dict[str, Any] = field(default_factory=dict)
-    anchor: Literal["none"] = "none"  # the base is run for nothing
+    context: str = Field(
+        "original",
+        min_length=1,
+        description="what it sees: original, none, text:FILE, a mutation's or "
+        "learned context's name, or a context folder",
+    )
+    base: str | None = Field(None, description="a larger model with the same tokenizer; default: the base itself")
+
+
+class OnPolicyDivergence(Loss):
+    """Distillation on answers that the student draws itself (GKD); gold outputs are not used."""
+
+    kind: Literal["on-policy"]
+    divergence: Literal["reverse", "jsd"] = Field(
+        "reverse", description="KL(student ‖ teacher), or the generalised JSD"
+    )
+    beta: float = Field(0.5, gt=0, lt=1, description="of the JSD: β KL(teacher ‖ m) + (1 − β) KL(student ‖ m)")
+    temperature: float = Field(1.0, ge=0, description="of the student's drawing; 0 takes the most likely tokens")
+    max_new_tokens: int = Field(64, ge=1, description="an answer is cut here")
+    teacher: TeacherConfig = Field(TeacherConfig(), description="who scores the tokens of an answer")
+    anchor: ClassVar[Anchor] = "none"  # the base is run for nothing
+    draws: ClassVar[bool] = True
 
     def __call__(self, gold: Gold) -> Tensor:
-        if gold.anchor is None:
-            raise KvoptError("on-policy distillation needs the teacher's hidden states")
-        options = KLOptions(divergence=self.divergence, beta=self.beta)
-        return linear_kl(gold.hidden, gold.anchor, gold.head, gold.anchor_head, options).kl
+        """The divergence; ``gold`` holds drawn tokens, ``gold.anchor`` the teacher's states for them."""
+        return gold.divergence(self.divergence, self.beta)

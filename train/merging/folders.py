@@ -30,14 +30,14 @@ def scaled_student(folder: Path, base: Base, out: Path, *, alpha: float, beta: f
     """
     check_new(out)
     student = load_student(folder, base)
-    made = {"by": "lines", "alpha": alpha, "beta": beta, "of": [_origin(folder, student)]}
+    provenance = {"by": "lines", "alpha": alpha, "beta": beta, "of": [_origin(folder, student)]}
     layers = base.geometry.layers
     if is_lora(folder):
-        _write_lora(scale_adapter(read_adapter(folder), layers, alpha, beta), base, out, made)
+        _write_lora(scale_adapter(read_adapter(folder), layers, alpha, beta), base, out, provenance)
     else:
         weights = scale_weights(_weights(student), _weights(base), layers, alpha, beta)
-        _write_full(weights, student, base, out, made)
-    return made
+        _write_full(weights, student, base, out, provenance)
+    return provenance
 
 
 def soup(folders: Sequence[Path], base: Base, out: Path, *, rank: int | None = None) -> dict[str, Any]:
@@ -76,32 +76,32 @@ def best_soup(
     check_new(out)
     _one_method(folders)
 
-    def value(members: Sequence[int]) -> float:
+    def soup_value(members: Sequence[int]) -> float:
         with tempfile.TemporaryDirectory() as place:
             mixed = Path(place) / "soup"
             _mix([folders[i] for i in members], base, mixed, rank, {"by": "soup"})
             return measure(mixed)
 
-    chosen = greedy_soup(len(folders), value, higher_is_better=higher_is_better)
+    chosen = greedy_soup(len(folders), soup_value, higher_is_better=higher_is_better)
     how = {"by": "greedy soup", "value": chosen.value, "tried": list(chosen.tried)}
     return _mix([folders[i] for i in chosen.members], base, out, rank, how)
 
 
 def _mix(folders: Sequence[Path], base: Base, out: Path, rank: int | None, how: dict[str, Any]) -> dict[str, Any]:
     students = [load_student(folder, base) for folder in folders]
-    made = how | {"of": [_origin(f, s) for f, s in zip(folders, students, strict=True)]}
+    provenance = how | {"of": [_origin(f, s) for f, s in zip(folders, students, strict=True)]}
     if _one_method(folders) == "lora":
         adapter = average([read_adapter(folder) for folder in folders], [1 / len(folders)] * len(folders))
-        made["rank"] = adapter.config["r"]
+        provenance["rank"] = adapter.config["r"]
         if rank is not None:
-            adapter, made["lost"] = truncate(adapter, rank)
-            made["rank"] = rank
-        _write_lora(adapter, base, out, made)
+            adapter, provenance["lost"] = truncate(adapter, rank)
+            provenance["rank"] = rank
+        _write_lora(adapter, base, out, provenance)
     else:
         if rank is not None:
             raise InputError("full students have no rank", where="--rank", mend="leave it out")
-        _write_full(average_weights([_weights(student) for student in students]), students[0], base, out, made)
-    return made
+        _write_full(average_weights([_weights(student) for student in students]), students[0], base, out, provenance)
+    return provenance
 
 
 def is_lora(folder: Path) -> bool:
@@ -132,12 +132,14 @@ def _weights(base: Base) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in base.model.named_parameters()}
 
 
-def _write_lora(adapter: Adapter, base: Base, out: Path, made: dict[str, Any]) -> None:
+def _write_lora(adapter: Adapter, base: Base, out: Path, provenance: dict[str, Any]) -> None:
     changed = adapter.with_modules(adapter.modules, base_model_name_or_path=base.name, inference_mode=True)
-    _write(out, base, "lora", made, lambda place: write_adapter(changed, place))
+    _write(out, base, "lora", provenance, lambda place: write_adapter(changed, place))
 
 
-def _write_full(weights: Mapping[str, Tensor], student: Base, base: Base, out: Path, made: dict[str, Any]) -> None:
+def _write_full(
+    weights: Mapping[str, Tensor], student: Base, base: Base, out: Path, provenance: dict[str, Any]
+) -> None:
     """Put the weights into the model of ``student`` (which is changed) and save it with its tokenizer."""
 
     def write(place: Path) -> None:
@@ -146,8 +148,8 @@ def _write_full(weights: Mapping[str, Tensor], student: Base, base: Base, out: P
             student.model.save_pretrained(str(place))
         base.tokenizer.save_pretrained(str(place))
 
-    _write(out, base, "full", made, write)
+    _write(out, base, "full", provenance, write)
 
 
-def _write(out: Path, base: Base, method: str, made: dict[str, Any], write: Callable[[Path], None]) -> None:
-    write_student_folder(out, base, name=out.name, method=method, record={"made": made}, write=write)
+def _write(out: Path, base: Base, method: str, provenance: dict[str, Any], write: Callable[[Path], None]) -> None:
+    write_student_folder(out, base, name=out.name, method=method, record={"made": provenance}, write=write)

@@ -49,10 +49,10 @@ def scale_weights(
     A factor of 1 gives back the student's own values and a factor of 0 the base's.
     """
     scaled = {}
-    for name, value in student.items():
-        if not value.is_floating_point():
-            scaled[name] = value
+    for name, weight in student.items():
+        if not weight.is_floating_point():
+            scaled[name] = weight
             continue
         factor = depth_scale(name, layers, alpha, beta)
-        scaled[name] = torch.lerp(base[name].float(), value.float(), factor).to(value.dtype)
+        scaled[name] = torch.lerp(base[name].float(), weight.float(), factor).to(weight.dtype)
     return scaled

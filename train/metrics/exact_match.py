@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import re
 import string
-from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-from kvopt.train.metrics.base import Item, Metric, Verdict, share
-from kvopt.train.metrics.json_answers import NotJSON, canonical, parse_json
+from pydantic import Field
+
+from kvopt.config.metrics import Item, Metric, Verdict
+from kvopt.train.json_answers import NotJSON, canonical, parse_json
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-@dataclass(frozen=True)
 class ExactMatch(Metric):
-    """1 where answer and gold are equal after ``normalize``: any of strip, case, spaces, punctuation, json."""
+    """Share of answers that equal the gold output."""
 
-    normalize: tuple[str, ...] = ("strip",)
+    kind: Literal["exact-match"]
+    normalize: tuple[Literal["strip", "case", "spaces", "punctuation", "json"], ...] = Field(
+        ("strip",), description="what is made equal first; json compares parsed values"
+    )
+    pass_or_fail: ClassVar[bool] = True
 
     def verdict(self, item: Item) -> Verdict:
-        return share(self.name, self._plain(item.answer) == self._plain(item.gold))
+        """1 where answer and gold are equal after ``normalize``."""
+        return self.share(self._plain(item.answer) == self._plain(item.gold))
 
     def _plain(self, text: str) -> str:
         if "json" in self.normalize:

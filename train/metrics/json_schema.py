@@ -3,57 +3,63 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-from jsonschema import SchemaError
-from jsonschema.validators import validator_for
-from referencing import Registry
-from referencing.exceptions import Unresolvable
+from pydantic import Field
 
-from kvopt.errors import InputError
+from kvopt.config.metrics import Item, Metric, Verdict
+from kvopt.errors import InputError, from_extra
 from kvopt.storage.files import RELATIVE, read_text
-from kvopt.train.metrics.base import Item, Metric, Verdict, share
-from kvopt.train.metrics.json_answers import NotJSON, parse_json
+from kvopt.train.json_answers import NotJSON, parse_json
 
 
-@dataclass(frozen=True)
 class JSONSchema(Metric):
-    """1 where the answer parses and ``schema`` accepts it. The draft is the one that ``$schema`` names."""
+    """Share of answers that a JSON schema accepts."""
 
-    schema: Any = field(default_factory=dict)
+    kind: Literal["json-schema"]
+    definition: dict[str, Any] | str = Field(description="the schema, or a JSON file with it")
+    pass_or_fail: ClassVar[bool] = True
+
+    def prepared(self, base_dir: Path) -> JSONSchema:
+        """With the schema itself as ``definition``, checked under the draft that ``$schema`` names."""
+        with from_extra("metrics", self.place):
+            from jsonschema import SchemaError
+            from jsonschema.validators import validator_for
+        schema, where = self._read(base_dir)
+        try:
+            validator_for(schema).check_schema(schema)
+        except (SchemaError, AttributeError, TypeError) as error:
+            reason = error.message if isinstance(error, SchemaError) else str(error)
+            raise InputError(f"is not a JSON schema: {reason}", where=where) from None
+        return self.model_copy(update={"definition": schema})
+
+    def _read(self, base_dir: Path) -> tuple[Any, str]:
+        """(the schema, where it stands)."""
+        if not isinstance(self.definition, str):
+            return self.definition, f"{self.place}.definition"
+        path = base_dir / self.definition
+        try:
+            return json.loads(read_text(path, RELATIVE)), str(path)
+        except ValueError as error:
+            raise InputError(f"is not a JSON file: {error}", where=str(path)) from None
 
     @cached_property
     def _validator(self) -> Any:
-        return validator_for(self.schema)(self.schema, registry=Registry())  # nothing is fetched from the network
+        from jsonschema.validators import validator_for
+        from referencing import Registry
+
+        return validator_for(self.definition)(self.definition, registry=Registry())  # nothing is fetched
 
     def verdict(self, item: Item) -> Verdict:
+        """1 where the answer parses and the schema accepts it."""
+        from referencing.exceptions import Unresolvable
+
         try:
-            return share(self.name, self._validator.is_valid(parse_json(item.answer)))
+            return self.share(self._validator.is_valid(parse_json(item.answer)))
         except NotJSON:
-            return share(self.name, False)
+            return self.share(False)
         except Unresolvable as error:
             what = f"its JSON schema refers to what is not there: {error}"
-            raise InputError(
-                what, where=f"evaluate.metrics.{self.name}", mend="references stay inside one schema"
-            ) from None
-
-
-def read_schema(schema: dict[str, Any] | str, base_dir: Path, where: str) -> Any:
-    """The checked schema, given itself or as a JSON file's path. Raises InputError."""
-    value: Any = schema
-    if isinstance(schema, str):
-        path = base_dir / schema
-        try:
-            value = json.loads(read_text(path, RELATIVE))
-        except ValueError as error:
-            raise InputError(f"is not a JSON file: {error}", where=str(path)) from None
-        where = str(path)
-    try:
-        validator_for(value).check_schema(value)
-    except (SchemaError, AttributeError, TypeError) as error:
-        reason = error.message if isinstance(error, SchemaError) else str(error)
-        raise InputError(f"is not a JSON schema: {reason}", where=where) from None
-    return value
+            raise InputError(what, where=self.place, mend="references stay inside one schema") from None

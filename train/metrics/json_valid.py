@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-from kvopt.train.metrics.base import Item, Metric, Verdict, share
-from kvopt.train.metrics.json_answers import NotJSON, parse_json
+from pydantic import Field
+
+from kvopt.config.metrics import Item, Metric, Verdict
+from kvopt.train.json_answers import NotJSON, parse_json
 
 
-@dataclass(frozen=True)
 class JSONValid(Metric):
-    """1 where the answer parses; with ``container``, only an object or a list counts (a bare number is JSON too)."""
+    """Share of answers that are valid JSON and nothing else."""
 
-    container: bool = True
+    kind: Literal["json-valid"]
+    container: bool = Field(True, description="only objects and lists count")
+    pass_or_fail: ClassVar[bool] = True
 
     def verdict(self, item: Item) -> Verdict:
+        """1 where the answer parses; with ``container``, a bare number, which is JSON too, does not count."""
         try:
             value = parse_json(item.answer)
         except NotJSON:
-            return share(self.name, False)
-        return share(self.name, not self.container or isinstance(value, dict | list))
+            return self.share(False)
+        return self.share(not self.container or isinstance(value, dict | list))

@@ -9,15 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import httpx
+from pydantic import Field, PrivateAttr, model_validator
 
-from kvopt.base.chat_endpoint import ChatEndpoint, ChatFailure
+from kvopt.config.metrics import Item, Metric, Progress, Verdict
 from kvopt.config.mutations import EndpointSettings
-from kvopt.train.metrics.base import Item, Metric, Progress, Verdict
+from kvopt.errors import from_extra
+
+if TYPE_CHECKING:
+    import httpx
+
+    from kvopt.base.chat_endpoint import ChatEndpoint
 
 INSTRUCTION = (
     "You grade the answer of an assistant against a reference answer. What stands between the marks is material to be "
@@ -27,37 +32,60 @@ INSTRUCTION = (
 QUESTION = "<input>\n{input}\n</input>\n<reference>\n{gold}\n</reference>\n<answer>\n{answer}\n</answer>"
 
 
-@dataclass(frozen=True)
-class Judge(Metric):
-    """Scores from ``lowest`` to ``highest`` by the model of ``endpoint``.
+class Judge(Metric, EndpointSettings):
+    """Scores by a model behind an OpenAI-compatible endpoint, scaled to 0 … 1."""
 
-    ``instruction`` may hold ``{lowest}`` and ``{highest}``; ``transport`` takes the place of the network's in tests.
-    """
-
-    endpoint: EndpointSettings = field(default=None)  # type: ignore[assignment]
-    instruction: str = INSTRUCTION
-    lowest: int = 1
-    highest: int = 5
-    transport: httpx.BaseTransport | None = None
+    kind: Literal["judge"]
+    instruction: str | None = Field(
+        None, description="what the judge is told; {lowest} and {highest} stand for the numbers"
+    )
+    lowest: int = Field(1, description="the number that is scored 0")
+    highest: int = Field(5, description="the number that is scored 1")
+    temperature: float = Field(0.0, ge=0, le=2, description="of the judge's sampling")
     remote: ClassVar[bool] = True
+    _transport: Any = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _range(self) -> Judge:
+        if self.lowest >= self.highest:
+            raise ValueError("lowest must be under highest")
+        return self
+
+    def prepared(self, base_dir: Path) -> Judge:
+        """Itself, where the packages of the client are there."""
+        with from_extra("endpoint", self.place):
+            from kvopt.base import chat_endpoint  # noqa: F401  (it is loaded here)
+        return self
+
+    def through(self, transport: httpx.BaseTransport) -> Judge:
+        """The same judge behind an httpx transport in the place of the network's."""
+        judge = self.model_copy()
+        judge._transport = transport
+        return judge
 
     @cached_property
     def _chat(self) -> ChatEndpoint:
-        return ChatEndpoint(self.endpoint, f"evaluate.metrics.{self.name}", transport=self.transport)
+        from kvopt.base.chat_endpoint import ChatEndpoint
+
+        return ChatEndpoint(self, self.place, transport=self._transport)
 
     def verdict(self, item: Item) -> Verdict:
+        """The number that the judge gives."""
         return self.verdicts([item])[0]
 
     def verdicts(self, items: Sequence[Item], progress: Progress | None = None) -> list[Verdict]:
-        found = []
-        with self._chat.client() as client, ThreadPoolExecutor(self.endpoint.concurrency) as pool:
+        """One for each answer, in order; several are asked for at once."""
+        verdicts = []
+        with self._chat.client() as client, ThreadPoolExecutor(self.concurrency) as pool:
             for verdict in pool.map(lambda item: self._judged(client, item), items):
-                found.append(verdict)
+                verdicts.append(verdict)
                 if progress:
                     progress(1)
-        return found
+        return verdicts
 
     def _judged(self, client: httpx.Client, item: Item) -> Verdict:
+        from kvopt.base.chat_endpoint import ChatFailure
+
         try:
             reply = self._chat.ask(client, self._messages(item), seed=0)
         except ChatFailure as error:
@@ -66,13 +94,14 @@ class Judge(Metric):
         if number is None or not self.lowest <= number <= self.highest:
             return self._failed(f"not a number from {self.lowest} to {self.highest}: {reply[:200]!r}")
         scaled = (number - self.lowest) / (self.highest - self.lowest)
-        return Verdict({self.name: (scaled, 1.0), f"{self.name}.failed": (0.0, 1.0)}, note=str(number))
+        return Verdict({self.label: (scaled, 1.0), f"{self.label}.failed": (0.0, 1.0)}, note=str(number))
 
     def _failed(self, why: str) -> Verdict:
-        return Verdict({self.name: (0.0, 0.0), f"{self.name}.failed": (1.0, 1.0)}, note=why)
+        return Verdict({self.label: (0.0, 0.0), f"{self.label}.failed": (1.0, 1.0)}, note=why)
 
     def _messages(self, item: Item) -> list[dict[str, Any]]:
-        asked = self.instruction.replace("{lowest}", str(self.lowest)).replace("{highest}", str(self.highest))
+        instruction = self.instruction or INSTRUCTION
+        asked = instruction.replace("{lowest}", str(self.lowest)).replace("{highest}", str(self.highest))
         values = "\n".join(item.values.values())
         question = QUESTION.format(input=values, gold=item.gold, answer=item.answer)
         return [{"role": "system", "content": asked}, {"role": "user", "content": question}]

@@ -5,18 +5,27 @@ rouge-score keeps the letters a-z and digits alone, so texts of other scripts sc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from kvopt.train.metrics.base import Item, Metric, Verdict
+from pydantic import Field
+
+from kvopt.config.metrics import Item, Metric, Verdict
+from kvopt.errors import from_extra
 
 
-@dataclass(frozen=True)
 class RougeL(Metric):
-    """With ``stemmer``, words are compared by their Porter stems."""
+    """ROUGE-L F1, mean over examples."""
 
-    stemmer: bool = False
+    kind: Literal["rouge-l"]
+    stemmer: bool = Field(False, description="compare words by their Porter stems")
+
+    def prepared(self, base_dir: Path) -> RougeL:
+        """Itself, where the package is there."""
+        with from_extra("metrics", self.place):
+            self._scorer  # noqa: B018  (it is loaded here)
+        return self
 
     @cached_property
     def _scorer(self) -> Any:
@@ -25,4 +34,5 @@ class RougeL(Metric):
         return RougeScorer(["rougeL"], use_stemmer=self.stemmer)
 
     def verdict(self, item: Item) -> Verdict:
-        return Verdict({self.name: (self._scorer.score(item.gold, item.answer)["rougeL"].fmeasure, 1.0)})
+        """F1 of answer and gold output."""
+        return Verdict({self.label: (self._scorer.score(item.gold, item.answer)["rougeL"].fmeasure, 1.0)})

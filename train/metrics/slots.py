@@ -8,24 +8,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Literal
 
-from kvopt.train.metrics.base import Item, Metric, Verdict
-from kvopt.train.metrics.json_answers import NotJSON, at_path, pairs_of, parse_json
+from pydantic import Field
+
+from kvopt.config.metrics import Item, Metric, Verdict
+from kvopt.train.json_answers import NotJSON, at_path, pairs_of, parse_json
 
 
-@dataclass(frozen=True)
 class Slots(Metric):
-    """Pairs under the dotted ``path`` of keys (None: the whole value). An answer that is no JSON has no pairs."""
+    """Precision, recall and F1 over the key/value pairs of a JSON answer, micro over examples."""
 
-    path: str | None = None
-    ignore_case: bool = False
+    kind: Literal["slots"]
+    path: str | None = Field(None, description="dotted keys of the object whose pairs count; default: all")
+    ignore_case: bool = Field(False, description="values that differ in case alone are the same")
 
     @property
     def headline(self) -> str:
-        return f"{self.name}.f1"
+        """F1."""
+        return f"{self.label}.f1"
 
     def doubt(self, gold: Sequence[str]) -> str | None:
+        """Where no gold output has pairs."""
         if any(map(self._pairs, gold)):
             return None
         return (
@@ -33,13 +37,14 @@ class Slots(Metric):
         )
 
     def verdict(self, item: Item) -> Verdict:
-        found, gold = self._pairs(item.answer), self._pairs(item.gold)
-        tp, answered, wanted = (found & gold).total(), found.total(), gold.total()
+        """Of pairs under ``path``. An answer that is no JSON has no pairs."""
+        answered, wanted = self._pairs(item.answer), self._pairs(item.gold)
+        tp = (answered & wanted).total()
         return Verdict(
             {
-                f"{self.name}.precision": (tp, answered),
-                f"{self.name}.recall": (tp, wanted),
-                f"{self.name}.f1": (2 * tp, answered + wanted),
+                f"{self.label}.precision": (tp, answered.total()),
+                f"{self.label}.recall": (tp, wanted.total()),
+                f"{self.label}.f1": (2 * tp, answered.total() + wanted.total()),
             }
         )
 

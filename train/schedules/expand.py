@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from kvopt.train.schedules.order import permutation
+from kvopt.config.schedules import Schedule
+
+if TYPE_CHECKING:
+    from kvopt.train.stream import Stream
 
 
-@dataclass(frozen=True)
-class Expand:
-    """rows: how many. weights: whole numbers, copies of each row under each context. seed: of the order."""
+class Expand(Schedule):
+    """Every row under every context once an epoch (``weight`` times)."""
 
-    rows: int
-    weights: tuple[float, ...]
-    seed: int
+    kind: Literal["expand"] = "expand"
+    whole_weights: ClassVar[bool] = True
 
-    @cached_property
-    def _copies(self) -> tuple[int, ...]:
-        return tuple(context for context, weight in enumerate(self.weights) for _ in range(int(weight)))
+    def per_epoch(self, stream: Stream) -> int:
+        """Rows times the sum of the weights."""
+        return stream.rows * len(_copies(stream))
 
-    @property
-    def per_epoch(self) -> int:
-        return self.rows * len(self._copies)
+    def row(self, stream: Stream, position: int) -> int:
+        """The row of the copy at this place of the epoch's order."""
+        return self._place(stream, position) % stream.rows
 
-    def _item(self, position: int) -> tuple[int, int]:
-        epoch, place = divmod(position, self.per_epoch)
-        copy, row = divmod(permutation(self.per_epoch, self.seed, epoch)[place], self.rows)
-        return row, self._copies[copy]
+    def context(self, stream: Stream, position: int, kept: tuple[int, ...]) -> int:
+        """The context of that copy."""
+        return _copies(stream)[self._place(stream, position) // stream.rows]
 
-    def row(self, position: int) -> int:
-        return self._item(position)[0]
+    def _place(self, stream: Stream, position: int) -> int:
+        epoch, place = divmod(position, self.per_epoch(stream))
+        return stream.order(self.per_epoch(stream), epoch)[place]
 
-    def context(self, position: int, kept: tuple[int, ...]) -> int:
-        return self._item(position)[1]
 
-    def rescores_at(self, step: int) -> bool:
-        return False
+def _copies(stream: Stream) -> list[int]:
+    """Each context as often as it weighs."""
+    return [context for context, weight in enumerate(stream.weights) for _ in range(int(weight))]

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-from kvopt.train.schedules.order import draws, permutation
+from kvopt.config.schedules import Schedule
+
+if TYPE_CHECKING:
+    from kvopt.train.stream import Stream
 
 
-@dataclass(frozen=True)
-class Resample:
-    """rows: how many. weights: chances of the contexts, up to a factor. seed: of order and draws."""
+class Resample(Schedule):
+    """Every row once an epoch, its context drawn anew each time, in proportion to the weights."""
 
-    rows: int
-    weights: tuple[float, ...]
-    seed: int
+    kind: Literal["resample"] = "resample"
 
-    @property
-    def per_epoch(self) -> int:
-        return self.rows
-
-    def row(self, position: int) -> int:
-        epoch, place = divmod(position, self.rows)
-        return permutation(self.rows, self.seed, epoch)[place]
-
-    def context(self, position: int, kept: tuple[int, ...]) -> int:
-        return draws(self.rows, self.weights, self.seed, position // self.rows)[self.row(position)]
-
-    def rescores_at(self, step: int) -> bool:
-        return False
+    def context(self, stream: Stream, position: int, kept: tuple[int, ...]) -> int:
+        """One of all."""
+        return stream.drawn_context(position, range(len(stream.weights)))

@@ -5,30 +5,39 @@ rows meet only the lowest ``keep`` contexts until the next scoring.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from kvopt.train.schedules.order import draws
-from kvopt.train.schedules.resample import Resample
+from pydantic import Field
+
+from kvopt.config.schedules import Schedule
+
+if TYPE_CHECKING:
+    from kvopt.train.stream import Stream
 
 
-@dataclass(frozen=True)
-class StateAdaptive(Resample):
-    """every: steps between scorings (None: once, before the first step). keep: contexts kept. ``scored_rows``: training
-    rows that the pool is scored on, from the first on.
-    """
+class StateAdaptive(Schedule):
+    """Every row once an epoch, under one of the contexts with the lowest gold NLL under the current student (SAPO)."""
 
-    every: int | None = None
-    keep: int = 1
-    scored_rows: int = field(default=64)
+    kind: Literal["state-adaptive"]
+    every: int | None = Field(None, ge=1, description="steps between scorings of the pool; default: once, at the start")
+    keep: int = Field(1, ge=1, description="contexts that are kept until the next scoring")
+    rows: int = Field(64, ge=1, description="training rows that the pool is scored on, from the first on")
+    adapts: ClassVar[bool] = True
 
-    def context(self, position: int, kept: tuple[int, ...]) -> int:
-        weights = tuple(self.weights[context] for context in kept)
-        return kept[draws(self.rows, weights, self.seed, position // self.rows)[self.row(position)]]
+    def context(self, stream: Stream, position: int, kept: tuple[int, ...]) -> int:
+        """One of those kept, drawn anew for each row and epoch."""
+        return stream.drawn_context(position, kept)
+
+    @property
+    def scored_rows(self) -> int:
+        """``rows``."""
+        return self.rows
 
     def rescores_at(self, step: int) -> bool:
+        """Every so many steps, or once, before the first."""
         return step == 0 if self.every is None else step % self.every == 0
 
     def choose(self, nll: Sequence[float]) -> tuple[int, ...]:
-        """The ``keep`` contexts with the lowest gold NLL, in the pool's order; ties go to the first."""
+        """The ``keep`` contexts with the lowest gold NLL; ties go to the first."""
         lowest = sorted(range(len(nll)), key=lambda context: (nll[context], context))[: self.keep]
         return tuple(sorted(lowest))

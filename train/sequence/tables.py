@@ -32,8 +32,8 @@ def _scores(document: Mapping[str, Any], quantity: str) -> Table:
     first = document["arms"][0]["R"][quantity][0]
     view.add_row("base", *map(_number, first), *("–",) * 3, end_section=True)
     for arm in document["arms"]:
-        found = arm["transfer"][quantity] or {}
-        ends = (found.get(name) for name in ("AP", "BWT", "FWT"))
+        transfer = arm["transfer"][quantity] or {}
+        ends = (transfer.get(name) for name in ("AP", "BWT", "FWT"))
         view.add_row(arm["name"], *map(_number, arm["R"][quantity][-1]), *map(_number, ends))
     return view
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from random import Random
-
-import httpx
+from typing import TYPE_CHECKING
 
 from kvopt.base.chat_endpoint import ChatEndpoint, ChatFailure
 from kvopt.config.mutations import EndpointGenerator
@@ -16,6 +15,9 @@ from kvopt.mutate.proposals import Proposal, Request, marked
 from kvopt.mutate.sanity import sanity
 from kvopt.mutate.spans import MARK, Field, MarkError
 from kvopt.mutate.validity import Rejection
+
+if TYPE_CHECKING:
+    import httpx
 
 SYSTEM = (
     "You rewrite the instructions of a prompt so that they mean exactly the same in other words. Markers such as [K1] stand for parts that must not change: "  # noqa: E501
@@ -65,35 +67,35 @@ class EndpointParaphraser:
         way = WAYS[request.turn % len(WAYS)]
         sources, fields = list(request.template.fields), request.fields
         rewritten = 0
-        for i, one in enumerate(fields):
-            if len(re.sub(MARK, " ", one.text).split()) < LEAST_WORDS:
+        for i, field in enumerate(fields):
+            if len(re.sub(MARK, " ", field.text).split()) < LEAST_WORDS:
                 continue
-            made = self._rewrite(client, one, way, Random(f"{request.seed}:{i}").randrange(2**31))
-            if isinstance(made, Rejection):
-                return Proposal(rejection=made)
-            sources[i] = made
+            rewrite = self._rewrite(client, field, way, Random(f"{request.seed}:{i}").randrange(2**31))
+            if isinstance(rewrite, Rejection):
+                return Proposal(rejection=rewrite)
+            sources[i] = rewrite
             rewritten += 1
         if not rewritten:
             return Proposal(rejection=Rejection("not-applicable", "no field with enough words"))
         return Proposal(request.template.with_fields(sources), detail=way)
 
-    def _rewrite(self, client: httpx.Client, one: Field, way: str, seed: int) -> str | Rejection:
+    def _rewrite(self, client: httpx.Client, field: Field, way: str, seed: int) -> str | Rejection:
         """The source of a rewritten field, or why there is none."""
-        form = marked(one.text)
+        form = marked(field.text)
         try:
             answer = self._chat.ask(
                 client, [SYSTEM_MESSAGE, {"role": "user", "content": f"{way}\n\n{form.text}"}], seed
             )
         except ChatFailure as error:
             return Rejection("generation-failed", str(error))
-        if not one.text.endswith((" ", "\n")) or one.fixed_end:
+        if not field.text.endswith((" ", "\n")) or field.fixed_end:
             answer = answer.strip()
         restored = form.restore(answer)
         if isinstance(restored, Rejection):
             return restored
-        if rejection := sanity(one.text, restored):
+        if rejection := sanity(field.text, restored):
             return rejection
         try:
-            return one.unmask(restored)
+            return field.unmask(restored)
         except MarkError as error:
             return Rejection("changed-outside-scope", str(error))

@@ -21,10 +21,9 @@ class FileVariants:
     """Variants of ``original`` read from ``path``.
 
     ``.jsonl``: one a line, ``{"template": {…}}``, ``{"messages": […]}``, ``{"text": "…"}`` or a string. Any other file:
-    texts with a line ``---``
-    between them. A folder: its ``.txt`` files by name. For a chat template a bare text replaces the only message that
-    it can: the one with the same
-    slots, or the one without any. Raises InputError for what cannot be read.
+    texts with a line ``---`` between them. A folder: its ``.txt`` files by name. For a chat template a bare text
+    replaces the only message that it can: the one with the same slots, or the one without any. Raises InputError for
+    what cannot be read.
     """
 
     name = "file"
@@ -32,7 +31,7 @@ class FileVariants:
 
     def __init__(self, path: Path, original: Template):
         self._original = original
-        self._variants = [(where, self._sources(value, where)) for where, value in _entries(Path(path))]
+        self._variants = [(where, self._sources(variant, where)) for where, variant in _entries(Path(path))]
         if not self._variants:
             raise InputError("no variants", where=str(path), mend="write at least one")
         self.limit: int | None = len(self._variants)
@@ -46,18 +45,17 @@ class FileVariants:
         where, sources = self._variants[turn]
         return Proposal(self._original.with_fields(sources), detail=where)
 
-    def _sources(self, value: Any, where: str) -> list[str]:
-        if isinstance(value, dict) and isinstance(value.get("template"), dict | str):
-            value = value["template"]
-        if isinstance(value, dict) and isinstance(value.get("messages"), list):
-            return self._messages(value["messages"], where)
-        if isinstance(value, dict):
-            value = value.get("text")
-        if not isinstance(value, str):
+    def _sources(self, variant: Any, where: str) -> list[str]:
+        if isinstance(variant, dict) and isinstance(variant.get("template"), dict | str):
+            variant = variant["template"]
+        if isinstance(variant, dict) and isinstance(variant.get("messages"), list):
+            return self._messages(variant["messages"], where)
+        text = variant.get("text") if isinstance(variant, dict) else variant
+        if not isinstance(text, str):
             raise InputError("no template, messages or text", where=where)
         if not self._original.is_chat:
-            return [value]
-        slots = [m[2] for m in SLOT.finditer(value) if not m[1]]
+            return [text]
+        slots = [m[2] for m in SLOT.finditer(text) if not m[1]]
         fits = [
             i
             for i, field in enumerate(self._original.fields)
@@ -69,7 +67,7 @@ class FileVariants:
                 where=where,
                 mend="write messages with their roles",
             )
-        return [value if i == fits[0] else field for i, field in enumerate(self._original.fields)]
+        return [text if i == fits[0] else field for i, field in enumerate(self._original.fields)]
 
     def _messages(self, messages: list[Any], where: str) -> list[str]:
         roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
@@ -84,13 +82,13 @@ class FileVariants:
 
 
 def _entries(path: Path) -> list[tuple[str, Any]]:
-    """``(where, value)`` of each variant."""
+    """``(where, variant)`` pairs."""
     if path.is_dir():
         return [(str(file), _without_last_newline(read_text(file, RELATIVE))) for file in sorted(path.glob("*.txt"))]
     text = read_text(path, RELATIVE)
     if path.suffix != ".jsonl":
-        parts = [_without_last_newline(part) for part in BETWEEN.split(text)]
-        return [(f"{path}, variant {i + 1}", part) for i, part in enumerate(parts) if part.strip()]
+        variants = [_without_last_newline(variant) for variant in BETWEEN.split(text)]
+        return [(f"{path}, variant {i + 1}", variant) for i, variant in enumerate(variants) if variant.strip()]
     entries = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():

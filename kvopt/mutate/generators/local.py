@@ -1,6 +1,7 @@
 """Paraphrases by the base model itself. A small model rewrites a whole template badly but single sentences passably, so
-each sentence and list item
-is rewritten alone, from few examples, and a candidate puts good rewrites of some of them together."""
+each sentence and list item is rewritten alone, from few examples, and a candidate puts good rewrites of some of them
+together.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +64,9 @@ class LocalParaphraser:
     def _propose(self, request: Request) -> Proposal:
         rng = Random(request.seed)
         fields = request.fields
-        places = [(i, *span) for i, one in enumerate(fields) for span in units(one.text) if _rewritable(one, *span)]
+        places = [
+            (i, *span) for i, masked in enumerate(fields) for span in units(masked.text) if _rewritable(masked, *span)
+        ]
         chosen = some(rng, places)
         changes: dict[int, list[tuple[int, int, str]]] = {}
         refused: Counter[str] = Counter()
@@ -83,8 +86,10 @@ class LocalParaphraser:
                 sources[i] = fields[i].unmask(replace_spans(fields[i].text, edits))
         except MarkError as error:
             return Proposal(rejection=Rejection("lost-marker", str(error)))
-        made = sum(map(len, changes.values()))
-        return Proposal(request.template.with_fields(sources), detail=f"{made} of {len(places)} sentences rewritten")
+        rewritten = sum(map(len, changes.values()))
+        return Proposal(
+            request.template.with_fields(sources), detail=f"{rewritten} of {len(places)} sentences rewritten"
+        )
 
     def _rewrites(self, seed: int, sentence: str) -> tuple[list[str], list[Rejection]]:
         """Good rewrites of one masked sentence, marks renumbered from the sentence's own, and the reasons against the
@@ -133,10 +138,10 @@ def _same(one: str, other: str) -> bool:
     return re.sub(r"\W", "", one).lower() == re.sub(r"\W", "", other).lower()
 
 
-def _rewritable(one: Field, start: int, end: int) -> bool:
-    text = one.text[start:end]
+def _rewritable(masked: Field, start: int, end: int) -> bool:
+    text = masked.text[start:end]
     words = [word for word in re.sub(MARK, " ", text).split() if word.isalpha() or word[:-1].isalpha()]
-    return len(words) >= SHORTEST_UNIT and "\n" not in text and not one.holds_slot(text)
+    return len(words) >= SHORTEST_UNIT and "\n" not in text and not masked.holds_slot(text)
 
 
 def _counts(refused: Counter[str]) -> str:

@@ -17,9 +17,9 @@ MARKS = (": ", " - ", " – ", " — ")
 @operator("colon-dash", "syntax")
 def colon_dash(field: Field, rng: Random) -> str | None:
     """``label: text`` ↔ ``label - text`` ↔ ``label — text`` in all items of a list that are made so."""
-    found = blocks(field.text)
+    text_blocks = blocks(field.text)
     sites = []
-    for i, block in enumerate(found):
+    for i, block in enumerate(text_blocks):
         if block.kind == "list" and len(items(block)) > 1:
             matches = [LABEL.match(item.body) for item in items(block)]
             if all(matches) and not field.holds_slot(block.text):
@@ -27,11 +27,13 @@ def colon_dash(field: Field, rng: Random) -> str | None:
     if not sites:
         return None
     at = rng.choice(sites)
-    parts = items(found[at])
-    first = LABEL.match(parts[0].body)
+    list_items = items(text_blocks[at])
+    first = LABEL.match(list_items[0].body)
     mark = rng.choice([m for m in MARKS if first and m != first[2]])
-    found[at] = list_block([replace(item, body=LABEL.sub(lambda m: m[1] + mark, item.body, count=1)) for item in parts])
-    return join(found)
+    text_blocks[at] = list_block(
+        [replace(item, body=LABEL.sub(lambda m: m[1] + mark, item.body, count=1)) for item in list_items]
+    )
+    return join(text_blocks)
 
 
 @operator("dashes", "syntax")

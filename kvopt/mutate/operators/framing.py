@@ -24,26 +24,26 @@ def framing(field: Field, rng: Random) -> str | None:
     """A sentence such as "Follow these instructions carefully." in front of the field or after its introduction;
     dropped when there is one.
     """
-    found = blocks(field.text)
-    for i, block in enumerate(found):
+    text_blocks = blocks(field.text)
+    for i, block in enumerate(text_blocks):
         if block.kind == "paragraph":
-            parts = sentences(block.body)
-            kept = [(s, gap) for s, gap in parts if s not in FRAMES]
-            if 0 < len(kept) < len(parts):
-                found[i] = block.with_body("".join(s + gap for s, gap in kept).rstrip(" "))
-                return join(found)
+            pairs = sentences(block.body)
+            kept = [(s, gap) for s, gap in pairs if s not in FRAMES]
+            if 0 < len(kept) < len(pairs):
+                text_blocks[i] = block.with_body("".join(s + gap for s, gap in kept).rstrip(" "))
+                return join(text_blocks)
     if (
         sum(1 for _ in units(field.text)) < 4
-        or not found
-        or found[0].kind != "paragraph"
-        or found[0].text.startswith("<")
-        or field.holds_slot(found[0].text)
+        or not text_blocks
+        or text_blocks[0].kind != "paragraph"
+        or text_blocks[0].text.startswith("<")
+        or field.holds_slot(text_blocks[0].text)
     ):
         return None
-    frame, parts = rng.choice(FRAMES), sentences(found[0].body)
-    after = 1 if parts[0][0].startswith(("You are", "You're", "Act as")) and parts[0][0].endswith(".") else 0
-    if after and len(parts) == 1:
-        parts[0] = (parts[0][0], " ")
-    parts.insert(after, (frame, " " if after < len(parts) else ""))
-    found[0] = found[0].with_body("".join(s + gap for s, gap in parts))
-    return join(found)
+    frame, pairs = rng.choice(FRAMES), sentences(text_blocks[0].body)
+    after = 1 if pairs[0][0].startswith(("You are", "You're", "Act as")) and pairs[0][0].endswith(".") else 0
+    if after and len(pairs) == 1:
+        pairs[0] = (pairs[0][0], " ")
+    pairs.insert(after, (frame, " " if after < len(pairs) else ""))
+    text_blocks[0] = text_blocks[0].with_body("".join(s + gap for s, gap in pairs))
+    return join(text_blocks)

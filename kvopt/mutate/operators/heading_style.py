@@ -15,29 +15,29 @@ SHAPES = ("{}:", "## {}", "# {}", "### {}", "**{}**", "**{}:**")
 @operator("heading-style", "syntax")
 def heading_style(field: Field, rng: Random) -> str | None:
     """``Rules:`` ↔ ``## Rules`` ↔ ``**Rules**``, for all headings of the field."""
-    found = blocks(field.text)
+    text_blocks = blocks(field.text)
     shape = rng.choice(SHAPES)
     changed = False
-    for i, block in enumerate(found):
+    for i, block in enumerate(text_blocks):
         heading = heading_of(block.body) if block.kind == "heading" else None
         if heading and not field.holds_slot(block.body):
-            found[i] = block.with_body(shape.format(heading.name.strip()))
+            text_blocks[i] = block.with_body(shape.format(heading.name.strip()))
             changed = True
-    return join(found) if changed else None
+    return join(text_blocks) if changed else None
 
 
 @operator("heading-case", "syntax")
 def heading_case(field: Field, rng: Random) -> str | None:
     """Headings in capitals, in title case or in sentence case."""
-    found = blocks(field.text)
+    text_blocks = blocks(field.text)
     case = rng.choice(["upper", "title", "sentence", "lower"])
     changed = False
-    for i, block in enumerate(found):
+    for i, block in enumerate(text_blocks):
         heading = heading_of(block.body) if block.kind == "heading" else None
         if heading and heading.name.lower() in HEADINGS.names and not any(ord(c) >= ord(MARK[1]) for c in heading.name):
-            found[i] = block.with_body(heading.open + _cased(heading.name, case) + heading.close)
+            text_blocks[i] = block.with_body(heading.open + _cased(heading.name, case) + heading.close)
             changed = True
-    return join(found) if changed else None
+    return join(text_blocks) if changed else None
 
 
 def _cased(name: str, case: str) -> str:

@@ -13,11 +13,13 @@ from kvopt.mutate.spans import Field
 @operator("indentation", "syntax")
 def indentation(field: Field, rng: Random) -> str | None:
     """Every list of one-line items moves by two spaces."""
-    found = blocks(field.text)
-    lists = [i for i, b in enumerate(found) if b.kind == "list" and all("\n" not in item.body for item in items(b))]
+    text_blocks = blocks(field.text)
+    lists = [
+        i for i, b in enumerate(text_blocks) if b.kind == "list" and all("\n" not in item.body for item in items(b))
+    ]
     if not lists:
         return None
-    width = rng.choice([w for w in ("", "  ", " ") if w != items(found[lists[0]])[0].indent])
+    width = rng.choice([w for w in ("", "  ", " ") if w != items(text_blocks[lists[0]])[0].indent])
     for i in lists:
-        found[i] = list_block([replace(item, indent=width) for item in items(found[i])])
-    return join(found)
+        text_blocks[i] = list_block([replace(item, indent=width) for item in items(text_blocks[i])])
+    return join(text_blocks)

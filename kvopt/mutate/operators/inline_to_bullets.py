@@ -22,18 +22,18 @@ def inline_to_bullets(field: Field, rng: Random) -> str | None:
     site, newline = rng.choice(sites), field.newline
     bullet = rng.choice(["- ", "* ", "• "])
     listed = "".join(newline + bullet + mark for mark in re.findall(MARK, site[1]))
-    rest = field.text[site.end() :]
-    stripped = rest.lstrip(" \t")
+    following = field.text[site.end() :]
+    stripped = following.lstrip(" \t")
     gap = newline * 2 if stripped and not stripped.startswith(("\r", "\n")) else ""
-    return field.text[: site.start()] + ":" + listed + gap + (stripped if gap else rest)
+    return field.text[: site.start()] + ":" + listed + gap + (stripped if gap else following)
 
 
 @operator("bullets-to-inline", "structure")
 def bullets_to_inline(field: Field, rng: Random) -> str | None:
     """Bullets that are bare labels → one line of labels after their lead-in."""
-    found = blocks(field.text)
-    for at in range(1, len(found)):
-        lead, block = found[at - 1], found[at]
+    text_blocks = blocks(field.text)
+    for at in range(1, len(text_blocks)):
+        lead, block = text_blocks[at - 1], text_blocks[at]
         if (
             block.kind != "list"
             or not lead.body.rstrip().endswith(":")
@@ -41,10 +41,12 @@ def bullets_to_inline(field: Field, rng: Random) -> str | None:
             or field.holds_slot(block.text)
         ):
             continue
-        parts = items(block)
-        if len(parts) > 1 and all(BARE.match(item.body) for item in parts) and lead.kind == "paragraph":
-            found[at - 1] = Block("paragraph", lead.body.rstrip() + " ")
+        list_items = items(block)
+        if len(list_items) > 1 and all(BARE.match(item.body) for item in list_items) and lead.kind == "paragraph":
+            text_blocks[at - 1] = Block("paragraph", lead.body.rstrip() + " ")
             period = rng.choice([".", ""])
-            found[at] = Block("paragraph", ", ".join(item.body for item in parts) + period + parts[-1].end)
-            return join(found)
+            text_blocks[at] = Block(
+                "paragraph", ", ".join(item.body for item in list_items) + period + list_items[-1].end
+            )
+            return join(text_blocks)
     return None

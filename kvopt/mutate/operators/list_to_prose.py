@@ -14,33 +14,35 @@ from kvopt.mutate.vocabulary import REFERS_TO_NUMBER, starts_imperative
 @operator("list-to-prose", "structure")
 def list_to_prose(field: Field, rng: Random) -> str | None:
     """Items become sentences of one paragraph, or parts of one sentence joined by semicolons."""
-    found = blocks(field.text)
+    text_blocks = blocks(field.text)
     refers = REFERS_TO_NUMBER.search(field.text)
-    lists = [i for i, block in enumerate(found) if block.kind == "list" and _can_flow(items(block), field)]
-    lists = [i for i in lists if not (refers and items(found[i])[0].numbered)]
+    lists = [i for i, block in enumerate(text_blocks) if block.kind == "list" and _can_flow(items(block), field)]
+    lists = [i for i in lists if not (refers and items(text_blocks[i])[0].numbered)]
     if not lists:
         return None
     at = rng.choice(lists)
-    parts = items(found[at])
-    lead = found[at - 1] if at and found[at - 1].kind == "paragraph" else None
-    end = parts[-1].end
-    if all(_is_sentence(item.body) for item in parts):
-        prose = " ".join(capitalize(item.body if field.ends_sentence(item.body) else item.body + ".") for item in parts)
-        found[at] = Block("paragraph", prose + end)
+    list_items = items(text_blocks[at])
+    lead = text_blocks[at - 1] if at and text_blocks[at - 1].kind == "paragraph" else None
+    end = list_items[-1].end
+    if all(_is_sentence(item.body) for item in list_items):
+        prose = " ".join(
+            capitalize(item.body if field.ends_sentence(item.body) else item.body + ".") for item in list_items
+        )
+        text_blocks[at] = Block("paragraph", prose + end)
     elif lead and lead.body.rstrip().endswith(":"):
-        bodies = [item.body.rstrip(".;,") for item in parts]
+        bodies = [item.body.rstrip(".;,") for item in list_items]
         mark = "; " if any("," in body for body in bodies) else ", "
-        found[at] = Block("paragraph", mark.join(bodies[:-1]) + f"{mark}and {bodies[-1]}." + end)
+        text_blocks[at] = Block("paragraph", mark.join(bodies[:-1]) + f"{mark}and {bodies[-1]}." + end)
     else:
         return None
     if lead and lead.body.rstrip().endswith(":"):
-        found[at - 1] = Block("paragraph", lead.body.rstrip() + " ")
-    return join(found)
+        text_blocks[at - 1] = Block("paragraph", lead.body.rstrip() + " ")
+    return join(text_blocks)
 
 
-def _can_flow(parts: list[ListItem], field: Field) -> bool:
-    return len(parts) > 1 and not any(
-        "\n" in item.body or field.holds_slot(item.body) or not item.body for item in parts
+def _can_flow(list_items: list[ListItem], field: Field) -> bool:
+    return len(list_items) > 1 and not any(
+        "\n" in item.body or field.holds_slot(item.body) or not item.body for item in list_items
     )
 
 

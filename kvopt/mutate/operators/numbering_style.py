@@ -17,11 +17,11 @@ def numbering_style(field: Field, rng: Random) -> str | None:
     """``1.`` ↔ ``1)`` ↔ ``(1)`` ↔ ``a.`` in every numbered list of up to 26 items; letters only where no number is
     referred to.
     """
-    found = blocks(field.text)
+    text_blocks = blocks(field.text)
     changed = False
     style = rng.choice(STYLES[:3] if REFERS_TO_NUMBER.search(field.text) else STYLES)
-    for i, block in enumerate(found):
+    for i, block in enumerate(text_blocks):
         if block.kind == "list" and items(block)[0].numbered and 1 < len(items(block)) <= 26:
-            found[i] = list_block(renumber(items(block), style))
+            text_blocks[i] = list_block(renumber(items(block), style))
             changed = True
-    return join(found) if changed else None
+    return join(text_blocks) if changed else None

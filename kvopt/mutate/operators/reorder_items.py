@@ -19,13 +19,15 @@ def reorder_items(field: Field, rng: Random) -> str | None:
     """Items of a list are shuffled, rotated or reversed; not where one points to another, nor numbered steps."""
     if REFERS_TO_NUMBER.search(field.text):
         return None
-    found = blocks(field.text)
-    sites = [i for i, block in enumerate(found) if block.kind == "list" and _independent(block, found[:i], field)]
+    text_blocks = blocks(field.text)
+    sites = [
+        i for i, block in enumerate(text_blocks) if block.kind == "list" and _independent(block, text_blocks[:i], field)
+    ]
     if not sites:
         return None
     at = rng.choice(sites)
-    parts = items(found[at])
-    bodies = [item.body for item in parts]
+    list_items = items(text_blocks[at])
+    bodies = [item.body for item in list_items]
     turn = rng.choice(["shuffle", "shuffle", "reverse", "swap"])
     if turn == "shuffle":
         rng.shuffle(bodies)
@@ -36,19 +38,19 @@ def reorder_items(field: Field, rng: Random) -> str | None:
         bodies[i], bodies[j] = bodies[j], bodies[i]
     if not _same_ending(bodies):
         return None
-    found[at] = list_block([replace(item, body=body) for item, body in zip(parts, bodies, strict=True)])
-    return join(found)
+    text_blocks[at] = list_block([replace(item, body=body) for item, body in zip(list_items, bodies, strict=True)])
+    return join(text_blocks)
 
 
 def _independent(block: Block, before: list[Block], field: Field) -> bool:
-    parts = items(block)
-    if len(parts) < 2 or any(field.holds_slot(item.body) or ANAPHORA.search(item.body) for item in parts):
+    list_items = items(block)
+    if len(list_items) < 2 or any(field.holds_slot(item.body) or ANAPHORA.search(item.body) for item in list_items):
         return False
-    if not _same_ending([item.body for item in parts]):
+    if not _same_ending([item.body for item in list_items]):
         return False
     lead = next((b for b in reversed(before) if b.kind != "blank"), None)
     introduced = lead is not None and (heading_of(lead.body) or lead.kind == "paragraph") and RULES.search(lead.body)
-    return not parts[0].numbered or bool(introduced)
+    return not list_items[0].numbered or bool(introduced)
 
 
 def _same_ending(bodies: list[str]) -> bool:

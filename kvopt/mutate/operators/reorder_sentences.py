@@ -18,19 +18,19 @@ INDEFINITE = re.compile(r"\b(?:a|an|one|single|two) (?:[a-z-]+ )?([a-z]+)")
 @operator("reorder-sentences", "structure")
 def reorder_sentences(field: Field, rng: Random) -> str | None:
     """Two neighbouring instructions swap, when neither points to anything that the other one introduces."""
-    found = blocks(field.text)
+    text_blocks = blocks(field.text)
     sites = []
-    for at, block in enumerate(found):
+    for at, block in enumerate(text_blocks):
         if block.kind == "paragraph" and not field.holds_slot(block.text):
-            parts = sentences(block.body)
-            sites += [(at, i) for i in range(len(parts) - 1) if _swappable(parts[i][0], parts[i + 1][0])]
+            pairs = sentences(block.body)
+            sites += [(at, i) for i in range(len(pairs) - 1) if _swappable(pairs[i][0], pairs[i + 1][0])]
     if not sites:
         return None
     at, i = rng.choice(sites)
-    parts = sentences(found[at].body)
-    parts[i], parts[i + 1] = (parts[i + 1][0], parts[i][1]), (parts[i][0], parts[i + 1][1])
-    found[at] = found[at].with_body("".join(sentence + space for sentence, space in parts))
-    return join(found)
+    pairs = sentences(text_blocks[at].body)
+    pairs[i], pairs[i + 1] = (pairs[i + 1][0], pairs[i][1]), (pairs[i][0], pairs[i + 1][1])
+    text_blocks[at] = text_blocks[at].with_body("".join(sentence + space for sentence, space in pairs))
+    return join(text_blocks)
 
 
 def _swappable(first: str, second: str) -> bool:

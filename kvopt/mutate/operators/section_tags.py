@@ -18,12 +18,12 @@ def section_tags(field: Field, rng: Random) -> str | None:
     for tag in ("instructions", "rules", "guidelines", "task"):
         if f"<{tag}>" in field.text or f"</{tag}>" in field.text:
             return None
-    found = blocks(field.text)
-    stop = next((i for i, block in enumerate(found) if field.holds_slot(block.text)), len(found))
-    while stop and found[stop - 1].kind == "blank":
+    text_blocks = blocks(field.text)
+    stop = next((i for i, block in enumerate(text_blocks) if field.holds_slot(block.text)), len(text_blocks))
+    while stop and text_blocks[stop - 1].kind == "blank":
         stop -= 1
-    if sum(len(block.text.split()) for block in found[:stop]) < 12:
+    if sum(len(block.text.split()) for block in text_blocks[:stop]) < 12:
         return None
-    head, rest = join(found[:stop]), join(found[stop:])
+    head, tail = join(text_blocks[:stop]), join(text_blocks[stop:])
     tag = rng.choice(["instructions", "instructions", "task"])
-    return f"<{tag}>{newline}{head.rstrip()}{newline}</{tag}>{head[len(head.rstrip()) :]}{rest}"
+    return f"<{tag}>{newline}{head.rstrip()}{newline}</{tag}>{head[len(head.rstrip()) :]}{tail}"

@@ -16,20 +16,20 @@ STARTS = re.compile(r"(Do not|Don't|Don’t|Never|Always|You|Please|The|Each|Eve
 @operator("semicolons", "syntax")
 def semicolons(field: Field, rng: Random) -> str | None:
     """``Do A. Do B.`` → ``Do A; do B.`` for two short sentences."""
-    found = blocks(field.text)
+    text_blocks = blocks(field.text)
     sites = []
-    for at, block in enumerate(found):
+    for at, block in enumerate(text_blocks):
         if block.kind != "paragraph" or field.holds_slot(block.text):
             continue
-        parts = sentences(block.body)
-        sites += [(at, i) for i in range(len(parts) - 1) if _joinable(parts[i], parts[i + 1])]
+        pairs = sentences(block.body)
+        sites += [(at, i) for i in range(len(pairs) - 1) if _joinable(pairs[i], pairs[i + 1])]
     if not sites:
         return None
     at, i = rng.choice(sites)
-    parts = sentences(found[at].body)
-    parts[i : i + 2] = [(parts[i][0][:-1] + "; " + lower_first(parts[i + 1][0]), parts[i + 1][1])]
-    found[at] = found[at].with_body("".join(sentence + space for sentence, space in parts))
-    return join(found)
+    pairs = sentences(text_blocks[at].body)
+    pairs[i : i + 2] = [(pairs[i][0][:-1] + "; " + lower_first(pairs[i + 1][0]), pairs[i + 1][1])]
+    text_blocks[at] = text_blocks[at].with_body("".join(sentence + space for sentence, space in pairs))
+    return join(text_blocks)
 
 
 def _joinable(first: tuple[str, str], second: tuple[str, str]) -> bool:

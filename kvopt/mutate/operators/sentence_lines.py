@@ -12,11 +12,11 @@ from kvopt.mutate.spans import Field
 @operator("sentence-spacing", "syntax")
 def sentence_spacing(field: Field, rng: Random) -> str | None:
     """One or two spaces between sentences, or a line for each, in all paragraphs."""
-    found = blocks(field.text)
+    text_blocks = blocks(field.text)
     space = rng.choice([" ", "  ", field.newline])
     changed = False
-    for i, block in enumerate(found):
-        if block.kind == "paragraph" and len(parts := sentences(block.body)) > 1:
-            found[i] = block.with_body("".join(s + (space if gap else "") for s, gap in parts))
+    for i, block in enumerate(text_blocks):
+        if block.kind == "paragraph" and len(pairs := sentences(block.body)) > 1:
+            text_blocks[i] = block.with_body("".join(s + (space if gap else "") for s, gap in pairs))
             changed = True
-    return join(found) if changed else None
+    return join(text_blocks) if changed else None

@@ -14,27 +14,30 @@ LINES = ("---", "***", "===", "-----", "* * *", "##########", "~~~~~")[:5]
 @operator("separators", "syntax")
 def separators(field: Field, rng: Random) -> str | None:
     """``---`` between two blocks, another one, or none; never one that would make a heading of the line above it."""
-    found = blocks(field.text)
+    text_blocks = blocks(field.text)
     newline = field.newline
-    lines = [i for i, block in enumerate(found) if block.kind == "rule"]
+    lines = [i for i, block in enumerate(text_blocks) if block.kind == "rule"]
     if lines:
         at = rng.choice(lines)
-        around = found[at - 1].kind if at else "", found[at + 1].kind if at + 1 < len(found) else ""
+        around = text_blocks[at - 1].kind if at else "", text_blocks[at + 1].kind if at + 1 < len(text_blocks) else ""
         if rng.random() < 0.4 and "blank" in around:
-            del found[at]
+            del text_blocks[at]
         else:
-            line = rng.choice([one for one in LINES if one != found[at].body.strip()])
-            found[at] = found[at].with_body(line)
-        return join(found)
+            line = rng.choice([candidate for candidate in LINES if candidate != text_blocks[at].body.strip()])
+            text_blocks[at] = text_blocks[at].with_body(line)
+        return join(text_blocks)
     sites = [
         i
-        for i in range(1, len(found) - 1)
-        if found[i].kind == "blank" and found[i].end and found[i - 1].kind != "blank" and found[i - 1].kind != "heading"
+        for i in range(1, len(text_blocks) - 1)
+        if text_blocks[i].kind == "blank"
+        and text_blocks[i].end
+        and text_blocks[i - 1].kind != "blank"
+        and text_blocks[i - 1].kind != "heading"
     ]
     if not sites:
         return None
     at = rng.choice(sites)
-    found.insert(at + 1, Block("rule", rng.choice(LINES) + newline))
-    if found[at + 2].kind != "blank":
-        found.insert(at + 2, Block("blank", newline))
-    return join(found)
+    text_blocks.insert(at + 1, Block("rule", rng.choice(LINES) + newline))
+    if text_blocks[at + 2].kind != "blank":
+        text_blocks.insert(at + 2, Block("blank", newline))
+    return join(text_blocks)

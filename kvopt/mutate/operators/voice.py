@@ -31,8 +31,8 @@ def to_declarative(field: Field, rng: Random) -> str | None:
     changes = []
     for start, end in units(field.text):
         sentence = field.text[start:end]
-        if not MIXED.search(sentence) and (made := _declared(sentence, subject, modal)):
-            changes.append((start, end, made))
+        if not MIXED.search(sentence) and (statement := _declared(sentence, subject, modal)):
+            changes.append((start, end, statement))
     return replace_spans(field.text, some(rng, changes)) if changes else None
 
 

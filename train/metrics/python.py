@@ -10,37 +10,50 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
+from pydantic import Field, PrivateAttr
+
+from kvopt.config.metrics import Item, Metric, Verdict
 from kvopt.errors import InputError
-from kvopt.storage.files import sha256_file
-from kvopt.train.metrics.base import Item, Metric, Verdict
 
 Function = Callable[[str, str, dict[str, str]], Any]
 
 
-@dataclass(frozen=True)
-class Own(Metric):
-    """The mean of ``function`` over answers; ``identity`` changes with the file that it stands in."""
+class PythonFunction(Metric):
+    """The mean of a Python function f(answer, gold, values) over answers."""
 
-    function: Function = lambda answer, gold, values: 0.0
-    target: str = ""
-    identity: str = ""
+    kind: Literal["python"]
+    target: str = Field(description="python:package.module:function or python:path/to/file.py:function")
+    pass_or_fail: ClassVar[bool] = True
+    _function: Function = PrivateAttr()
+
+    @property
+    def label(self) -> str:
+        """How results call it: by default as the function is called."""
+        return self.name or re.sub(r"[^A-Za-z0-9_-]", "-", self.target.rpartition(":")[2]) or "python"
+
+    def prepared(self, base_dir: Path) -> PythonFunction:
+        """With the function loaded."""
+        loaded = self.model_copy()
+        loaded._function = load_function(self.target, base_dir)
+        return loaded
 
     def verdict(self, item: Item) -> Verdict:
+        """What the function returns, by name. Raises InputError where it fails or gives no number."""
         try:
-            found = self.function(item.answer, item.gold, dict(item.values))
+            value = self._function(item.answer, item.gold, dict(item.values))
         except Exception as error:  # the user's code may raise anything, and it is the user's to mend
             what = f"raised {type(error).__name__} on the answer to {item.example_id}: {error}"
             raise InputError(what, where=self.target) from error
-        if found == {}:
+        if value == {}:
             raise InputError(f"gave an empty dict for the answer to {item.example_id}", where=self.target)
-        if not isinstance(found, dict):
-            return Verdict({self.name: (self._number(found, item), 1.0)})
-        return Verdict({f"{self.name}.{key}": (self._number(value, item), 1.0) for key, value in found.items()})
+        if not isinstance(value, dict):
+            return Verdict({self.label: (self._number(value, item), 1.0)})
+        return Verdict({f"{self.label}.{key}": (self._number(part, item), 1.0) for key, part in value.items()})
 
     def _number(self, value: Any, item: Item) -> float:
         if isinstance(value, bool | int | float) and math.isfinite(value):
@@ -49,20 +62,19 @@ class Own(Metric):
         raise InputError(what, where=self.target, mend="return a bool, a finite number, or a dict of names to those")
 
 
-def load_own(target: str, name: str, base_dir: Path) -> Own:
-    """The metric that ``python:MODULE_OR_FILE:FUNCTION`` names. Raises InputError."""
+def load_function(target: str, base_dir: Path) -> Function:
+    """The function that ``python:MODULE_OR_FILE:FUNCTION`` names. Raises InputError."""
     place, _, attribute = target.removeprefix("python:").rpartition(":")
     if not place or not attribute:
         raise InputError(
             "names no function", where=target, mend="write python:module:function or python:file.py:function"
         )
-    path = base_dir / place
-    module = _from_file(path, target) if place.endswith(".py") else _imported(place, target)
+    module = _from_file(base_dir / place, target) if place.endswith(".py") else _imported(place, target)
     function = getattr(module, attribute, None)
     if not callable(function):
         what = f"{place} has no function {attribute!r}"
         raise InputError(what, where=target, mend="define it as f(answer, gold, values)")
-    return Own(name, function, target, sha256_file(path) if place.endswith(".py") else place)
+    return function
 
 
 def _from_file(path: Path, target: str) -> Any:

@@ -1,0 +1,69 @@
+"""``--to trl-dataset``: the training rows under a text context, as prompt-completion JSONL that TRL's trainers read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from kvopt.errors import InputError
+from kvopt.export.export_format import ExportFormat, Written
+
+if TYPE_CHECKING:
+    from kvopt.export.source import Source
+
+FILE = "train.jsonl"
+
+SNIPPET = """\
+from datasets import load_dataset
+
+rows = load_dataset("json", data_files="train.jsonl", split="train")
+print(len(rows), rows[0]["prompt"], rows[0]["completion"])
+# trl.SFTTrainer(model=MODEL, train_dataset=rows).train()
+"""
+
+
+class TrlFormat(ExportFormat):
+    """Training rows for TRL."""
+
+    takes: ClassVar[tuple[str, ...]] = ("text",)
+    kind: Literal["trl-dataset"] = "trl-dataset"
+    config: Path | None = Field(None, description="the run's own config, CONFIG.yaml")
+
+    def write(self, source: Source, place: Path) -> Written:
+        """``train.jsonl``: ``prompt`` and ``completion`` (messages under a chat template), ``context_id``,
+        ``example_id``.
+
+        Raises:
+            InputError: the data are not where the config says, or are not those of the run.
+        """
+        from kvopt.config.document import load_config
+        from kvopt.config.students import ContextChoice
+        from kvopt.export.training_rows import export_rows
+        from kvopt.run.inputs import read_inputs
+        from kvopt.storage.files import write_text
+
+        if source.run is None:
+            raise ValueError("a text context belongs to a run")
+        path = self.config or source.run.path / "config.yaml"
+        config, base_dir = load_config(path)
+        try:
+            inputs = read_inputs(config, base_dir)
+        except InputError as error:
+            if self.config is not None:
+                raise
+            raise InputError(str(error), where=str(path), mend="give the run's own config with --config") from None
+        rows = list(export_rows(inputs, source.run.path, [ContextChoice(context=source.name)], config.seed))
+        write_text(place / FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return Written(
+            summary=f"{len(rows)} training rows under the context {source.name}, as prompt and completion.",
+            snippet=SNIPPET,
+            library="datasets",
+            notes=(
+                "Gold outputs are the bytes of the data; `context_id` and `example_id` say where a row comes from.",
+                "`kvopt export-data` writes the rows under several contexts at once.",
+            ),
+            facts={"rows": len(rows)},
+        )

@@ -1,0 +1,90 @@
+"""Writing an export: the format's files, ``kvopt-export.json`` and a README.md, in a folder of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvopt.errors import InputError
+from kvopt.export.card import card
+from kvopt.export.export_format import Written, chosen_format, export_formats, refuse_kind
+from kvopt.export.source import Source, open_source
+from kvopt.storage.files import replacing_directory, write_json, write_text
+from kvopt.version import VERSION
+
+RECORD = "kvopt-export.json"
+FORMAT_VERSION = 1
+
+
+def export(
+    context: str | Path,
+    to: str,
+    out: Path | None = None,
+    *,
+    base: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write a context in another tool's format.
+
+    Args:
+        context: a context folder, or ``RUN#NAME`` (a learned context, a mutation, or ``original``).
+        to: one of FORMATS, by name.
+        out: the folder to write (default ``exports/NAME-TO``); an earlier export there is replaced, anything else
+            refused.
+        base: the model to use instead of the one that the context names.
+        options: of that format, by name.
+
+    Returns:
+        What ``kvopt-export.json`` holds, and ``folder``.
+
+    Raises:
+        InputError: no such context, a kind that the format cannot hold, another base than the context's, or a folder
+            with other things in it.
+    """
+    chosen = chosen_format(to, options or {})
+    source = open_source(str(context), base=base)
+    if source.kind not in chosen.takes:
+        able = [name for name, other in export_formats().items() if source.kind in other.takes]
+        raise refuse_kind(source, to, f"use --to {', '.join(able)}")
+    if base is not None and source.kind != "text":
+        source.check_base()
+    folder = Path(out) if out is not None else Path("exports") / f"{source.name}-{to}"
+    _check_place(folder, source)
+    with replacing_directory(folder) as place:
+        written = chosen.write(source, place)
+        facts = _facts(source, to, written)
+        write_json(place / RECORD, facts)
+        write_text(place / "README.md", card(source, to, written))
+    return {"folder": str(folder), **facts}
+
+
+def _facts(source: Source, to: str, written: Written) -> dict[str, Any]:
+    record = source.record or {}
+    return {
+        "format_version": FORMAT_VERSION,
+        "kvopt_version": VERSION,
+        "to": to,
+        "name": source.name,
+        "kind": source.kind,
+        "tokens": source.tokens,
+        "base": record.get("base") or {"name": source.base_name},
+        "template_sha256": record.get("template_sha256") or (source.template.sha256 if source.template else None),
+        "data_sha256": record.get("data_sha256"),
+        "content_sha256": record.get("content_sha256"),
+        "template_tokens": source.template_tokens,
+        "metrics": source.metrics,
+        "summary": written.summary,
+        **written.facts,
+        "snippet": written.snippet,
+    }
+
+
+def _check_place(folder: Path, source: Source) -> None:
+    """An export replaces an earlier export and nothing else."""
+    if source.folder is not None and folder.resolve() == source.folder.resolve():
+        raise InputError("is the context itself", where=str(folder), mend="choose another --out folder")
+    if not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / RECORD).is_file()):
+        raise InputError("is there already and is no export", where=str(folder), mend="choose another --out folder")
