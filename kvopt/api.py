@@ -149,7 +149,7 @@ def compare_contexts(
         section = _mapping(mutations, "mutations", '8, or {"count": 8}')
     tree = _config(template, base, {"contexts": entries, "mutations": section, **_settings(settings)})
     with _run(tree, examples, validation, Path(out)).opened() as run:
-        return Comparison(run.directory.path, run.run())
+        return Comparison(run.directory.path, run.run().to_json())
 
 
 def export_context(

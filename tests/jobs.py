@@ -85,7 +85,7 @@ def run_job(config: Path, out: Path, sets: tuple[str, ...] = ()) -> dict[str, An
     """All stages in this process; returns the leaderboard."""
     loaded, base_dir = load_config(config, sets)
     with Run(loaded, base_dir, out, say=lambda line: None, bars=False).opened() as run:
-        return run.run()
+        return run.run().to_json()
 
 
 def artefacts(out: Path) -> dict[str, bytes]:

@@ -18,6 +18,7 @@ from kvopt.base.loading import Base
 from kvopt.base.prefix import Prefix, prefill, prefix_cache, run_bodies
 from kvopt.config.contexts import Init, known_starts
 from kvopt.contexts import KVContext, SoftContext, load_context, save_context
+from kvopt.documents.context_record import ContextFacts
 from kvopt.errors import InputError
 from kvopt.learn.start_task import StartTask, initial_tensor
 from kvopt.measure.score import score_tokens
@@ -147,7 +148,7 @@ def test_peft_gives_the_logits_and_the_greedy_text_of_our_own_path(task: Task, k
 @pytest.mark.parametrize("kind", ["kv", "soft"])
 def test_a_folder_is_read_back_as_it_was_written(task: Task, kind: str, tmp_path: Path) -> None:
     context = as_context(kind, initial(task, "template", 5, kind))  # type: ignore[arg-type]
-    save_context(context, tmp_path / "c", task.base, frozen=1, record={"best_step": 3})
+    save_context(context, tmp_path / "c", task.base, frozen=1, record=ContextFacts(best_step=3))
     again = load_context(tmp_path / "c", task.base)
     assert again.sha256() == context.sha256()
     assert again.name == "c"

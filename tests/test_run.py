@@ -221,7 +221,7 @@ def test_with_scope_all_the_bodies_of_learned_contexts_are_the_slots_alone(tmp_p
     config_, base_dir = load_config(config)
     with Run(config_, base_dir, tmp_path / "out", say=lambda line: None, bars=False).opened() as run:
         longer, bare = run.task().rows("train").rows, run.task().bare_rows("train").rows
-        board = run.run()
+        board = run.run().to_json()
     assert all(len(b.body) <= len(a.body) for a, b in zip(longer, bare, strict=True))
     assert [b.gold for b in bare] == [a.gold for a in longer]
     assert "kv-8" in [row["name"] for row in board["contexts"]]

@@ -6,10 +6,12 @@ Each opens the stages of a run in the right order; the stages themselves are fun
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from kvopt.config.evaluation import EvaluateConfig
 from kvopt.config.students import StudentConfig
+from kvopt.documents.evaluation_file import EvaluationDocument
+from kvopt.documents.student_record import StudentRecord
+from kvopt.documents.study_file import StudyDocument
 from kvopt.errors import InputError
 from kvopt.run.run import Run
 from kvopt.train.arms import settings_of, study_arms, trained_students
@@ -30,7 +32,7 @@ from kvopt.train.study.study import StudyRunner
 from kvopt.train.training import check_student, chosen, contexts_of, make_students, needs_reference, train_ordered
 
 
-def train_students(run: Run, only: Sequence[str] = ()) -> list[dict[str, Any]] | None:
+def train_students(run: Run, only: Sequence[str] = ()) -> list[StudentRecord] | None:
     """Train the config's students (or those in ``only``) in order; returns the record of each.
 
     Under ``accelerate launch`` every process calls it; only the first locks and writes the run directory, and the
@@ -52,7 +54,7 @@ def train_students(run: Run, only: Sequence[str] = ()) -> list[dict[str, Any]] |
     return None
 
 
-def train_chosen(run: Run, configs: Sequence[StudentConfig], launch: Launch | None = None) -> list[dict[str, Any]]:
+def train_chosen(run: Run, configs: Sequence[StudentConfig], launch: Launch | None = None) -> list[StudentRecord]:
     """As :func:`train_students`, in a run that is open; ``configs`` from :func:`chosen`."""
     catalogue = run.catalogue(contexts_of(run.inputs, configs))
     reference = run.reference() if needs_reference(configs) else None
@@ -104,7 +106,7 @@ def _named(
     return unique
 
 
-def evaluate_all(run: Run, names: Sequence[str] = (), specs: Sequence[str] = ()) -> list[dict[str, Any]]:
+def evaluate_all(run: Run, names: Sequence[str] = (), specs: Sequence[str] = ()) -> list[EvaluationDocument]:
     """``kvopt evaluate``: the documents of these models (default: the base and every trained student), under these
     contexts (default: those of the config).
     """
@@ -125,6 +127,6 @@ def study_runner(run: Run) -> StudyRunner:
     return StudyRunner(catalogue, evaluator, run.reference(), lambda c: run.score(c, "selection"), run.at)
 
 
-def conduct_study(run: Run, report: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+def conduct_study(run: Run, report: Callable[[StudyDocument], None] | None = None) -> StudyDocument:
     """``kvopt study`` in an open run: train and evaluate what is missing; returns the document of ``study.json``."""
     return study_runner(run).conduct(report)

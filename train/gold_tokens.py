@@ -9,7 +9,8 @@ Symbols: G gold tokens, R of them in a chunk, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kvopt.errors import KvoptError
 from kvopt.kernels import Head, KLOptions, linear_kl
+from kvopt.kernels.products import gradient_product, has_float32_output, logits_product
 
 
 @dataclass(frozen=True)
@@ -66,22 +68,15 @@ class Gold:
         """Any formula of the student's and the anchor's logits, [G]: ``formula(logits [R, V], anchor_logits [R, V],
         ids [R])``, float32 each, gives [R]. No gradient flows into the anchor's.
 
-        Where both have one frozen head W, the student's logits are the anchor's plus (h − h0) Wᵀ: a 16-bit product then
-        rounds their difference relative to itself, and not relative to the logits, which are far larger.
+        Unlike those of :meth:`over_logits`, which serve a cross-entropy, the logits of 16-bit heads are not rounded to
+        16 bits: what two close distributions differ in is far smaller than their logits.
         """
         anchor, anchor_head = self._anchored()
-        one_head = self.head.same_as(anchor_head) and not self.head.trained
 
         def piece(hidden: Tensor, anchor: Tensor, ids: Tensor) -> Tensor:
-            if not one_head:
-                with torch.no_grad():
-                    anchor_logits = anchor_head.logits(anchor)
-                return formula(self.head.logits(hidden), anchor_logits, ids)
-            uncapped = replace(self.head, softcap=None)
             with torch.no_grad():
-                anchor_logits = uncapped.logits(anchor)
-            moved = replace(uncapped, bias=None).logits(hidden.float() - anchor.float())
-            return formula(self._capped(anchor_logits + moved), self._capped(anchor_logits), ids)
+                anchor_logits = _exact_logits(anchor, anchor_head)
+            return formula(_exact_logits(hidden, self.head), anchor_logits, ids)
 
         return self._in_chunks(piece, [self.hidden, anchor, self.ids], matrices=2)
 
@@ -89,10 +84,6 @@ class Gold:
         if self.anchor is None or self.anchor_head is None:
             raise KvoptError("this loss needs the base's hidden states, or its teacher's")
         return self.anchor, self.anchor_head
-
-    def _capped(self, logits: Tensor) -> Tensor:
-        cap = self.head.softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _in_chunks(self, piece: Callable[..., Tensor], tensors: list[Tensor], *, matrices: int) -> Tensor:
         """``piece`` of some rows of the tensors at a time, as many as so many matrices of logits may have."""
@@ -105,3 +96,33 @@ class Gold:
 
 def _log_probs(logits: Tensor, ids: Tensor) -> Tensor:
     return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def _exact_logits(hidden: Tensor, head: Head) -> Tensor:
+    """[R, V] float32 logits whose sums are float32, whatever the dtypes of states and head."""
+    logits = _Product.apply(hidden, head.rows)
+    logits = (logits if head.offsets is None else logits + head.offsets.float()) * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+class _Product(torch.autograd.Function):
+    """hidden [R, D] · weightᵀ [D, V] by :func:`kvopt.kernels.products.logits_product`, with gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        with torch.autocast(hidden.device.type, enabled=False):
+            out = torch.empty(len(hidden), len(weight), dtype=torch.float32, device=hidden.device)
+            return logits_product(hidden, weight, out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        by_hidden = by_weight = None
+        if ctx.needs_input_grad[0]:
+            fast = has_float32_output(weight.device) and weight.dtype != torch.float64
+            by_hidden = gradient_product(upstream.to(weight.dtype) if fast else upstream, weight).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            by_weight = (upstream.T @ hidden.to(upstream.dtype)).to(weight.dtype)
+        return by_hidden, by_weight

@@ -14,6 +14,7 @@ from functools import cached_property
 from kvopt.config.names import ContextName, unknown_context
 from kvopt.config.students import StudentConfig
 from kvopt.contexts import Context, NoContext, TextContext
+from kvopt.documents.student_record import TrainingContext
 from kvopt.errors import InputError
 from kvopt.run.catalogue import Catalogue
 from kvopt.run.encoded_task import EncodedTask
@@ -89,23 +90,23 @@ class Pool:
         """
         return len(self.contexts[context].rows[row]) - 1
 
-    def facts(self) -> list[dict[str, object]]:
+    def facts(self) -> list[TrainingContext]:
         """What a student folder says about its contexts."""
         return [
-            {
-                "name": item.name,
-                "kind": item.context.kind,
-                "tokens": item.context.tokens,
-                "weight": item.weight,
-                "sha256": item.context.sha256(),
-            }
+            TrainingContext(
+                name=item.name,
+                kind=item.context.kind,
+                tokens=item.context.tokens,
+                weight=item.weight,
+                sha256=item.context.sha256(),
+            )
             for item in self.contexts
         ]
 
     def sha256(self) -> str:
         """Identity of contexts, weights and rows."""
         rows = [[(row.example_id, row.body, row.gold) for row in item.rows] for item in self.contexts]
-        return sha256_json([self.facts(), rows])
+        return sha256_json([[context.to_json() for context in self.facts()], rows])
 
 
 def build_pool(catalogue: Catalogue, config: StudentConfig, seed: int) -> Pool:

@@ -28,8 +28,10 @@ from transformers import PreTrainedModel
 from kvopt.base.hub import weight_files
 from kvopt.base.identity import check_base, weights_sha256
 from kvopt.base.loading import Base, quiet
+from kvopt.documents.student_record import StudentFacts, StudentRecord
+from kvopt.documents.validated import read_record_of
 from kvopt.errors import InputError, KvoptError
-from kvopt.storage.files import read_json, read_record_file, replacing_directory, write_json
+from kvopt.storage.files import read_json, replacing_directory, write_json
 from kvopt.version import VERSION
 
 FORMAT_VERSION = 1
@@ -120,7 +122,7 @@ def full_student(base: Base, name: str, dtype: torch.dtype = torch.float32) -> S
     return Student(replace(base, model=model, name=name, dtype=dtype), "full")
 
 
-def save_student(student: Student, folder: Path, of: Base, record: dict[str, Any]) -> None:
+def save_student(student: Student, folder: Path, of: Base, record: StudentFacts | None = None) -> None:
     """Write a student folder atomically.
 
     Args:
@@ -155,21 +157,22 @@ def save_student(student: Student, folder: Path, of: Base, record: dict[str, Any
 
 
 def write_student_folder(
-    folder: Path, of: Base, *, name: str, method: str, record: dict[str, Any], write: Callable[[Path], None]
+    folder: Path, of: Base, *, name: str, method: str, record: StudentFacts | None, write: Callable[[Path], None]
 ) -> None:
     """A student folder whose files ``write`` puts into an empty one; ``kvopt-student.json`` is added and pins them."""
     with replacing_directory(folder) as place:
         write(place)
         files = [place / ADAPTER] if method == "lora" else weight_files(place)
-        facts = {
-            "format_version": FORMAT_VERSION,
-            "kvopt_version": VERSION,
-            "name": name,
-            "method": method,
-            "weights_sha256": weights_sha256(files),
-            "base": {"name": of.name, **of.identity},
-        }
-        write_json(place / RECORD, facts | record)
+        whole = StudentRecord(
+            format_version=FORMAT_VERSION,
+            kvopt_version=VERSION,
+            name=name,
+            method=method,
+            weights_sha256=weights_sha256(files),
+            base=of.document,
+            **(record.given() if record else {}),
+        )
+        write_json(place / RECORD, whole.to_json())
 
 
 def weights_of(folder: Path) -> str:
@@ -209,9 +212,9 @@ def _scale(config: dict[str, Any]) -> tuple[float, bool]:
     return config["lora_alpha"] / config["r"], bool(config.get("use_rslora"))
 
 
-def read_student_record(folder: Path) -> dict[str, Any] | None:
+def read_student_record(folder: Path) -> StudentRecord | None:
     """``kvopt-student.json`` of a folder, None where there is none. Raises InputError for a damaged or newer one."""
-    return read_record_file(folder / RECORD, FORMAT_VERSION)
+    return read_record_of(StudentRecord, folder / RECORD, FORMAT_VERSION)
 
 
 def load_student(folder: Path, base: Base) -> Base:
@@ -231,15 +234,15 @@ def load_student(folder: Path, base: Base) -> Base:
         mend = "give a folder from students/"
         raise InputError(f"is not a student folder, it has no {RECORD}", where=str(folder), mend=mend)
     if record is not None:
-        check_base(record, base.name, base.identity, folder, "trained from")
+        check_base(record.base, base.name, base.identity, folder, "trained from")
     files = [folder / ADAPTER] if adapter else weight_files(folder)
     if not files or not files[0].is_file():
         raise InputError("has no weights", where=str(folder), mend="restore or train it again")
     digest = weights_sha256(files)
-    if record is not None and record.get("weights_sha256") != digest:
+    if record is not None and record.weights_sha256 != digest:
         what = f"the weights are not those that {RECORD} describes"
         raise InputError(what, where=str(folder), mend="restore or train it again")
-    name = (record or {}).get("name") or folder.name
+    name = (record and record.name) or folder.name
     student = _load_lora(folder, base, name) if adapter else _load_full(folder, base, name)
     student.model.requires_grad_(False).eval()
     return replace(student, identity={**base.identity, "student": digest})

@@ -13,6 +13,7 @@ from typing import Any
 
 from kvopt.config.names import ContextName
 from kvopt.config.students import StudentConfig
+from kvopt.documents.student_record import PoolScoring, StudentFacts, StudentRecord, TrainingPoint
 from kvopt.errors import InputError
 from kvopt.measure.reference import Reference
 from kvopt.run.catalogue import Catalogue
@@ -86,7 +87,7 @@ def make_students(
     reference: Reference | None,
     at: Workspace,
     launch: Launch | None = None,
-) -> list[dict[str, Any]]:
+) -> list[StudentRecord]:
     """Train students in order; returns the record of each.
 
     Args:
@@ -110,7 +111,7 @@ def train_ordered(task: EncodedTask, at: Workspace, launch: Launch) -> None:
 
 def _student(
     catalogue: Catalogue, config: StudentConfig, reference: Reference | None, at: Workspace, launch: Launch
-) -> dict[str, Any]:
+) -> StudentRecord:
     """One student, from its folder or trained."""
     task = catalogue.task
     seed = task.config.seed if config.seed is None else config.seed
@@ -122,27 +123,31 @@ def _student(
     key = student_key(task, config, pool, seed, anchor, more)
     folder = at.directory / "students" / config.name
     record = read_student_record(folder) if folder.is_dir() else None
-    if record is not None and record.get("key") == key and _is_whole(folder, record):
+    if record is not None and record.key == key and _is_whole(folder, record):
         at.say(f"student {config.name}: trained already")
         return record
     stage = f"students/{config.name}"
     at.directory.begin(stage, key, stage, f".training/{config.name}", f"logs/{config.name}")
     unread = replace(anchor) if anchor else None  # open files cannot be sent
     order = launch.share(Order(config, pool, seed, key, unread, teacher.context if teacher else None, start))
-    with at.directory.ledger(stage, processes=launch.processes) as entry:
+    with at.directory.ledger(stage) as entry:
+        entry.processes = launch.processes
         trained = _train(task, order, teacher, at)
-        entry |= {"steps": trained.steps, "tokens_in": trained.tokens, "gold_tokens": trained.gold_tokens}
-        entry |= {"resumed_from": trained.resumed} if trained.resumed else {}
+        entry.steps, entry.tokens_in, entry.gold_tokens = trained.steps, trained.tokens, trained.gold_tokens
+        if trained.resumed:
+            entry.resumed_from = trained.resumed
         save_student(trained.student, folder, task.base, record_of(task, order, trained))
     shutil.rmtree(at.directory / ".training" / config.name, ignore_errors=True)
     del trained
     gc.collect()  # a trainer refers to itself: without this, students pile up in memory until some later collection
-    return read_student_record(folder) or {}
+    written = read_student_record(folder)
+    assert written is not None
+    return written
 
 
-def _is_whole(folder: Path, record: dict[str, Any]) -> bool:
+def _is_whole(folder: Path, record: StudentRecord) -> bool:
     try:
-        return weights_of(folder) == record.get("weights_sha256")
+        return weights_of(folder) == record.weights_sha256
     except InputError:
         return False
 
@@ -190,22 +195,22 @@ def student_key(
     return sha256_json([settings, pool.sha256(), task.base.identity, str(task.base.dtype), seed, anchor, *more])
 
 
-def record_of(task: EncodedTask, order: Order, trained: Trained) -> dict[str, Any]:
+def record_of(task: EncodedTask, order: Order, trained: Trained) -> StudentFacts:
     """What ``kvopt-student.json`` says beside the identity of base and weights."""
-    return {
-        "key": order.key,
-        "template_sha256": task.template.sha256,
-        "data_sha256": task.dataset.sha256,
-        "contexts": order.pool.facts(),
-        "rows": order.pool.rows,
-        "rows_dropped": order.pool.dropped,
-        "rows_of_own_answers": order.pool.own,
-        "seed": order.seed,
-        "settings": order.config.model_dump(mode="json", exclude={"name", "contexts"}),
-        "steps": trained.steps,
-        "epochs": trained.history[-1]["epoch"] if trained.history else 0.0,
-        "tokens": trained.tokens,
-        "gold_tokens": trained.gold_tokens,
-        "stages": trained.stages,
-        "history": trained.history,
-    }
+    return StudentFacts(
+        key=order.key,
+        template_sha256=task.template.sha256,
+        data_sha256=task.dataset.sha256,
+        contexts=order.pool.facts(),
+        rows=order.pool.rows,
+        rows_dropped=order.pool.dropped,
+        rows_of_own_answers=order.pool.own,
+        seed=order.seed,
+        settings=order.config.model_dump(mode="json", exclude={"name", "contexts"}),
+        steps=trained.steps,
+        epochs=trained.history[-1]["epoch"] if trained.history else 0.0,
+        tokens=trained.tokens,
+        gold_tokens=trained.gold_tokens,
+        stages=[PoolScoring.model_validate(stage) for stage in trained.stages],
+        history=[TrainingPoint.model_validate(point) for point in trained.history],
+    )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvopt.base.hub import cache_folder
+from kvopt.documents.part import BaseIdentity
 from kvopt.errors import InputError, KvoptError
 from kvopt.storage.files import sha256_bytes, sha256_file, sha256_json, write_json
 
@@ -72,12 +73,12 @@ def chat_template_sha256(tokenizer: Any) -> str | None:
 
 
 def check_base(
-    record: dict[str, Any], name: str, identity: Mapping[str, str | None], folder: Path, how: str = "made for"
+    recorded: BaseIdentity | None, name: str, identity: Mapping[str, str | None], folder: Path, how: str = "made for"
 ) -> None:
-    """Compare the base that a folder was ``how``, by its record, with the one of this name and identity. Raises
+    """Compare the base that a folder was ``how``, as its record says, with the one of this name and identity. Raises
     InputError.
     """
-    stored = record.get("base") or {}
+    stored = recorded.to_json() if recorded else {}
     for what, digest in identity.items():
         if what in stored and stored[what] != digest:
             raise InputError(

@@ -26,6 +26,7 @@ from kvopt.base.identity import chat_template_sha256, config_sha256, tokenizer_s
 from kvopt.base.probe import Capability, Geometry, check_config, probe, text_config
 from kvopt.base.rope import Rope
 from kvopt.config.model import BUILTIN_BASE, ModelConfig
+from kvopt.documents.part import BaseIdentity
 from kvopt.errors import InputError
 from kvopt.kernels import Head
 from kvopt.storage.files import sha256_file
@@ -57,6 +58,11 @@ class Base:
     geometry: Geometry
     identity: dict[str, str | None]
     capability: Capability
+
+    @property
+    def document(self) -> BaseIdentity:
+        """Name and identity as documents hold them."""
+        return BaseIdentity(name=self.name, **self.identity)
 
     @property
     def backbone(self) -> nn.Module:

@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvopt.documents.leaderboard_file import LeaderboardDocument
+    from kvopt.documents.student_record import StudentRecord
     from kvopt.run.run import Run
 
 ConfigPath = Annotated[
@@ -41,12 +45,14 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=not unicode, allow_nan=False))
 
 
-def show_board(board: dict[str, Any], folder: Path, as_json: bool) -> None:
+def show_board(board: LeaderboardDocument, folder: Path, as_json: bool, students: Sequence[StudentRecord] = ()) -> None:
+    """The leaderboard as a table, or as one document with the records of students that were trained with it."""
     from kvopt.console.tables import console
     from kvopt.report.board_table import board_table
 
     if as_json:
-        print_json(board)
+        records = [record.to_json() for record in students]
+        print_json(board.to_json() | ({"students": records} if records else {}))
     else:
         console().print(board_table(board))
         print(f"run directory: {folder}")

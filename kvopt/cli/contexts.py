@@ -22,7 +22,7 @@ def run_all(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Jso
     with run.opened():
         board = run.run()
         records = train_students()
-    show_board(board | ({"students": records} if records else {}), run.directory.path, as_json)
+    show_board(board, run.directory.path, as_json, records)
     if not as_json:
         show_students(records, run.directory.path, False)
     leave_page(run.directory.path)
@@ -68,14 +68,14 @@ def score(
     which the most likely token is the template's.
     """
     run = open_run(config, sets, out)
-    from kvopt.run.leaderboard import Entry, board_facts, build_leaderboard
+    from kvopt.run.leaderboard import Entry, build_leaderboard
 
     with run.opened():
         contexts = [c for spec in context or ["original", "none"] for c in run.stored_contexts(spec)]
         entries = [Entry.of(c, run.score(c)) for c in contexts]
-        board = build_leaderboard(entries, [], run.noise_floor(), board_facts(run.task()))
+        board = build_leaderboard(run.task(), entries, [], run.noise_floor())
     if as_json:
-        print_json({**board, "contexts": [entry.to_json() for entry in entries]})
+        print_json({**board.to_json(), "contexts": [entry.row().to_json() for entry in entries]})
     else:
         show_board(board, run.directory.path, False)
 
@@ -101,7 +101,7 @@ def optimize(
                 "kind": c.kind,
                 "tokens": c.tokens,
                 **run.score(c).to_json(),
-                "history": learning_history(c.name, run.at),
+                "history": [point.to_json() for point in learning_history(c.name, run.at)],
             }
             for c in learned
         ]

@@ -46,7 +46,7 @@ def evaluate(
         documents = evaluate_all(run, student or (), context or ())
     renew_page(run.directory.path)
     if as_json:
-        print_json({"students": documents})
+        print_json({"students": [document.to_json() for document in documents]})
         return
     show(tables(documents))
     print(f"run directory: {run.directory.path}")
@@ -75,7 +75,7 @@ def study(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json 
         document = conduct_study(run)
     leave_page(run.directory.path)
     if as_json:
-        print_json(document)
+        print_json(document.to_json())
         return
     show(tables(document))
     print(run.directory / "study.json")

@@ -12,6 +12,7 @@ from kvopt.errors import InputError
 
 if TYPE_CHECKING:
     from kvopt.base.loading import Base
+    from kvopt.documents.student_record import StudentMerge
 
 NewFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write the new student to.")]
 OfBase = Annotated[
@@ -85,7 +86,7 @@ def _base_of(students: list[Path], base: str | None) -> Base:
         record = read_student_record(folder)
         if record is None and not folder.is_dir():
             raise InputError("no such folder", where=str(folder), mend="give a folder from students/")
-        name = name or ((record or {}).get("base") or {}).get("name")
+        name = name or (record.base.name if record and record.base else None)
     if name is None:
         raise InputError("does not say what its base is", where=str(students[0]), mend="give --base")
     return load_base(ModelConfig(base=name, dtype="float32", device="cpu"), say=say)
@@ -116,12 +117,12 @@ def _gold_nll_of(config: Path, sets: list[str] | None, context: str, base: Base)
     return measure
 
 
-def _tell(made: dict[str, Any], out: Path, as_json: bool) -> None:
+def _tell(made: StudentMerge, out: Path, as_json: bool) -> None:
     if as_json:
-        print_json({"folder": str(out), **made})
+        print_json({"folder": str(out), **made.to_json()})
         return
-    names = ", ".join(part["name"] for part in made["of"])
-    lost = f", {made['lost']:.2%} of the update's norm lost" if "lost" in made else ""
-    rank = f", rank {made['rank']}{lost}" if "rank" in made else ""
-    value = f", gold NLL {made['value']:.4f}" if "value" in made else ""
-    print(f"{out}: {made['by']} of {names}{rank}{value}")
+    names = ", ".join(part.name for part in made.of)
+    lost = "" if made.lost is None else f", {made.lost:.2%} of the update's norm lost"
+    rank = "" if made.rank is None else f", rank {made.rank}{lost}"
+    value = "" if made.value is None else f", gold NLL {made.value:.4f}"
+    print(f"{out}: {made.by} of {names}{rank}{value}")

@@ -35,7 +35,7 @@ def sequence(
     folder = out or Path("runs") / settings.name
     document = conduct(settings, load_tasks(settings, base_dir, folder, say=say), folder)
     if as_json:
-        print_json(document)
+        print_json(document.to_json())
         return
     show(tables(document))
     print(folder / "sequence.json")

@@ -10,6 +10,7 @@ import typer
 
 from kvopt.cli.common import ConfigPath, Json, Out, Sets, open_run, print_json, say, show_board
 from kvopt.cli.report import leave_page
+from kvopt.errors import InputError
 
 
 def demo(
@@ -78,13 +79,33 @@ def show_config(
     as_reference: Annotated[
         bool, typer.Option("--reference", help="Print every key with its type, default and meaning, as Markdown.")
     ] = False,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the config file.")] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of the config file, or of DOCUMENT.")
+    ] = False,
+    document: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="DOCUMENT",
+            help="With --schema, a file that kvopt writes: leaderboard, scores, samples, evaluation, study, sequence,"
+            " context (kvopt.json), student (kvopt-student.json), export (kvopt-export.json), manifest or ledger.",
+        ),
+    ] = None,
 ) -> None:
-    """Print the commented starter config, the reference of all keys, or the JSON schema."""
+    """Print the commented starter config, the reference of all keys, or the JSON schema.
+
+    --schema alone gives the schema of config files, and --schema DOCUMENT that of a file that kvopt writes.
+    """
+    if document is not None and (as_reference or not schema):
+        mend = f"kvopt config --schema {document}"
+        raise InputError(f"{document} is a document, of which --schema prints the schema", mend=mend)
     if as_reference:
         from kvopt.config.reference_page import reference
 
         print(reference(), end="")
+    elif document is not None:
+        from kvopt.documents.schemas import schema_of
+
+        print_json(schema_of(document))
     elif schema:
         from kvopt.config.document import Config
 

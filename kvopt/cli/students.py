@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvopt.cli.common import ConfigPath, Json, Out, Sets, open_run, print_json
 
 if TYPE_CHECKING:
+    from kvopt.documents.student_record import StudentRecord
     from kvopt.run.run import Run
 
 
@@ -75,7 +76,7 @@ def export_data(
         print(f"{file}: {len(rows)} rows ({parts})")
 
 
-def prepared(run: Run) -> Callable[[], list[dict[str, Any]]]:
+def prepared(run: Run) -> Callable[[], list[StudentRecord]]:
     """What trains the run's students once it is open; their contexts are checked now, before other work."""
     if not run.config.students:
         return list
@@ -88,12 +89,12 @@ def prepared(run: Run) -> Callable[[], list[dict[str, Any]]]:
     return lambda: train_chosen(run, configs)
 
 
-def show_students(records: list[dict[str, Any]], folder: Path, as_json: bool) -> None:
+def show_students(records: list[StudentRecord], folder: Path, as_json: bool) -> None:
     if as_json:
-        print_json({"students": records})
+        print_json({"students": [record.to_json() for record in records]})
         return
     for record in records:
-        place = folder / "students" / record["name"]
-        losses = [point["loss"] for point in record["history"]]
+        place = folder / "students" / str(record.name)
+        losses = [point.loss for point in record.history if point.loss is not None]
         curve = f"loss {losses[0]:.4f} to {losses[-1]:.4f}" if losses else "no step"
-        print(f"{record['name']}: {record['steps']} steps, {record['tokens']} tokens, {curve}, {place}")
+        print(f"{record.name}: {record.steps} steps, {record.tokens} tokens, {curve}, {place}")

@@ -6,15 +6,16 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvopt.contexts.provenance import check_record
+from kvopt.documents.context_record import ContextRecord
+from kvopt.documents.validated import read_record_of
 from kvopt.errors import InputError
-from kvopt.storage.files import read_json, read_record_file
+from kvopt.storage.files import read_json
 
 FORMAT_VERSION = 1
 RECORD = "kvopt.json"
@@ -27,17 +28,14 @@ _TEXT_TASKS = (None, "CAUSAL_LM")
 _COUNTS = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim", "num_frozen_tokens")
 
 
-def kind_of(config: dict[str, Any]) -> str:
+def kind_of(config: dict[str, Any]) -> Literal["kv", "soft"]:
     """kv or soft, by the adapter's PEFT type."""
     return "kv" if config["peft_type"] in KV_TYPES else "soft"
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
+def read_record(folder: Path) -> ContextRecord | None:
     """``kvopt.json`` of a context folder, None where there is none. Raises InputError for a damaged or newer one."""
-    record = read_record_file(folder / RECORD, FORMAT_VERSION)
-    if record is not None:
-        check_record(record, folder / RECORD)
-    return record
+    return read_record_of(ContextRecord, folder / RECORD, FORMAT_VERSION)
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kvopt.base.loading import Base
 from kvopt.base.prefix import Prefix, prefill
+from kvopt.documents.leaderboard_file import MutationLineage
+from kvopt.documents.part import ContextKind
 from kvopt.storage.files import sha256_bytes, sha256_json
 from kvopt.task.seam import Encoded
 from kvopt.task.template import Template
@@ -25,7 +27,7 @@ class Context:
     """What stands in for the template C."""
 
     name: str
-    kind: ClassVar[str] = ""
+    kind: ClassVar[ContextKind]
 
     @property
     def tokens(self) -> int:
@@ -51,8 +53,8 @@ class TextContext(Context):
 
     template: Template
     encoded: Encoded
-    lineage: dict[str, Any] = field(default_factory=dict, compare=False)
-    kind: ClassVar[str] = "text"
+    lineage: MutationLineage | None = field(default=None, compare=False)
+    kind: ClassVar[ContextKind] = "text"
 
     @property
     def tokens(self) -> int:
@@ -74,7 +76,7 @@ class NoContext(Context):
     """No template at all: the original's bodies behind nothing but the tokenizer's BOS, where it has one."""
 
     bos: Sequence[int] = ()
-    kind: ClassVar[str] = "text"
+    kind: ClassVar[ContextKind] = "text"
 
     @property
     def tokens(self) -> int:
@@ -93,7 +95,7 @@ class SoftContext(Context):
     """A soft prompt: ``embeddings`` [T, D] fp32 in the space of ``get_input_embeddings()(ids)``."""
 
     embeddings: Tensor
-    kind: ClassVar[str] = "soft"
+    kind: ClassVar[ContextKind] = "soft"
 
     @property
     def tensor(self) -> Tensor:
@@ -117,7 +119,7 @@ class KVContext(Context):
     """A KV cache: ``states`` [T, L, 2, H, d] fp32, keys after RoPE such that bodies start at position T."""
 
     states: Tensor
-    kind: ClassVar[str] = "kv"
+    kind: ClassVar[ContextKind] = "kv"
 
     @property
     def tensor(self) -> Tensor:

@@ -32,6 +32,7 @@ from kvopt.contexts.adapter import (
     read_tensor,
 )
 from kvopt.contexts.context import KVContext, SoftContext
+from kvopt.documents.context_record import ContextFacts, ContextRecord, SlotPositions
 from kvopt.errors import InputError
 from kvopt.storage.files import replacing_directory, write_json
 from kvopt.version import VERSION
@@ -56,7 +57,7 @@ def save_context(
     *,
     frozen: int = 0,
     first: int = 0,
-    record: dict[str, Any] | None = None,
+    record: ContextFacts | None = None,
 ) -> None:
     """Write a learned context atomically.
 
@@ -85,20 +86,18 @@ def save_context(
         raise ValueError(f"context {context.name} has values that are not finite; refusing to write {folder}")
     with replacing_directory(folder) as place:
         write_adapter(place, tensor, shared)
-        write_json(
-            place / RECORD,
-            {
-                "format_version": FORMAT_VERSION,
-                "kvopt_version": VERSION,
-                "name": context.name,
-                "kind": context.kind,
-                "tokens": context.tokens,
-                "positions": {"first": first, "body": first + context.tokens},
-                "content_sha256": context.sha256(),
-                "base": {"name": base.name, **base.identity},
-                **(record or {}),
-            },
+        whole = ContextRecord(
+            format_version=FORMAT_VERSION,
+            kvopt_version=VERSION,
+            name=context.name,
+            kind="kv" if isinstance(context, KVContext) else "soft",
+            tokens=context.tokens,
+            positions=SlotPositions(first=first, body=first + context.tokens),
+            content_sha256=context.sha256(),
+            base=base.document,
+            **(record.given() if record else {}),
         )
+        write_json(place / RECORD, whole.to_json())
 
 
 def write_adapter(place: Path, tensor: Tensor, fields: dict[str, Any]) -> None:
@@ -129,16 +128,16 @@ def load_context(folder: Path, base: Base, *, name: str | None = None) -> Tensor
     config = adapter_config(folder)
     record = read_record(folder)
     if record is not None:
-        check_base(record, base.name, base.identity, folder)
+        check_base(record.base, base.name, base.identity, folder)
     tensor = read_tensor(folder)
     kind = kind_of(config)
     g = base.geometry
     width = g.layers * 2 * g.kv_heads * g.head_dim if kind == "kv" else g.hidden_size
     _check_tensor(tensor, width, config, folder)
     _check_heads(config, base, folder)
-    if record is not None and record.get("kind") != kind:
-        raise InputError(f"kvopt.json says {record.get('kind')!r}, the adapter is {kind!r}", where=str(folder))
-    name = name or (record or {}).get("name") or folder.resolve().name
+    if record is not None and record.kind != kind:
+        raise InputError(f"kvopt.json says {record.kind!r}, the adapter is {kind!r}", where=str(folder))
+    name = name or (record.name if record else folder.resolve().name)
     if record is not None and tensor.dtype != torch.float32:
         raise InputError(
             f"{TENSOR} is {tensor.dtype}, kvopt writes float32", where=str(folder), mend="restore or rebuild it"
@@ -150,11 +149,11 @@ def load_context(folder: Path, base: Base, *, name: str | None = None) -> Tensor
         context = KVContext(name, states.contiguous())
     else:
         context = SoftContext(name, tensor)
-    if record is not None and record.get("content_sha256") != context.sha256():
+    if record is not None and record.content_sha256 != context.sha256():
         raise InputError(
             "the tensor is not the one that kvopt.json describes", where=str(folder), mend="restore or rebuild it"
         )
-    first = int(((record or {}).get("positions") or {}).get("first", 0))
+    first = record.first_position if record else 0
     if first and isinstance(context, KVContext):
         context = KVContext(name, rotated(context.states, -first, base.rope))
     return context

@@ -6,6 +6,7 @@ from typing import Any
 
 from kvopt.base.builtin import HUB_ID
 from kvopt.config.model import BUILTIN_BASE
+from kvopt.documents.part import BaseIdentity
 from kvopt.export.export_format import Written
 from kvopt.export.source import Source
 from kvopt.version import VERSION
@@ -40,17 +41,17 @@ def _quoted(text: str) -> str:
 
 def _what_it_is(source: Source) -> str:
     rows: list[tuple[str, Any]] = [("kind", source.kind), ("slots", source.tokens), ("base", f"`{source.base_name}`")]
-    record = source.record or {}
-    stored = record.get("base") or {}
-    rows += [(f"base {what}", f"`{stored[what][:16]}…`") for what in HASHES if stored.get(what)]
-    if source.kind != "text" and not stored.get("weights"):
+    record = source.record
+    stored = (record and record.base) or BaseIdentity()
+    rows += [(f"base {what}", f"`{value[:16]}…`") for what in HASHES if (value := getattr(stored, what))]
+    if source.kind != "text" and not stored.weights:
         rows.append(("identity of the base", "unknown: kvopt did not make this context"))
-    rows += [(what, f"`{record[key][:16]}…`") for what, key in _DATA if record.get(key)]
-    settings = record.get("settings") or {}
-    if settings:
-        rows.append(("learned", f"{record.get('best_step')} steps from `init: {settings.get('init')}`"))
-    if record.get("origin"):
-        rows.append(("made by", f"`{record['origin'].get('operation')}`"))
+    if record is not None:
+        rows += [(what, f"`{value[:16]}…`") for what, key in _DATA if (value := getattr(record, key))]
+        if record.settings:
+            rows.append(("learned", f"{record.best_step} steps from `init: {record.settings.get('init')}`"))
+        if record.origin:
+            rows.append(("made by", f"`{record.origin.operation}`"))
     if source.template_tokens:
         rows.append(("stands for", f"{source.template_tokens} tokens of the original template"))
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows if value is not None)
@@ -64,17 +65,18 @@ def _metrics(source: Source) -> str:
     if not metrics:
         what = "text:template.json" if source.kind == "text" else "FOLDER"
         return f"Not measured. `kvopt score CONFIG --context {what}` measures it on a template and its data."
-    kl = metrics["kl_forward"]
-    interval = f" (95 % interval {kl['ci95'][0]:.4f} to {kl['ci95'][1]:.4f})" if kl.get("ci95") else ""
-    lines = [f"On the {metrics['split']} rows: forward KL {kl['mean']:.4f} nats per gold token{interval}."]
-    if "gold_nll" in metrics:
-        lines.append(f"Gold NLL {metrics['gold_nll']:.4f}, top-1 agreement {metrics['top1_agreement']:.1%}")
-        lines[-1] += f", {metrics['examples']} examples." if "examples" in metrics else "."
+    kl = metrics.kl_forward
+    interval = f" (95 % interval {kl.ci95[0]:.4f} to {kl.ci95[1]:.4f})" if kl.ci95 else ""
+    lines = [f"On the {metrics.split} rows: forward KL {kl.mean:.4f} nats per gold token{interval}."]
+    if metrics.gold_nll is not None:
+        lines.append(f"Gold NLL {metrics.gold_nll:.4f}, top-1 agreement {metrics.top1_agreement:.1%}")
+        lines[-1] += f", {metrics.examples} examples." if metrics.examples is not None else "."
     lines.append(
         "Forward KL is from the base under the original template to the base behind this context; 0 is no difference."
     )
-    if source.run is not None and (floor := source.run.board.get("noise_floor")):
-        lines.append(f"Nothing below the noise floor, {floor['kl_forward']:.1e}, means anything.")
+    if source.run is not None and source.run.board is not None:
+        floor = source.run.board.noise_floor.kl_forward
+        lines.append(f"Nothing below the noise floor, {floor:.1e}, means anything.")
     return " ".join(lines)
 
 

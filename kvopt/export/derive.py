@@ -17,7 +17,7 @@ from kvopt.contexts.adapter import read_record
 from kvopt.contexts.context import KVContext
 from kvopt.contexts.folder import TensorContext, load_context, save_context
 from kvopt.contexts.moving import WAYS, WITH_ROWS, Way, joined, moved, shortened
-from kvopt.contexts.provenance import NAME
+from kvopt.documents.context_record import FILE_NAME, ContextFacts, ContextOrigin, OriginSource, RecordedScores
 from kvopt.errors import InputError
 from kvopt.export.source import Source, open_source
 from kvopt.run.run import Run
@@ -35,7 +35,7 @@ def move(context: str, offset: int, out: Path | None = None, *, base: str | None
     if not isinstance(loaded, KVContext):
         raise _not_kv(source, "moved: its positions are those of the prompt it stands in")
     there = moved(loaded, offset, source.base)
-    record = _record("move", [source], {"offset": offset})
+    record = _record(ContextOrigin(operation="move", of=[], offset=offset), [source])
     save_context(there, folder, source.base, frozen=_frozen(source), first=offset, record=record)
     body = offset + loaded.tokens
     return {
@@ -61,7 +61,7 @@ def compose(
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Write ``second`` behind ``first`` as one context; with a config, measure all three. Raises InputError."""
-    if name is not None and not re.fullmatch(NAME, name):
+    if name is not None and not re.fullmatch(FILE_NAME, name):
         raise InputError(
             f"{name!r} is no name", where="--name", mend="give a plain file name; --out says where it goes"
         )
@@ -73,7 +73,7 @@ def compose(
         head, tail = (_load(source, model) for source in sources)
         pair = joined(head, tail, model, name)
         measured = [_measured(run, c) for c in (replace(head, name=sources[0].name), tail, pair)] if run else []
-        record = _record("compose", sources, {}) | _scores(measured)
+        record = _record(ContextOrigin(operation="compose", of=[]), sources, measured)
         save_context(pair, folder, model, frozen=_frozen(sources[0]), record=record)
     return {
         "folder": str(folder),
@@ -125,9 +125,9 @@ def truncate(
         best = KVContext(name, best.states)
         if run:
             measured += [_measured(run, replace(whole, name=source.name)), _measured(run, best)]
-        record = _record("truncate", [source], {"by": way, "chosen_on": "selection" if costs else None})
+        origin = ContextOrigin(operation="truncate", of=[], by=way, chosen_on="selection" if costs else None)
         frozen = min(_frozen(source), tokens)
-        save_context(best, folder, model, frozen=frozen, record=record | _scores(measured))
+        save_context(best, folder, model, frozen=frozen, record=_record(origin, [source], measured))
     return {
         "folder": str(folder),
         "name": name,
@@ -163,13 +163,6 @@ def _measured(run: Run | None, context: TensorContext, split: str = "validation"
     return {"name": context.name, "tokens": context.tokens, "split": split, **run.score(context, split).to_json()}
 
 
-def _scores(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The entry of ``kvopt.json`` for the last row measured, which is the new context's."""
-    if not measured:
-        return {}
-    return {"scores": {measured[-1]["split"]: {k: v for k, v in measured[-1].items() if k not in ("name", "split")}}}
-
-
 def _unmeasured(run: Run | None) -> str:
     return "" if run else " (not measured: give --config)"
 
@@ -195,21 +188,29 @@ def _frozen(source: Source) -> int:
     return int(source.config.get("num_frozen_tokens") or 0)
 
 
-def _record(operation: str, sources: Sequence[Source], facts: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: (sources[0].record or {}).get(key) for key in _KEPT if (sources[0].record or {}).get(key) is not None}
-    origin = {
-        "operation": operation,
-        "of": [{"name": s.name, "content_sha256": (s.record or {}).get("content_sha256")} for s in sources],
-        **facts,
-    }
-    return {**(kept if len(sources) == 1 else {}), "origin": origin}
+def _record(origin: ContextOrigin, sources: Sequence[Source], measured: Sequence[dict[str, Any]] = ()) -> ContextFacts:
+    """What ``kvopt.json`` says of a context that was made of ``sources``; the last row measured is its own."""
+    origin.of = [
+        OriginSource(name=source.name, content_sha256=source.record.content_sha256 if source.record else None)
+        for source in sources
+    ]
+    facts = ContextFacts(origin=origin)
+    if measured:
+        scores = {key: value for key, value in measured[-1].items() if key not in ("name", "split")}
+        facts.scores = {measured[-1]["split"]: RecordedScores.model_validate(scores)}
+    if len(sources) == 1 and (first := sources[0].record) is not None:
+        for name in _KEPT:
+            if (value := getattr(first, name)) is not None:
+                setattr(facts, name, value)
+    return facts
 
 
 def _place(folder: Path, *sources: Source) -> Path:
     """Refuse to write over the sources, or over anything but what one of these commands made."""
     if any(s.folder is not None and folder.resolve() == s.folder.resolve() for s in sources):
         raise InputError("is the context itself", where=str(folder), mend="choose another --out folder")
-    ours = folder.is_dir() and (not any(folder.iterdir()) or (read_record(folder) or {}).get("origin"))
+    record = read_record(folder) if folder.is_dir() else None
+    ours = folder.is_dir() and (not any(folder.iterdir()) or (record is not None and record.origin is not None))
     if folder.exists() and not ours:
         raise InputError(
             "is there already and was not made by move, compose or truncate",

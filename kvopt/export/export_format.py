@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from kvopt.config.faults import build_model
 from kvopt.config.kinds import Family, Options
 from kvopt.config.model import BUILTIN_BASE
+from kvopt.documents.export_record import ExportFacts
 from kvopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Written:
     snippet: str
     library: str
     notes: tuple[str, ...] = ()
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: ExportFacts = field(default_factory=ExportFacts)
 
 
 class ExportFormat(Options):

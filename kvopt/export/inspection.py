@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from kvopt.contexts.adapter import STUDENT, check_finite, kind_of, read_tensor
+from kvopt.documents.export_record import ExportRecord
+from kvopt.documents.student_record import StudentRecord
+from kvopt.documents.validated import validated_record
 from kvopt.errors import InputError
 from kvopt.export.source import open_source
 from kvopt.storage.files import read_json
@@ -43,12 +46,13 @@ def _folder_of(spec: str) -> Path:
 
 def _context(folder: Path) -> dict[str, Any]:
     source = open_source(str(folder), base="unknown")
-    config, record = source.config, source.record or {}
+    config, record = source.config, source.record
     tensor = read_tensor(folder)
     check_finite(tensor, folder)
-    history = record.get("history") or []
-    best = min(history, key=lambda point: point["held_out_kl"]) if history else None
-    by = f"kvopt {record.get('kvopt_version', '(unknown version)')}"
+    known = record.to_json() if record else {}
+    history = known.get("history") or []
+    best = record.best_point if record else None
+    by = f"kvopt {known.get('kvopt_version', '(unknown version)')}"
     return {
         "what": "context",
         "folder": str(folder),
@@ -57,27 +61,28 @@ def _context(folder: Path) -> dict[str, Any]:
         "tokens": tensor.shape[0],
         "bytes": tensor.numel() * tensor.element_size(),
         "peft_type": config["peft_type"],
-        "base": record.get("base") or {"name": config.get("base_model_name_or_path")},
-        "written_by": by if source.record else "not kvopt (its base cannot be checked)",
-        "positions": record.get("positions") or {"first": 0, "body": tensor.shape[0]},
+        "base": known.get("base") or {"name": config.get("base_model_name_or_path")},
+        "written_by": by if record else "not kvopt (its base cannot be checked)",
+        "positions": known.get("positions") or {"first": 0, "body": tensor.shape[0]},
         "template_tokens": source.template_tokens,
-        "settings": record.get("settings"),
-        "origin": record.get("origin"),
-        "metrics": source.metrics,
-        "best": best,
+        "settings": known.get("settings"),
+        "origin": known.get("origin"),
+        "metrics": source.metrics.to_json() if source.metrics else None,
+        "best": best.to_json() if best else None,
         "start": history[0] if history else None,
     }
 
 
 def _export(folder: Path) -> dict[str, Any]:
-    facts = read_json(folder / EXPORT)
+    path = folder / EXPORT
+    facts = read_json(path)
     if missing := [key for key in ("to", "name", "kind", "base", "summary", "snippet") if key not in facts]:
-        raise InputError(f"has no {missing[0]!r}", where=str(folder / EXPORT), mend="export it again")
-    return {"what": "export", "folder": str(folder), **facts}
+        raise InputError(f"has no {missing[0]!r}", where=str(path), mend="export it again")
+    return {"what": "export", "folder": str(folder), **validated_record(ExportRecord, facts, path).to_json()}
 
 
 def _student(folder: Path) -> dict[str, Any]:
-    facts = read_json(folder / STUDENT)
+    facts = validated_record(StudentRecord, read_json(folder / STUDENT), folder / STUDENT).to_json()
     history = facts.get("history") or []
     adapter = (folder / "adapter_config.json").is_file()
     known = ("name", "method", "base", "contexts", "settings", "steps", "epochs", "kvopt_version")

@@ -20,10 +20,15 @@ from kvopt.base.identity import check_base, config_sha256, tokenizer_sha256
 from kvopt.base.loading import Base, load_base, load_tokenizer, locate
 from kvopt.config.model import ModelConfig
 from kvopt.contexts.adapter import adapter_config, check_finite, kind_of, read_record, read_tensor
+from kvopt.documents.context_record import ContextRecord
+from kvopt.documents.export_record import ContextMetrics
+from kvopt.documents.leaderboard_file import LeaderboardDocument, LeaderboardRow, UnreportedMutation
+from kvopt.documents.part import ContextKind
+from kvopt.documents.scores_file import MeanKL, SplitScores
+from kvopt.documents.validated import read_leaderboard
 from kvopt.errors import InputError
 from kvopt.mutate.mutation import read_mutations
-from kvopt.report.reading import read_board
-from kvopt.storage.files import read_json, write_bytes
+from kvopt.storage.files import write_bytes
 from kvopt.task.render import Renderer
 from kvopt.task.template import Template
 from kvopt.task.template_files import configured_template
@@ -38,23 +43,25 @@ class RunFacts:
     base: str
     chat_kwargs: Mapping[str, Any]
     scope: str
-    board: dict[str, Any]
+    board: LeaderboardDocument | None = None
 
-    def row(self, name: str) -> dict[str, Any] | None:
+    def row(self, name: str) -> LeaderboardRow | UnreportedMutation | None:
         """The context's row of the leaderboard, None where it has none."""
-        rows = [*self.board.get("contexts", []), *self.board.get("other_mutations", [])]
-        return next((row for row in rows if row["name"] == name), None)
+        rows: list[LeaderboardRow | UnreportedMutation] = []
+        if self.board is not None:
+            rows = [*self.board.contexts, *self.board.other_mutations]
+        return next((row for row in rows if row.name == name), None)
 
-    def metrics(self, name: str) -> dict[str, Any] | None:
-        """``{"split", "kl_forward", …}`` of the context: on the validation rows, or on the selection rows for a
-        mutation that was scored there alone; None where it has no row.
+    def metrics(self, name: str) -> ContextMetrics | None:
+        """How good the context is: on the validation rows, or on the selection rows for a mutation that was scored
+        there alone; None where it has no row.
         """
         row = self.row(name)
-        if row is None:
+        if row is None or self.board is None:
             return None
-        if "kl_forward" in row:
-            return {"split": self.board.get("split", "validation"), **_numbers(row)}
-        return {"split": self.board.get("selected_on", "selection"), **_numbers(row["selection"])}
+        if isinstance(row, LeaderboardRow):
+            return _metrics(self.board.split, row)
+        return _metrics(self.board.selected_on, row.selection)
 
 
 @dataclass(frozen=True)
@@ -70,11 +77,11 @@ class Source:
     """
 
     name: str
-    kind: str
+    kind: ContextKind
     base_name: str
     folder: Path | None = None
     config: dict[str, Any] = field(default_factory=dict)
-    record: dict[str, Any] | None = None
+    record: ContextRecord | None = None
     template: Template | None = None
     run: RunFacts | None = None
 
@@ -93,7 +100,7 @@ class Source:
         """Slots; for text, the tokens that the leaderboard gives."""
         if self.kind == "text":
             row = self.run.row(self.name) if self.run else None
-            return row["tokens"] if row else None
+            return row.tokens if row else None
         return self.tensor.shape[0]
 
     @cached_property
@@ -107,7 +114,7 @@ class Source:
 
         A soft prompt is prefilled, and a moved context moved back: both load the base.
         """
-        first = int(((self.record or {}).get("positions") or {}).get("first", 0))
+        first = self.record.first_position if self.record else 0
         if self.kind == "soft" or first:
             from kvopt.contexts.folder import load_context
             from kvopt.contexts.moving import states_of
@@ -124,27 +131,24 @@ class Source:
     @property
     def template_tokens(self) -> int | None:
         """Tokens of the original template that the context stands for, None where nothing says it."""
-        known = (self.record or {}).get("template_tokens") or (
-            self.run.board.get("template_tokens") if self.run else None
-        )
-        return int(known) if known else None
+        known = self.record.template_tokens if self.record else None
+        return known or (self.run.board.template_tokens if self.run and self.run.board else None) or None
 
     @property
     def scope(self) -> str:
         """What the context replaces: static text before the first slot (leading), or all of it."""
-        return str((self.record or {}).get("scope") or (self.run.scope if self.run else "leading"))
+        return (self.record.scope if self.record else None) or (self.run.scope if self.run else "leading")
 
     @cached_property
-    def metrics(self) -> dict[str, Any] | None:
-        """How good it is: ``{"split", "kl_forward", …}`` of the leaderboard, else of its own record, else None."""
+    def metrics(self) -> ContextMetrics | None:
+        """How good it is: by the leaderboard, else by its own record, else None."""
         return (self.run.metrics(self.name) if self.run else None) or recorded_metrics(self.record)
 
     def check_base(self) -> None:
         """Compare the base that was chosen with the one that the context's record names, by their configuration and
         tokenizer, which needs no weights. Raises InputError for another one.
         """
-        stored = (self.record or {}).get("base") or {}
-        if not stored:
+        if self.record is None or self.record.base is None:
             return
         model = ModelConfig(base=self.base_name)
         tokenizer, _ = load_tokenizer(model)
@@ -152,7 +156,7 @@ class Source:
             "config": config_sha256(locate(self.base_name, None, lambda line: None)),
             "tokenizer": tokenizer_sha256(tokenizer),
         }
-        check_base(self.record or {}, self.base_name, found, self._folder())
+        check_base(self.record.base, self.base_name, found, self._folder())
 
     def body_example(self) -> str | None:
         """The prompt's text behind the context, slots left as ``{{name}}``; None where the template is not known."""
@@ -174,21 +178,27 @@ class Source:
         return self.folder
 
 
-def recorded_metrics(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def recorded_metrics(record: ContextRecord | None) -> ContextMetrics | None:
     """What ``kvopt.json`` says of a context's quality: its scores, else the best point of its learning curve."""
-    record = record or {}
-    for split, numbers in (record.get("scores") or {}).items():
-        return {"split": split, **_numbers(numbers)}
-    history = record.get("history") or []
-    if not history:
+    if record is None:
         return None
-    best = min(history, key=lambda point: point["held_out_kl"])
-    return {"split": "selection", "kl_forward": {"mean": best["held_out_kl"], "ci95": None}, "step": best["step"]}
+    for split, scores in (record.scores or {}).items():
+        return _metrics(split, scores)
+    best = record.best_point
+    if best is None:
+        return None
+    return ContextMetrics(split="selection", kl_forward=MeanKL(mean=best.held_out_kl, ci95=None), step=best.step)
 
 
-def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
-    wanted = ("kl_forward", "gold_nll", "top1_agreement", "examples", "gold_tokens")
-    return {name: row[name] for name in wanted if name in row}
+def _metrics(split: str, scores: SplitScores) -> ContextMetrics:
+    return ContextMetrics(
+        split=split,
+        kl_forward=scores.kl_forward,
+        gold_nll=scores.gold_nll,
+        top1_agreement=scores.top1_agreement,
+        examples=scores.examples,
+        gold_tokens=scores.gold_tokens,
+    )
 
 
 def open_source(spec: str, *, base: str | None = None) -> Source:
@@ -219,9 +229,9 @@ def _learned(folder: Path, run: RunFacts | None, base: str | None) -> Source:
     if run is None and parent.name == "contexts" and (parent.parent / "manifest.json").is_file():
         with suppress(InputError):  # the context stands without its run
             run = read_run(parent.parent)
-    name = (record or {}).get("name") or folder.resolve().name
-    stored = ((record or {}).get("base") or {}).get("name") or config.get("base_model_name_or_path")
-    chosen = base or stored
+    name = record.name if record else folder.resolve().name
+    recorded = record.base.name if record and record.base else None
+    chosen = base or recorded or config.get("base_model_name_or_path")
     if not chosen:
         raise InputError("does not name its base", where=str(folder), mend="give it with --base")
     return Source(name, kind_of(config), chosen, folder=folder, config=config, record=record, run=run)
@@ -255,10 +265,8 @@ def read_run(folder: Path) -> RunFacts:
     if not path.is_file():
         raise InputError("is not a run directory", where=str(folder), mend="it has no config.yaml")
     config, base_dir = load_config(path)
-    board: dict[str, Any] = {}
-    if (folder / "leaderboard.json").is_file():
-        read_board(folder / "leaderboard.json")
-        board = read_json(folder / "leaderboard.json")
+    place = folder / "leaderboard.json"
+    board = read_leaderboard(place) if place.is_file() else None
     template = configured_template(config.template, base_dir)[0]
     return RunFacts(folder, template, config.model.base, config.template.chat_kwargs, config.template.scope, board)
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvopt.documents.export_record import ExportRecord
+from kvopt.documents.part import BaseIdentity
 from kvopt.errors import InputError
 from kvopt.export.card import card
 from kvopt.export.export_format import Written, chosen_format, export_formats, refuse_kind
@@ -53,31 +55,32 @@ def export(
     _check_place(folder, source)
     with replacing_directory(folder) as place:
         written = chosen.write(source, place)
-        facts = _facts(source, to, written)
-        write_json(place / RECORD, facts)
+        record = _record(source, to, written)
+        write_json(place / RECORD, record.to_json())
         write_text(place / "README.md", card(source, to, written))
-    return {"folder": str(folder), **facts}
+    return {"folder": str(folder), **record.to_json()}
 
 
-def _facts(source: Source, to: str, written: Written) -> dict[str, Any]:
-    record = source.record or {}
-    return {
-        "format_version": FORMAT_VERSION,
-        "kvopt_version": VERSION,
-        "to": to,
-        "name": source.name,
-        "kind": source.kind,
-        "tokens": source.tokens,
-        "base": record.get("base") or {"name": source.base_name},
-        "template_sha256": record.get("template_sha256") or (source.template.sha256 if source.template else None),
-        "data_sha256": record.get("data_sha256"),
-        "content_sha256": record.get("content_sha256"),
-        "template_tokens": source.template_tokens,
-        "metrics": source.metrics,
-        "summary": written.summary,
-        **written.facts,
-        "snippet": written.snippet,
-    }
+def _record(source: Source, to: str, written: Written) -> ExportRecord:
+    of_context = source.record.given() if source.record else {}
+    template = source.template.sha256 if source.template else None
+    return ExportRecord(
+        format_version=FORMAT_VERSION,
+        kvopt_version=VERSION,
+        to=to,
+        name=source.name,
+        kind=source.kind,
+        tokens=source.tokens,
+        base=of_context.get("base") or BaseIdentity(name=source.base_name),
+        template_sha256=of_context.get("template_sha256") or template,
+        data_sha256=of_context.get("data_sha256"),
+        content_sha256=of_context.get("content_sha256"),
+        template_tokens=source.template_tokens,
+        metrics=source.metrics,
+        summary=written.summary,
+        **written.facts.given(),
+        snippet=written.snippet,
+    )
 
 
 def _check_place(folder: Path, source: Source) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,14 @@ from kvopt.base.generate import answer_text, generate
 from kvopt.base.loading import Base
 from kvopt.base.prefix import Prefix, gold_hidden
 from kvopt.contexts import Context, NoContext
+from kvopt.documents.leaderboard_file import NamedContext
+from kvopt.documents.samples_file import (
+    ContextTokens,
+    LikelyToken,
+    ReferenceTokens,
+    SampledExample,
+    SamplesDocument,
+)
 from kvopt.kernels import Head
 from kvopt.measure.reference import Reference
 from kvopt.measure.score import TokenScores
@@ -77,7 +84,7 @@ def collect(
     *,
     stop: frozenset[int],
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> SamplesDocument:
     """The document of ``samples.json``, without its key.
 
     Args:
@@ -98,17 +105,17 @@ def collect(
     head = _float_head(base.head)
     stored = [reference.hidden([examples[index].id]).to(base.device) for index in rows]
     p = [_top(head, hidden, ids, limits.top_k) for hidden, ids in zip(stored, gold, strict=True)]
-    documents: list[dict[str, Any]] = [
-        {
-            "id": examples[index].id,
-            "place": name,
-            "values": examples[index].values,
-            "output": examples[index].output,
-            "gold": [token_text(base, token) for token in ids[:GOLD_LIMIT]],
-            "gold_tokens": len(ids),
-            "reference": {"nll": nll, "top": [tokens_json(base, row) for row in top]},
-            "contexts": {},
-        }
+    sampled = [
+        SampledExample(
+            id=examples[index].id,
+            place=name,
+            values=dict(examples[index].values),
+            output=examples[index].output,
+            gold=[token_text(base, token) for token in ids[:GOLD_LIMIT]],
+            gold_tokens=len(ids),
+            reference=ReferenceTokens(nll=nll, top=[likely_tokens(base, row) for row in top]),
+            contexts={},
+        )
         for (index, name), ids, (nll, top) in zip(chosen, gold, p, strict=True)
     ]
     for shown in (original, *others):
@@ -116,20 +123,20 @@ def collect(
             prefix = shown.context.prefix(base)
         answers = _answers(base, prefix, shown.bodies, rows, limits.max_new_tokens, stop)
         tops = [None] * len(rows) if shown is original else _would_say(base, prefix, shown, rows, head, limits.top_k)
-        for document, index, answer, top in zip(documents, rows, answers, tops, strict=True):
-            document["contexts"][shown.context.name] = _of_row(base, shown.scores, index, answer, top)
+        for example, index, answer, top in zip(sampled, rows, answers, tops, strict=True):
+            example.contexts[shown.context.name] = _of_row(base, shown.scores, index, answer, top)
         if progress:
             progress(1)
-    return {
-        "split": "validation",
-        "contexts": [
-            {"name": s.context.name, "kind": s.context.kind, "tokens": s.context.tokens} for s in (original, *others)
+    return SamplesDocument(
+        split="validation",
+        contexts=[
+            NamedContext(name=s.context.name, kind=s.context.kind, tokens=s.context.tokens) for s in (original, *others)
         ],
-        "ranked_by": [s.context.name for s in ranking],
-        "rows": len(order),
-        "max_new_tokens": limits.max_new_tokens,
-        "examples": documents,
-    }
+        ranked_by=[s.context.name for s in ranking],
+        rows=len(order),
+        max_new_tokens=limits.max_new_tokens,
+        examples=sampled,
+    )
 
 
 Top = list[tuple[int, float]]
@@ -137,19 +144,19 @@ Top = list[tuple[int, float]]
 
 def _of_row(
     base: Base, scores: TokenScores, index: int, answer: str | None, top: Sequence[Top | None] | None
-) -> dict[str, Any]:
+) -> ContextTokens:
     """What ``samples.json`` holds of one context on one example."""
     start = int(scores.counts[:index].sum())
     part = slice(start, start + min(int(scores.counts[index]), GOLD_LIMIT))
-    document: dict[str, Any] = {
-        "kl": [round(v, DIGITS) for v in scores.kl[part].tolist()],
-        "nll": [round(v, DIGITS) for v in scores.nll[part].tolist()],
-        "agree": scores.agree[part].tolist(),
-        "answer": answer,
-    }
+    tokens = ContextTokens(
+        kl=[round(v, DIGITS) for v in scores.kl[part].tolist()],
+        nll=[round(v, DIGITS) for v in scores.nll[part].tolist()],
+        agree=scores.agree[part].tolist(),
+        answer=answer,
+    )
     if top is not None:
-        document["top"] = [row and tokens_json(base, row) for row in top]
-    return document
+        tokens.top = [None if row is None else likely_tokens(base, row) for row in top]
+    return tokens
 
 
 def _would_say(
@@ -196,8 +203,8 @@ def _answers(
     return [answer_text(base, ids) for ids in answers]
 
 
-def tokens_json(base: Base, row: Top) -> list[dict[str, Any]]:
-    return [{"token": token_text(base, token), "p": round(p, DIGITS)} for token, p in row]
+def likely_tokens(base: Base, row: Top) -> list[LikelyToken]:
+    return [LikelyToken(token=token_text(base, token), p=round(p, DIGITS)) for token, p in row]
 
 
 def token_text(base: Base, token: int) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from kvopt.base.loading import Base
 from kvopt.base.prefix import Prefix, gold_states
 from kvopt.contexts.context import Context
+from kvopt.documents.scores_file import ForwardKL, SplitScores
 from kvopt.kernels import Head, KLOptions, linear_scores
 from kvopt.measure.bootstrap import bounds, drawn_rows
 from kvopt.measure.reference import Reference
@@ -75,20 +76,21 @@ class Score:
     examples: int
     gold_tokens: int
 
+    @property
+    def document(self) -> SplitScores:
+        """These numbers as documents hold them."""
+        return SplitScores(
+            kl_forward=ForwardKL(mean=self.kl_forward.mean, ci95=self.kl_forward.ci95, p95=self.kl_forward_p95),
+            gold_nll=self.gold_nll.mean,
+            gold_nll_ci95=self.gold_nll.ci95,
+            top1_agreement=self.top1_agreement,
+            examples=self.examples,
+            gold_tokens=self.gold_tokens,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The entries of ``kvopt score --json``."""
-        return {
-            "kl_forward": {"mean": self.kl_forward.mean, "ci95": _pair(self.kl_forward), "p95": self.kl_forward_p95},
-            "gold_nll": self.gold_nll.mean,
-            "gold_nll_ci95": _pair(self.gold_nll),
-            "top1_agreement": self.top1_agreement,
-            "examples": self.examples,
-            "gold_tokens": self.gold_tokens,
-        }
-
-
-def _pair(interval: Interval) -> list[float] | None:
-    return None if interval.ci95 is None else list(interval.ci95)
+        return self.document.to_json()
 
 
 def score_tokens(

@@ -7,15 +7,16 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from kvopt.documents.leaderboard_file import LeaderboardDocument
+from kvopt.documents.scores_file import SplitScores
 from kvopt.report.choice import on_selection, rivals
-from kvopt.report.reading import Board, Scores
 
 FEWEST = 3
 CHANCE = 0.05  # p-value above which a correlation is not told apart from chance
 ALIKE, SOME = 0.7, 0.3  # rank correlations from which on two orders are called alike, or partly so
 
 
-def rank_agreements(board: Board) -> list[dict[str, Any]]:
+def rank_agreements(board: LeaderboardDocument) -> list[dict[str, Any]]:
     """Spearman's ρ and Kendall's τ-b with their p-values over mutations on the selection rows, and over all contexts
     but the original and "no context" on the validation rows.
 
@@ -29,7 +30,7 @@ def rank_agreements(board: Board) -> list[dict[str, Any]]:
     ]
 
 
-def _agreement(over: str, split: str, scored: Sequence[tuple[str, Scores]]) -> dict[str, Any]:
+def _agreement(over: str, split: str, scored: Sequence[tuple[str, SplitScores]]) -> dict[str, Any]:
     points = [{"name": n, "kl_forward": s.kl_forward.mean, "gold_nll": s.gold_nll} for n, s in scored]
     values: dict[str, float | None] = dict.fromkeys(("spearman", "spearman_p", "kendall", "kendall_p"))
     if len(points) >= FEWEST:

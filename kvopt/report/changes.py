@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvopt.report.reading import Row, RunFiles
+from kvopt.documents.leaderboard_file import LeaderboardRow
+from kvopt.report.reading import RunFiles
 
 RENDERING = ("template.chat_kwargs", "template.end_token")
 
@@ -129,7 +130,7 @@ def _results(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
     return found
 
 
-def _apart(rows: Sequence[Row]) -> bool | None:
+def _apart(rows: Sequence[LeaderboardRow]) -> bool | None:
     """Whether some two intervals have nothing in common; None without intervals."""
     intervals = [row.kl_forward.ci95 for row in rows]
     known = [interval for interval in intervals if interval is not None]

@@ -5,41 +5,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kvopt.report.reading import Board, Row, Scores
+from kvopt.documents.leaderboard_file import LeaderboardDocument, LeaderboardRow
+from kvopt.documents.scores_file import SplitScores
 
 BUILT_IN = ("original", "none")
 KEPT = 0.9  # of the way from no context to the template: what a shorter context must keep to be advised
 SHORTER = 0.75  # of the template's tokens: what counts as shorter
 
 
-def rivals(board: Board) -> list[Row]:
+def rivals(board: LeaderboardDocument) -> list[LeaderboardRow]:
     """The contexts that are compared (not the original, nor "no context"), lowest forward KL first."""
     rows = [row for row in board.contexts if row.name not in BUILT_IN]
     return sorted(rows, key=lambda row: (row.kl_forward.mean, row.name))
 
 
-def on_selection(board: Board) -> list[tuple[str, Scores]]:
+def on_selection(board: LeaderboardDocument) -> list[tuple[str, SplitScores]]:
     """Every mutation with its numbers on the rows that it was chosen by."""
     reported = [(row.name, row.selection) for row in board.contexts if row.selection is not None]
     return [*reported, *((row.name, row.selection) for row in board.other_mutations)]
 
 
-def pareto_front(rows: Sequence[Row]) -> list[Row]:
+def pareto_front(rows: Sequence[LeaderboardRow]) -> list[LeaderboardRow]:
     """Those that no other beats in both tokens and KL, shortest first."""
-    front: list[Row] = []
+    front: list[LeaderboardRow] = []
     for row in sorted(rows, key=lambda row: (row.tokens, row.kl_forward.mean, row.name)):
         if not front or row.kl_forward.mean < front[-1].kl_forward.mean:
             front.append(row)
     return front
 
 
-def share_kept(row: Row, board: Board) -> float | None:
+def share_kept(row: LeaderboardRow, board: LeaderboardDocument) -> float | None:
     """1 − KL / KL of no context: how much of the template's effect a context keeps; None without "no context"."""
     bare = next((r.kl_forward.mean for r in board.contexts if r.name == "none"), None)
     return 1 - row.kl_forward.mean / bare if bare and bare > 0 else None
 
 
-def advice(board: Board) -> dict[str, Any]:
+def advice(board: LeaderboardDocument) -> dict[str, Any]:
     """``closest`` and ``shorter`` (names or None), ``ties`` (names not separable from the closest), ``sentences``."""
     rows = rivals(board)
     if not rows:
@@ -79,7 +80,7 @@ def advice(board: Board) -> dict[str, Any]:
     }
 
 
-def _lead(advised: Row | None, closest: Row, board: Board) -> str:
+def _lead(advised: LeaderboardRow | None, closest: LeaderboardRow, board: LeaderboardDocument) -> str:
     if advised is None:
         return f"{closest.name} is closest to the template: {_distance(closest)} with {_tokens(closest)}."
     kept = share_kept(advised, board)
@@ -88,31 +89,31 @@ def _lead(advised: Row | None, closest: Row, board: Board) -> str:
     return f"{advised.name} keeps the template's behaviour to {_distance(advised)} with {words}{bare}."
 
 
-def _is_closest(closest: Row, ties: Sequence[Row]) -> str:
+def _is_closest(closest: LeaderboardRow, ties: Sequence[LeaderboardRow]) -> str:
     if not ties:
         return f"{closest.name} is closest"
     return f"{closest.name} is closest, though not separable from {_list(ties)}"
 
 
-def _not_separable(closest: Row, ties: Sequence[Row]) -> str:
+def _not_separable(closest: LeaderboardRow, ties: Sequence[LeaderboardRow]) -> str:
     verb = "is" if len(ties) == 1 else "are"
     return f"{_list(ties)} {verb} not separable from {closest.name}: the intervals overlap."
 
 
-def _list(rows: Sequence[Row], most: int = 3) -> str:
+def _list(rows: Sequence[LeaderboardRow], most: int = 3) -> str:
     names = [row.name for row in rows]
     if len(names) > most:
         return f"{', '.join(names[:most])} and {len(names) - most} more"
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _distance(row: Row) -> str:
+def _distance(row: LeaderboardRow) -> str:
     interval = row.kl_forward.ci95
     spread = f" (95 % interval {number(interval[0])}–{number(interval[1])})" if interval else ""
     return f"{number(row.kl_forward.mean)} nats per gold token{spread}"
 
 
-def _tokens(row: Row) -> str:
+def _tokens(row: LeaderboardRow) -> str:
     return f"{row.tokens} token" + ("" if row.tokens == 1 else "s")
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvopt.report.reading import LedgerEntry, RunFiles
+from kvopt.documents.ledger import LedgerEntry
+from kvopt.report.reading import RunFiles
 
 COUNTS = ("seconds", "tokens_in", "tokens_out", "model_calls")
 

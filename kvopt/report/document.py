@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from kvopt.documents.context_record import ContextRecord
+from kvopt.documents.leaderboard_file import LeaderboardRow, UnreportedMutation
 from kvopt.mutate.mutation import Mutation, counts_by_reason
 from kvopt.report.agreement import rank_agreements
 from kvopt.report.changes import compare_runs
@@ -36,17 +38,17 @@ def run_document(run: RunFiles) -> dict[str, Any]:
         "name": board.name,
         "base": board.base,
         "template_tokens": board.template_tokens,
-        "rows": board.rows.model_dump(),
-        "noise_floor": board.noise_floor.model_dump(mode="json"),
+        "rows": board.rows.to_json(),
+        "noise_floor": board.noise_floor.to_json(),
         "advice": advice(board),
         "contexts": _contexts(run),
-        "other_mutations": [row.model_dump(mode="json") for row in board.other_mutations],
+        "other_mutations": [_known(row) for row in board.other_mutations],
         "chosen": _chosen(run),
-        "curves": [one.model_dump(mode="json") for one in run.learned],
+        "curves": [_curve(record) for record in run.learned],
         "mutations": _mutations(run),
         "rank_agreement": rank_agreements(board),
         "samples": run.samples.model_dump(mode="json") if run.samples else None,
-        "evaluations": [one.model_dump(mode="json", exclude_none=True) for one in run.evaluations],
+        "evaluations": [one.model_dump(mode="json", exclude_none=True, exclude_unset=True) for one in run.evaluations],
         "study": run.study.model_dump(mode="json") if run.study else None,
         "manifest": run.manifest,
         "config": run.config,
@@ -60,8 +62,7 @@ def _contexts(run: RunFiles) -> list[dict[str, Any]]:
     front = {row.name for row in pareto_front(rivals(run.board))}
     rows = []
     for row in run.board.contexts:
-        facts = {key: value for key, value in row.model_dump(mode="json").items() if value is not None}
-        facts |= {
+        facts = _known(row) | {
             "pareto": row.name in front,
             "share_kept": share_kept(row, run.board),
             "build": costs.get(row.name),
@@ -69,6 +70,18 @@ def _contexts(run: RunFiles) -> list[dict[str, Any]]:
         }
         rows.append(facts)
     return rows
+
+
+def _known(row: LeaderboardRow | UnreportedMutation) -> dict[str, Any]:
+    """What a row of the leaderboard says; its lineage is there, if only an empty one."""
+    facts = {key: value for key, value in row.to_json().items() if value is not None}
+    return facts | {"lineage": row.lineage.model_dump(exclude_none=True)}
+
+
+def _curve(record: ContextRecord) -> dict[str, Any]:
+    """The record of a learned context with what the page shows of it, known or not."""
+    known = {"settings": record.settings or {}, "best_step": record.best_step}
+    return record.to_json() | known | {"history": [point.model_dump() for point in record.history]}
 
 
 def _of_students(run: RunFiles, context: str) -> dict[str, dict[str, Any]]:

@@ -8,9 +8,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from kvopt.report.evaluation import BASE, Evaluation, Measured, group_table, shown_quantities
+from kvopt.documents.evaluation_file import BASE, EvaluationDocument, GroupEstimate
+from kvopt.documents.part import Estimate
 from kvopt.report.pictures import Mark, interval_strips
 
+GROUPS = ("original", "held-out", "templates", "wordings", "none", "learned")
+ALWAYS = ("gold_nll", "kl_from_base", "top1_agreement")  # quantities of every evaluation
 WORDINGS = ("original", "held-out", "templates")
 
 
@@ -18,14 +21,14 @@ WORDINGS = ("original", "held-out", "templates")
 class StudentsView:
     """The students' part of the page; pictures are None where there is nothing to draw."""
 
-    evaluations: Sequence[Evaluation]
+    evaluations: Sequence[EvaluationDocument]
     tables: Sequence[dict[str, Any]]
     robustness: Sequence[tuple[str, Markup]]
     forgetting: Sequence[tuple[str, Markup]]
     habits: bool
 
 
-def students_view(evaluations: Sequence[Evaluation]) -> StudentsView:
+def students_view(evaluations: Sequence[EvaluationDocument]) -> StudentsView:
     """Tables and pictures of the students of one run."""
     quantities = shown_quantities(evaluations)
     return StudentsView(
@@ -48,7 +51,36 @@ def students_view(evaluations: Sequence[Evaluation]) -> StudentsView:
     )
 
 
-def _robustness(evaluations: Sequence[Evaluation], quantity: str, id: str) -> Markup | None:
+def shown_quantities(evaluations: Sequence[EvaluationDocument]) -> list[str]:
+    """Headlines of all evaluations, then what every evaluation has, as far as it was measured."""
+    headlines = dict.fromkeys(name for one in evaluations for name in one.headlines)
+    by_group = [group.quantities for one in evaluations for group in one.groups]
+    known = {name for quantities in by_group for name, value in quantities.items() if value.mean is not None}
+    return [
+        *(name for name in headlines if name in known),
+        *(name for name in ALWAYS if name in known and name not in headlines),
+    ]
+
+
+def group_table(evaluations: Sequence[EvaluationDocument], quantity: str) -> dict[str, Any]:
+    """``groups`` (those that exist), and for each student a row: name, a value by group, and the wordings' spread."""
+    groups = [name for name in GROUPS if any(one.group(name) for one in evaluations)]
+    rows = []
+    for one in evaluations:
+        values = {name: group.quantities.get(quantity) if (group := one.group(name)) else None for name in groups}
+        wordings = one.group("wordings")
+        rows.append(
+            {
+                "name": one.name,
+                "values": values,
+                "spread": wordings.quantities.get(quantity) if wordings else None,
+                "consistency": wordings.consistency if wordings else None,
+            }
+        )
+    return {"quantity": quantity, "groups": groups, "rows": rows}
+
+
+def _robustness(evaluations: Sequence[EvaluationDocument], quantity: str, id: str) -> Markup | None:
     """Each student's mean over wordings with its interval, and a small mark for each wording."""
     marks = []
     for one in evaluations:
@@ -63,7 +95,7 @@ def _robustness(evaluations: Sequence[Evaluation], quantity: str, id: str) -> Ma
     return interval_strips(marks, f"{quantity} over wordings", quantity, id=id) if marks else None
 
 
-def _forgetting(evaluations: Sequence[Evaluation], name: str, words: str) -> Markup | None:
+def _forgetting(evaluations: Sequence[EvaluationDocument], name: str, words: str) -> Markup | None:
     found = [
         mark
         for one in evaluations
@@ -72,7 +104,7 @@ def _forgetting(evaluations: Sequence[Evaluation], name: str, words: str) -> Mar
     return interval_strips(found, f"Forgetting: {words}", words, id=f"forgetting-{name}", zero=True) if found else None
 
 
-def _mark(label: str, value: Measured | None, dots: tuple[float, ...]) -> Mark | None:
+def _mark(label: str, value: Estimate | GroupEstimate | None, dots: tuple[float, ...]) -> Mark | None:
     if value is None or value.mean is None:
         return None
     low, high = value.ci95 or (None, None)

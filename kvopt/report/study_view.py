@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from kvopt.documents.study_file import ArmResult, CurveFit, ExplainedVariance, OverSeeds, StudyDocument
 from kvopt.report.pictures import Mark, growth_picture, interval_strips
-from kvopt.report.study import Arm, Curve, Explained, OverSeeds, Study
 
 GROUPS = ("original", "held-out", "templates", "none")
 LIKELIHOOD = "gold_nll"
@@ -26,18 +26,18 @@ def compared_paths(headlines: Sequence[str], known: Container[str]) -> list[str]
 class StudyView:
     """The study's part of the page."""
 
-    study: Study
+    study: StudyDocument
     paths: Sequence[str]
-    rows: Sequence[tuple[Arm, Sequence[tuple[OverSeeds | None, bool | None]]]]
+    rows: Sequence[tuple[ArmResult, Sequence[tuple[OverSeeds | None, bool | None]]]]
     compared: Sequence[str]
-    differences: Sequence[tuple[Arm, Sequence[OverSeeds | None]]]
+    differences: Sequence[tuple[ArmResult, Sequence[OverSeeds | None]]]
     robustness: Sequence[tuple[str, Markup]]
     forgetting: Sequence[tuple[str, Markup]]
-    growth: Sequence[tuple[str, Curve, Markup]]
-    explained: Sequence[tuple[str, Explained]]
+    growth: Sequence[tuple[str, CurveFit, Markup]]
+    explained: Sequence[tuple[str, ExplainedVariance]]
 
 
-def study_view(study: Study) -> StudyView:
+def study_view(study: StudyDocument) -> StudyView:
     """Tables and pictures of one study."""
     known = list(dict.fromkeys(path for arm in study.arms for path in arm.values))
     headline = study.headlines[0] if study.headlines else ""
@@ -74,13 +74,13 @@ def study_view(study: Study) -> StudyView:
     )
 
 
-def _cell(arm: Arm, path: str) -> tuple[OverSeeds | None, bool | None]:
+def _cell(arm: ArmResult, path: str) -> tuple[OverSeeds | None, bool | None]:
     """A value, and whether it is separable from the reference arm's (None where that is not known)."""
     against = (arm.against_reference or {}).get(path)
     return arm.values.get(path), against.separable if against else None
 
 
-def _pictures(study: Study, paths: Sequence[str], id: str, *, zero: bool) -> list[tuple[str, Markup]]:
+def _pictures(study: StudyDocument, paths: Sequence[str], id: str, *, zero: bool) -> list[tuple[str, Markup]]:
     found = []
     for position, path in enumerate(paths):
         marks = [mark for arm in study.arms if (mark := _mark(arm, path))]
@@ -93,7 +93,7 @@ def _pictures(study: Study, paths: Sequence[str], id: str, *, zero: bool) -> lis
     return found
 
 
-def _mark(arm: Arm, path: str) -> Mark | None:
+def _mark(arm: ArmResult, path: str) -> Mark | None:
     value = arm.values.get(path)
     if value is None or value.mean is None:
         return None

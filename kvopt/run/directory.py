@@ -16,9 +16,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+
+from pydantic import ValidationError
 
 from kvopt.console.progress import Progress
+from kvopt.documents.ledger import LedgerEntry
+from kvopt.documents.manifest import RunManifest
+from kvopt.documents.validated import first_fault
 from kvopt.errors import InputError
 from kvopt.kernels.memory import peak_resident
 from kvopt.storage.files import canonical_json, remove_partials, write_error, write_json
@@ -33,7 +37,7 @@ class RunDirectory:
     """One run's folder. Use it inside ``with run.locked():``."""
 
     path: Path
-    manifest: dict[str, Any] = field(default_factory=dict)
+    manifest: RunManifest = field(default_factory=RunManifest)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -83,35 +87,32 @@ class RunDirectory:
         try:
             manifest = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
-            raise InputError(
-                f"is damaged: {error}", where=str(path), mend="delete it; what depends on it is computed again"
-            ) from None
+            raise _damaged(path, str(error)) from None
         if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
             raise InputError(
                 "was not written by this version of kvopt", where=str(path), mend="choose another --out folder"
             )
-        self.manifest = manifest
+        try:
+            self.manifest = RunManifest.model_validate(manifest)
+        except ValidationError as error:
+            raise _damaged(path, ": ".join(first_fault(error))) from None
 
-    def describe(self, **facts: Any) -> None:
-        """Record what the run stands on: hashes, versions, seed, device."""
-        self.manifest = {
-            "format_version": FORMAT_VERSION,
-            "kvopt_version": VERSION,
-            "versions": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "transformers", "peft", "tokenizers", "safetensors")},
-            },
-            **facts,
-            "stages": self.manifest.get("stages", {}),
-        }
+    def describe(self, manifest: RunManifest) -> None:
+        """Record what the run stands on: hashes, seed and device as given, and the versions; the stages stay."""
+        libraries = ("torch", "transformers", "peft", "tokenizers", "safetensors")
+        manifest.format_version = FORMAT_VERSION
+        manifest.kvopt_version = VERSION
+        manifest.versions = {"python": platform.python_version(), **{name: version(name) for name in libraries}}
+        manifest.stages = self.manifest.stages
+        self.manifest = manifest
         self.write_manifest()
 
     def write_manifest(self) -> None:
-        write_json(self / "manifest.json", self.manifest)
+        write_json(self / "manifest.json", self.manifest.to_json())
 
     def begin(self, stage: str, key: str, *artefacts: str) -> None:
         """Before a stage works: when its key changed, its old artefacts go, so nothing of another job is taken up."""
-        stages = self.manifest.setdefault("stages", {})
+        stages = self.manifest.stages
         if stages.get(stage) != key:
             for name in artefacts:
                 target = self / name
@@ -119,37 +120,33 @@ class RunDirectory:
                     shutil.rmtree(target)
                 else:
                     target.unlink(missing_ok=True)
-            stages[stage] = key
+            self.manifest.stages = stages | {stage: key}
             self.write_manifest()
 
     def keep_stages(self, names: set[str]) -> None:
         """Forget stages that the config no longer has."""
-        stages = self.manifest.get("stages", {})
-        self.manifest["stages"] = {name: stages[name] for name in sorted(stages) if name in names}
+        stages = self.manifest.stages
+        self.manifest.stages = {name: stages[name] for name in sorted(stages) if name in names}
         self.write_manifest()
 
     @contextlib.contextmanager
-    def ledger(self, stage: str, **facts: Any) -> Iterator[dict[str, Any]]:
-        """Time a stage; the block may add counts (tokens_in, tokens_out, model_calls) to the entry, which is written
-        at its end, unless the block finds that there was nothing to do and sets ``entry["nothing_new"]``.
+    def ledger(self, stage: str) -> Iterator[LedgerEntry]:
+        """Time a stage; the block may set counts (tokens_in, tokens_out, model_calls, …) of the entry, which is written
+        at its end, unless the block finds that there was nothing to do and calls ``entry.leave_out()``.
         """
-        entry: dict[str, Any] = {"stage": stage, **facts}
+        entry = LedgerEntry(stage=stage, outcome="interrupted", seconds=0.0)
         start = time.perf_counter()
-        outcome = "interrupted"
         try:
             yield entry
-            outcome = "done"
+            entry.outcome = "done"
         except Exception:
-            outcome = "failed"
+            entry.outcome = "failed"
             raise
         finally:
-            entry |= {
-                "outcome": outcome,
-                "seconds": round(time.perf_counter() - start, 3),
-                "peak_memory_bytes": peak_resident(),
-            }
-            if not entry.get("nothing_new"):
-                self._append_to_ledger((canonical_json(entry) + "\n").encode("utf-8"))
+            entry.seconds = round(time.perf_counter() - start, 3)
+            entry.peak_memory_bytes = peak_resident()
+            if not entry.is_left_out:
+                self._append_to_ledger((canonical_json(entry.to_json()) + "\n").encode("utf-8"))
 
     def _append_to_ledger(self, line: bytes) -> None:
         """Add a whole line or nothing; a full disk must not hide what else went wrong, nor stop a run that goes on."""
@@ -174,3 +171,7 @@ class Workspace:
     def say(self) -> Callable[[str], None]:
         """Gets a line for each stage."""
         return self.progress.say
+
+
+def _damaged(path: Path, what: str) -> InputError:
+    return InputError(f"is damaged: {what}", where=str(path), mend="delete it; what depends on it is computed again")

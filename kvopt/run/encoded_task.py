@@ -10,6 +10,7 @@ from kvopt.base.generate import stop_ids
 from kvopt.base.loading import Base
 from kvopt.config.document import Config
 from kvopt.contexts.context import Context, NoContext, TextContext
+from kvopt.documents.leaderboard_file import MutationLineage
 from kvopt.errors import InputError
 from kvopt.mutate.mutation import Mutation
 from kvopt.run.inputs import Inputs
@@ -116,21 +117,24 @@ class EncodedTask:
         """No template at all."""
         return NoContext("none", self.encoder.bos())
 
-    def text_context(self, name: str, template: Template, lineage: dict[str, Any] | None = None) -> TextContext:
+    def text_context(self, name: str, template: Template, lineage: MutationLineage | None = None) -> TextContext:
         """A text context, encoded for selection and validation rows. Raises SeamError when gold ids change under it."""
         scored = (*self.dataset.selection, *self.dataset.validation)
         gold = {example.id: self.gold[example.id] for example in scored}
         encoded = self.encoder.encode(template, scored, gold=gold, window=self.base.geometry.window)
-        return TextContext(name, template, encoded, lineage or {})
+        return TextContext(name, template, encoded, lineage)
 
     def mutation_context(self, mutation: Mutation) -> TextContext:
         """An accepted mutation as a context. Raises SeamError as :meth:`text_context`."""
         if mutation.template is None or mutation.name is None:
             raise ValueError("a rejected mutation is no context")
-        lineage = {
-            "id": mutation.id, "family": mutation.family, "operators": list(mutation.operators),
-            "parents": list(mutation.lineage), "seed": mutation.seed,
-        }  # fmt: skip
+        lineage = MutationLineage(
+            id=mutation.id,
+            family=mutation.family,
+            operators=list(mutation.operators),
+            parents=list(mutation.lineage),
+            seed=mutation.seed,
+        )
         return self.text_context(mutation.name, mutation.template, lineage)
 
     def for_training(self, context: TextContext) -> TextContext:

@@ -5,10 +5,21 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from kvopt.contexts.context import Context
+from kvopt.documents.leaderboard_file import (
+    LeaderboardDocument,
+    LeaderboardRow,
+    MutationLineage,
+    NoiseFloor,
+    RowCounts,
+    StoredTemplate,
+    UnreportedMutation,
+)
+from kvopt.documents.part import ContextKind
+from kvopt.documents.scores_file import ScoreLine, SplitScores
 from kvopt.measure.score import Score
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
@@ -38,112 +49,123 @@ class Entry:
     """
 
     name: str
-    kind: str
+    kind: ContextKind
     tokens: int
     score: Score | None
     selection: Score | None = None
-    lineage: dict[str, Any] = field(default_factory=dict)
+    lineage: MutationLineage | None = None
 
     @classmethod
     def of(cls, context: Context, score: Score | None, selection: Score | None = None) -> Entry:
         """The entry of a context."""
-        lineage = getattr(context, "lineage", {})
+        lineage = getattr(context, "lineage", None)
         return cls(context.name, context.kind, context.tokens, score, selection, lineage)
 
-    def to_json(self) -> dict[str, Any]:
-        """As in ``leaderboard.json`` and ``kvopt score --json``."""
-        row: dict[str, Any] = {"name": self.name, "kind": self.kind, "tokens": self.tokens}
-        if self.score is not None:
-            row |= self.score.to_json()
+    def row(self) -> LeaderboardRow:
+        """As in ``leaderboard.json``, of a context that was scored on the validation rows."""
+        if self.score is None:
+            raise ValueError(f"{self.name} has no score on the validation rows")
+        row = LeaderboardRow(name=self.name, kind=self.kind, tokens=self.tokens, **dict(self.score.document))
         if self.selection is not None:
-            row["selection"] = self.selection.to_json()
-        return row | ({"lineage": self.lineage} if self.lineage else {})
+            row.selection = self.selection.document
+        if self.lineage is not None:
+            row.lineage = self.lineage
+        return row
+
+    def unreported(self) -> UnreportedMutation:
+        """As in ``leaderboard.json``, of a mutation that was scored on the selection rows alone."""
+        if self.selection is None:
+            raise ValueError(f"{self.name} has no score on the selection rows")
+        scores = self.selection.document
+        mutation = UnreportedMutation(name=self.name, kind=self.kind, tokens=self.tokens, selection=scores)
+        if self.lineage is not None:
+            mutation.lineage = self.lineage
+        return mutation
 
 
-def build_leaderboard(
-    entries: Sequence[Entry], unreported: Sequence[Entry], noise_floor: dict[str, Any], facts: dict[str, Any]
-) -> dict[str, Any]:
-    """The document of ``leaderboard.json``: contexts by forward KL, lowest first.
+def ranked_rows(entries: Sequence[Entry]) -> list[LeaderboardRow]:
+    """The contexts that have a score, by forward KL, lowest first.
 
     ``separable_from_best`` says whether a context's interval lies wholly above that of the best one (the original is
     not compared with); None where there are no intervals, because a single row gives none.
     """
-    reported = sorted((e for e in entries if e.score is not None), key=lambda e: (e.score.kl_forward.mean, e.name))  # type: ignore[union-attr]
-    rivals = [e for e in reported if e.name != "original"]
-    best = rivals[0].score.kl_forward.ci95 if rivals and rivals[0].score else None
-    rows = []
-    for entry in reported:
-        row = entry.to_json()
-        mine = entry.score.kl_forward.ci95 if entry.score else None
-        if entry.name != "original" and entry is not rivals[0]:
-            row["separable_from_best"] = mine[0] > best[1] if best and mine else None
-        rows.append(row)
-    return {
-        **facts,
-        "noise_floor": noise_floor,
-        "contexts": rows,
-        "other_mutations": [entry.to_json() for entry in unreported],
-    }
+    rows = [entry.row() for entry in entries if entry.score is not None]
+    rows.sort(key=lambda row: (row.kl_forward.mean, row.name))
+    rivals = [row for row in rows if row.name != "original"]
+    best = rivals[0].kl_forward.ci95 if rivals else None
+    for row in rivals[1:]:
+        interval = row.kl_forward.ci95
+        row.separable_from_best = interval[0] > best[1] if best and interval else None
+    return rows
+
+
+def build_leaderboard(
+    task: EncodedTask, entries: Sequence[Entry], unreported: Sequence[Entry], noise_floor: NoiseFloor
+) -> LeaderboardDocument:
+    """The leaderboard of some contexts of a task."""
+    return LeaderboardDocument(
+        name=task.config.name,
+        base=task.base.name,
+        template_tokens=len(task.encoded.prefix),
+        rows=RowCounts(**{split: len(rows) for split, rows in _parts(task).items()}),
+        split="validation",
+        selected_on="selection",
+        noise_floor=noise_floor,
+        contexts=ranked_rows(entries),
+        other_mutations=[entry.unreported() for entry in unreported],
+    )
 
 
 def make_leaderboard(
     task: EncodedTask,
     entries: Sequence[Entry],
     unreported: Sequence[Entry],
-    noise_floor: dict[str, Any],
+    noise_floor: NoiseFloor,
     at: Workspace,
-) -> dict[str, Any]:
-    """Write ``leaderboard.json``, ``leaderboard.csv`` and ``scores.jsonl``; return the first document."""
-    board = build_leaderboard(entries, unreported, noise_floor, report_facts(task))
-    write_json(at.directory / "leaderboard.json", board)
-    out = io.StringIO(newline="")
-    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in [*board["contexts"], *board["other_mutations"]]:
-        writer.writerow(_flat(row))
-    write_text(at.directory / "leaderboard.csv", out.getvalue())
-    write_jsonl(at.directory / "scores.jsonl", _score_rows([*entries, *unreported]))
+) -> LeaderboardDocument:
+    """Write ``leaderboard.json``, ``leaderboard.csv`` and ``scores.jsonl``; return the first document, which tells runs
+    apart by the template's text and a hash of each part's rows.
+    """
+    board = build_leaderboard(task, entries, unreported, noise_floor)
+    board.template = StoredTemplate.model_validate(task.template.to_json())
+    board.rows_sha256 = {
+        split: sha256_json([[e.values, e.output] for e in rows]) for split, rows in _parts(task).items()
+    }
+    write_json(at.directory / "leaderboard.json", board.to_json())
+    write_text(at.directory / "leaderboard.csv", _as_csv([*board.contexts, *board.other_mutations]))
+    write_jsonl(at.directory / "scores.jsonl", [line.to_json() for line in _score_lines([*entries, *unreported])])
     return board
 
 
-def board_facts(task: EncodedTask) -> dict[str, Any]:
-    """What a leaderboard says about its run."""
-    return {
-        "name": task.config.name,
-        "base": task.base.name,
-        "template_tokens": len(task.encoded.prefix),
-        "rows": {split: len(getattr(task.dataset, split)) for split in SPLITS},
-        "split": "validation",
-        "selected_on": "selection",
-    }
+def _parts(task: EncodedTask) -> dict[str, Sequence[Any]]:
+    return {split: getattr(task.dataset, split) for split in SPLITS}
 
 
-def report_facts(task: EncodedTask) -> dict[str, Any]:
-    """:func:`board_facts` with the template's text and a hash of each part's rows, which tell runs apart."""
-    rows_of = {split: getattr(task.dataset, split) for split in SPLITS}
-    hashes = {split: sha256_json([[e.values, e.output] for e in rows]) for split, rows in rows_of.items()}
-    return board_facts(task) | {"template": task.template.to_json(), "rows_sha256": hashes}
+def _score_lines(entries: Sequence[Entry]) -> list[ScoreLine]:
+    return [
+        ScoreLine(context=entry.name, kind=entry.kind, tokens=entry.tokens, split=split, **dict(score.document))
+        for entry in entries
+        for split, score in (("validation", entry.score), ("selection", entry.selection))
+        if score is not None
+    ]
 
 
-def _score_rows(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """The lines of ``scores.jsonl``."""
-    rows = []
-    for entry in entries:
-        facts = {"context": entry.name, "kind": entry.kind, "tokens": entry.tokens}
-        for split, score in (("validation", entry.score), ("selection", entry.selection)):
-            if score is not None:
-                rows.append({**facts, "split": split, **score.to_json()})
-    return rows
+def _as_csv(rows: Sequence[LeaderboardRow | UnreportedMutation]) -> str:
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        facts: dict[str, Any] = {"name": row.name, "kind": row.kind, "tokens": row.tokens}
+        if isinstance(row, LeaderboardRow):
+            facts |= _columns(row) | {"separable_from_best": row.separable_from_best}
+        if row.selection is not None:
+            facts["selection_kl_forward"] = row.selection.kl_forward.mean
+        writer.writerow(facts | {"operators": " > ".join(row.lineage.operators)})
+    return out.getvalue()
 
 
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    flat = {
-        name: row.get(name) for name in ("name", "kind", "tokens", "gold_nll", "top1_agreement", "separable_from_best")
-    }
-    if kl := row.get("kl_forward"):
-        low, high = kl["ci95"] or (None, None)
-        flat |= {"kl_forward": kl["mean"], "kl_forward_low": low, "kl_forward_high": high, "kl_forward_p95": kl["p95"]}
-    if selection := row.get("selection"):
-        flat["selection_kl_forward"] = selection["kl_forward"]["mean"]
-    flat["operators"] = " > ".join(row.get("lineage", {}).get("operators", []))
-    return flat
+def _columns(scores: SplitScores) -> dict[str, Any]:
+    kl = scores.kl_forward
+    low, high = kl.ci95 or (None, None)
+    columns = {"kl_forward": kl.mean, "kl_forward_low": low, "kl_forward_high": high, "kl_forward_p95": kl.p95}
+    return columns | {"gold_nll": scores.gold_nll, "top1_agreement": scores.top1_agreement}

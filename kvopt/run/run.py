@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -24,6 +23,8 @@ from kvopt.config.names import ContextName, unknown_context
 from kvopt.console.progress import Progress
 from kvopt.contexts.context import Context, TextContext
 from kvopt.contexts.folder import TensorContext, load_context
+from kvopt.documents.leaderboard_file import LeaderboardDocument, NoiseFloor
+from kvopt.documents.manifest import RunManifest
 from kvopt.errors import InputError
 from kvopt.measure.moments import StoredMoments, drop_moments
 from kvopt.measure.reference import Reference
@@ -125,16 +126,17 @@ class Run:
         self._warn_of_windows(task)
         resolved = yaml.safe_dump(self.inputs.resolved(), sort_keys=False, allow_unicode=True)
         write_text(self.directory / "config.yaml", RESOLVED + resolved)
-        self.directory.describe(
+        manifest = RunManifest(
             seed=self.config.seed,
             device=str(base.device),
             threads=torch.get_num_threads(),
             dtype=str(base.dtype).removeprefix("torch."),
-            base={"name": base.name, **base.identity},
+            base=base.document,
             template_sha256=task.template.sha256,
             data_sha256=task.dataset.sha256,
             tokens_sha256=task.encoded.sha256(),
         )
+        self.directory.describe(manifest)
 
     def _warn_of_windows(self, task: EncodedTask) -> None:
         sliding = task.base.geometry.sliding_window
@@ -258,7 +260,7 @@ class Run:
         """Per-token arrays of :meth:`score`."""
         return scoring.token_scores(self.task(), self.reference(), context, split, self.at)
 
-    def noise_floor(self) -> dict[str, Any]:
+    def noise_floor(self) -> NoiseFloor:
         """Forward KL of the original against itself through another batching."""
         return scoring.noise_floor(self.task(), self.reference(), self.at)
 
@@ -273,7 +275,7 @@ class Run:
 
     # ---- all of it
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> LeaderboardDocument:
         """All stages; returns the leaderboard as written to ``leaderboard.json``."""
         best = self.config.score.best
         entries = self.entries()
@@ -282,7 +284,7 @@ class Run:
         top = [context for context, _ in self.ranked_mutations()[: min(1, best)]]
         samples = make_samples(self.task(), self.reference(), top, self.learned(), self.token_scores, self.at)
         stage_names = {"reference", *(f"contexts/{c.name}" for c in self.config.contexts)}
-        stage_names |= {name for name in self.directory.manifest.get("stages", {}) if name.startswith("students/")}
+        stage_names |= {name for name in self.directory.manifest.stages if name.startswith("students/")}
         stage_names |= {"samples"} if samples else set()
         self.directory.keep_stages(stage_names | ({"mutations"} if self.config.mutations.count else set()))
         self._drop_stale()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
 
 from kvopt.console.progress import advance
 from kvopt.contexts.context import Context, TextContext
 from kvopt.contexts.folder import TensorContext
+from kvopt.documents.samples_file import SamplesDocument
+from kvopt.documents.validated import read_document
+from kvopt.errors import InputError
 from kvopt.measure.reference import Reference
 from kvopt.measure.samples import GOLD_LIMIT, SampleLimits, Shown, collect
 from kvopt.measure.score import TokenScores
@@ -20,11 +21,10 @@ from kvopt.storage.files import sha256_json, write_json
 SAMPLES = "samples.json"
 
 
-def read_samples(at: Workspace) -> dict[str, Any] | None:
+def read_samples(at: Workspace) -> SamplesDocument | None:
     """The stored samples with their key; None where there are none that can be read."""
-    with suppress(OSError, ValueError):
-        stored = json.loads((at.directory / SAMPLES).read_text("utf-8"))
-        return stored if isinstance(stored, dict) else None
+    with suppress(InputError):
+        return read_document(SamplesDocument, at.directory / SAMPLES)
     return None
 
 
@@ -35,7 +35,7 @@ def make_samples(
     learned: Sequence[TensorContext],
     scores: Callable[[Context], TokenScores],
     at: Workspace,
-) -> dict[str, Any] | None:
+) -> SamplesDocument | None:
     """Samples of the original, the ``best`` mutations, the learned contexts with the lowest KL, and no context at all;
     as they are stored where nothing changed, None when the config wants none.
 
@@ -60,13 +60,14 @@ def make_samples(
     key = sha256_json([reference.key, task.dataset.sha256, vars(limits), facts, size, sorted(ends), GOLD_LIMIT])
     at.directory.begin("samples", key, SAMPLES)
     stored = read_samples(at)
-    if stored is not None and stored.get("key") == key:
+    if stored is not None and stored.key == key:
         return stored
     with at.directory.ledger("samples") as entry, at.progress.bar("samples", 1 + len(others), "context") as bar:
         document = collect(
             task.base, reference, original, others, task.dataset.validation, limits, stop=ends, progress=advance(bar)
         )
         fed = [s.context.tokens + sum(map(len, s.bodies.rows)) // len(s.bodies.rows) for s in (original, *others)]
-        entry |= {"tokens_in": sum(fed) * len(document["examples"]), "contexts": len(fed)}
-    write_json(at.directory / SAMPLES, {"key": key, **document})
-    return {"key": key, **document}
+        entry.tokens_in, entry.contexts = sum(fed) * len(document.examples), len(fed)
+    document.key = key
+    write_json(at.directory / SAMPLES, document.to_json())
+    return document

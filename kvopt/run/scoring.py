@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from kvopt.contexts.context import Context
+from kvopt.documents.leaderboard_file import NoiseFloor
 from kvopt.measure.reference import Reference
 from kvopt.measure.score import Score, TokenScores, score_tokens, summarize
 from kvopt.run.directory import Workspace
@@ -24,7 +23,8 @@ def token_scores(
     path = at.directory / "scores" / f"{name}.{split}.b{batch_size}.safetensors"
     if stored_key(path) == key:
         return TokenScores.read(path)
-    with at.directory.ledger(f"scores/{name}.{split}", tokens_in=context.tokens + sum(map(len, rows.rows))):
+    with at.directory.ledger(f"scores/{name}.{split}") as entry:
+        entry.tokens_in = context.tokens + sum(map(len, rows.rows))
         scores = score_tokens(task.base, context, rows, reference, batch_size=batch_size)
     scores.write(path, key)
     return scores
@@ -36,16 +36,12 @@ def score(task: EncodedTask, reference: Reference, context: Context, split: str,
     return summarize(scores, seed=task.config.seed, resamples=task.config.score.resamples)
 
 
-def noise_floor(task: EncodedTask, reference: Reference, at: Workspace) -> dict[str, Any]:
+def noise_floor(task: EncodedTask, reference: Reference, at: Workspace) -> NoiseFloor:
     """Forward KL of the original against itself through another batching: nothing below it means anything."""
     sizes = [task.config.reference.batch_size, max(1, task.config.score.batch_size // 3)]
     scores = token_scores(task, reference, task.original, "validation", at, sizes[1])
     kl = summarize(scores, resamples=task.config.score.resamples).kl_forward
-    return {
-        "kl_forward": abs(kl.mean),
-        "batch_sizes": sizes,
-        "dtype": str(task.base.dtype).removeprefix("torch."),
-    }
+    return NoiseFloor(kl_forward=abs(kl.mean), batch_sizes=sizes, dtype=str(task.base.dtype).removeprefix("torch."))
 
 
 def drop_other_scores(reference: Reference, at: Workspace) -> None:

@@ -5,9 +5,8 @@ What is there and belongs to the same inputs is taken from there, so an interrup
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 from kvopt.base.completion import local_completion
 from kvopt.config.contexts import ContextConfig
@@ -15,6 +14,7 @@ from kvopt.console.progress import advance, step_reporter
 from kvopt.contexts.adapter import read_record
 from kvopt.contexts.context import KVContext, SoftContext, TextContext
 from kvopt.contexts.folder import TensorContext, load_context, save_context
+from kvopt.documents.context_record import ContextFacts, LearningPoint
 from kvopt.errors import InputError
 from kvopt.learn.descent import optimize
 from kvopt.learn.start_task import StartTask, initial_tensor
@@ -49,7 +49,8 @@ def make_reference(task: EncodedTask, at: Workspace) -> Reference:
     with suppress(InputError):  # not there or not whole: what is missing is computed now
         return read_reference(task, at)
     rows = task.encoded.rows
-    with at.directory.ledger("reference", rows=len(rows)) as entry, at.progress.bar("reference", len(rows)) as bar:
+    with at.directory.ledger("reference") as entry, at.progress.bar("reference", len(rows)) as bar:
+        entry.rows = len(rows)
         reference = build_reference(
             task.base,
             task.original.prefix(task.base),
@@ -58,10 +59,8 @@ def make_reference(task: EncodedTask, at: Workspace) -> Reference:
             batch_size=batch_size,
             progress=advance(bar),
         )
-        entry |= {
-            "tokens_in": len(task.encoded.prefix) + sum(map(len, rows)),
-            "gold_tokens": task.encoded.gold_tokens,
-        }
+        entry.tokens_in = len(task.encoded.prefix) + sum(map(len, rows))
+        entry.gold_tokens = task.encoded.gold_tokens
     return reference
 
 
@@ -72,10 +71,12 @@ def make_moments(task: EncodedTask, reference: Reference, at: Workspace) -> Stor
     rows = task.rows("train").rows
     moments = StoredMoments(reference, [row.example_id for row in rows])
     with (
-        at.directory.ledger("reference/moments", rows=len(rows)) as entry,
+        at.directory.ledger("reference/moments") as entry,
         at.progress.bar("moments", len(rows)) as bar,
     ):
-        entry |= {} if moments.build(task.base.head, advance(bar)) else {"nothing_new": True}
+        entry.rows = len(rows)
+        if not moments.build(task.base.head, advance(bar)):
+            entry.leave_out()
     return moments
 
 
@@ -113,8 +114,12 @@ def make_mutations(task: EncodedTask, at: Workspace) -> list[Mutation]:
             journal=journal,
             progress=lambda mutation: advance(bar)(int(mutation.accepted)),
         )
-        entry |= {"accepted": sum(m.accepted for m in tried), "tried": len(tried), **usage}
-        entry |= {"nothing_new": True} if 0 < len(tried) <= before else {}
+        entry.accepted, entry.tried = sum(m.accepted for m in tried), len(tried)
+        entry.model_calls, entry.tokens_in, entry.tokens_out = (
+            usage[name] for name in ("model_calls", "tokens_in", "tokens_out")
+        )
+        if 0 < len(tried) <= before:
+            entry.leave_out()
     at.say(summary(tried, section))
     return tried
 
@@ -175,7 +180,7 @@ def make_learned(
     )
     folder = at.directory / "contexts" / config.name
     record = read_record(folder) if folder.is_dir() else None
-    if record is not None and record.get("key") == key:
+    if record is not None and record.key == key:
         return load_context(folder, task.base)
     checkpoint = at.directory / ".state" / f"{config.name}.safetensors"
     at.directory.begin(f"contexts/{config.name}", key, f"contexts/{config.name}")
@@ -197,30 +202,29 @@ def make_learned(
             key=key,
             report=step_reporter(bar),
         )
-        entry |= {
-            "steps": descent.steps,
-            "tokens_in": descent.steps * config.batch_size * sum(map(len, train.rows)) // len(train.rows),
-        }
+        entry.steps = descent.steps
+        entry.tokens_in = descent.steps * config.batch_size * sum(map(len, train.rows)) // len(train.rows)
     context: TensorContext = (
         KVContext(config.name, descent.tensor) if config.kind == "kv" else SoftContext(config.name, descent.tensor)
     )
-    facts = {
-        "key": key,
-        "template_sha256": task.template.sha256,
-        "data_sha256": task.dataset.sha256,
-        "reference_key": reference.key,
-        "scope": task.config.template.scope,
-        "template_tokens": len(task.encoded.prefix),
-        "objective": "forward KL[p(.|V,C) || p(.|V,C')] per gold token",
-        "settings": settings | {"seed": seed, "init": config.init},
-        "best_step": descent.step,
-        "history": descent.history,
-    }
+    facts = ContextFacts(
+        key=key,
+        template_sha256=task.template.sha256,
+        data_sha256=task.dataset.sha256,
+        reference_key=reference.key,
+        scope=task.config.template.scope,
+        template_tokens=len(task.encoded.prefix),
+        objective="forward KL[p(.|V,C) || p(.|V,C')] per gold token",
+        settings=settings | {"seed": seed, "init": config.init},
+        best_step=descent.step,
+        history=[LearningPoint.model_validate(point) for point in descent.history],
+    )
     save_context(context, folder, task.base, frozen=min(config.frozen, tokens), record=facts)
     checkpoint.unlink(missing_ok=True)
     return context
 
 
-def learning_history(name: str, at: Workspace) -> list[Mapping[str, Any]]:
+def learning_history(name: str, at: Workspace) -> list[LearningPoint]:
     """Train and held-out KL by step of a learned context, as its folder says."""
-    return (read_record(at.directory / "contexts" / name) or {}).get("history", [])
+    record = read_record(at.directory / "contexts" / name)
+    return record.history if record else []

@@ -63,7 +63,7 @@ def test_it_is_scored_beside_our_own_contexts_and_gone_on_with(how: str, tmp_pat
         (theirs,) = run.stored_contexts(str(adapter))
         (more,) = run.stored_contexts("more")
         kl = {c.name: run.score(c, "selection").kl_forward.mean for c in (theirs, more)}
-        history = learning_history(more.name, run.at)
+        history = [point.to_json() for point in learning_history(more.name, run.at)]
         score = run.score(theirs).kl_forward.mean
     rows = {row["name"]: row["kl_forward"]["mean"] for row in board["contexts"]}
     assert rows["theirs"] == pytest.approx(score, rel=1e-6), "with steps: 0 it stands on the leaderboard as it is"

@@ -18,6 +18,7 @@ from kvopt.base.prefix import run_bodies
 from kvopt.config.contexts import Init
 from kvopt.contexts import KVContext, SoftContext, save_context
 from kvopt.contexts.folder import TensorContext
+from kvopt.documents.context_record import ContextFacts
 from kvopt.learn.start_task import StartTask, initial_tensor
 from kvopt.task.seam import Row, make_batch
 from tests.tasks import Task
@@ -38,7 +39,7 @@ def perturbed(task: Task, kind: Kind, tokens: int) -> TensorContext:
 def saved(task: Task, kind: Kind, folder: Path, tokens: int = 6) -> TensorContext:
     """A context of that kind in ``folder``."""
     context = perturbed(task, kind, tokens)
-    save_context(context, folder, task.base, frozen=1, record={"template_tokens": len(task.encoded.prefix)})
+    save_context(context, folder, task.base, frozen=1, record=ContextFacts(template_tokens=len(task.encoded.prefix)))
     return context
 
 

@@ -10,26 +10,27 @@ from random import Random
 import pytest
 import yaml
 
+from kvopt.documents.leaderboard_file import LeaderboardDocument
 from kvopt.report import report_of
 from kvopt.report.agreement import in_words, rank_agreements
 from kvopt.report.changes import compare_runs, flatten
 from kvopt.report.choice import advice, number, pareto_front, rivals
 from kvopt.report.costs import build_costs
-from kvopt.report.reading import Board, read_run, read_runs
+from kvopt.report.reading import read_run, read_runs
 from kvopt.report.worddiff import WORD, _stretches, diff
 from tests.report.made import change, leaderboard, row, score, write_run
 
 
-def board(*rows: dict, **changes: object) -> Board:
+def board(*rows: dict, **changes: object) -> LeaderboardDocument:
     document = leaderboard() | {"contexts": list(rows), "other_mutations": []} | changes
-    return Board.model_validate(document)
+    return LeaderboardDocument.model_validate(document)
 
 
 NONE = row("none", "text", 0, 1.0)
 
 
 def test_the_advice_names_the_shorter_context_first_and_then_the_closest():
-    found = advice(Board.model_validate(leaderboard()))
+    found = advice(LeaderboardDocument.model_validate(leaderboard()))
     assert (found["closest"], found["shorter"], found["ties"]) == ("kv-full", "kv-16", ["m002"])
     lead, then = found["sentences"]
     assert lead == (
@@ -67,7 +68,7 @@ def test_a_run_without_contexts_gives_no_advice():
 
 
 def test_the_pareto_front_has_what_nothing_beats_in_both():
-    names = [r.name for r in pareto_front(rivals(Board.model_validate(leaderboard())))]
+    names = [r.name for r in pareto_front(rivals(LeaderboardDocument.model_validate(leaderboard())))]
     assert names == ["kv-16", "kv-full"]
 
 

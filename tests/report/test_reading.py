@@ -13,7 +13,7 @@ from kvopt.errors import InputError
 from kvopt.measure.score import Interval, Score
 from kvopt.report import report_of, write_report
 from kvopt.report.reading import read_run, read_runs
-from kvopt.run.leaderboard import Entry, build_leaderboard
+from kvopt.run.leaderboard import Entry, ranked_rows
 from tests.report.made import change, leaderboard, write_run
 
 
@@ -109,7 +109,7 @@ def test_a_run_with_one_validation_row_has_a_report_without_intervals(run: Path,
 
 def test_without_intervals_nothing_is_called_inseparable():
     one, two = (Entry(name, "kv", 4, score, None) for name, score in (("a", alone(0.1)), ("b", alone(0.2))))
-    rows = build_leaderboard([two, one], [], {"kl_forward": 0.0, "dtype": "float32"}, {})["contexts"]
+    rows = [row.to_json() for row in ranked_rows([two, one])]
     assert [(row["name"], row.get("separable_from_best")) for row in rows] == [("a", None), ("b", None)]
 
 

@@ -67,7 +67,7 @@ def test_probabilities_and_ranks_are_those_of_plain_transformers(base: Base, tmp
     ]
     document = collect(
         base, task.reference, pair[0], pair[1:], task.examples, SampleLimits(2, 3, 4), stop=frozenset({-1})
-    )
+    ).to_json()
     assert [e["place"] for e in document["examples"]] == ["worst", "best"]
     for example in document["examples"]:
         index = next(i for i, e in enumerate(task.examples) if e.id == example["id"])

@@ -15,6 +15,7 @@ from kvopt.base.generate import generate, stop_ids
 from kvopt.config.names import ContextName
 from kvopt.config.students import StudentConfig
 from kvopt.contexts import KVContext
+from kvopt.documents.evaluation_file import EvaluationDocument
 from kvopt.errors import InputError
 from kvopt.storage.files import write_json
 from kvopt.train.commands import evaluate_all, evaluator_of, train_chosen
@@ -36,7 +37,7 @@ def evaluated(tmp_path_factory):
     configs = chosen(run.inputs)
     with run.opened():
         train_chosen(run, configs)
-        documents = evaluate_all(run)
+        documents = [document.to_json() for document in evaluate_all(run)]
     return config, place / "out", {document["name"]: document for document in documents}
 
 
@@ -51,7 +52,7 @@ def copied(evaluated, tmp_path):
 def again(config, out, names=(), specs=(), sets=()):
     run = open_evaluated(config, out, sets)
     with run.opened():
-        return evaluate_all(run, names, specs), run
+        return [document.to_json() for document in evaluate_all(run, names, specs)], run
 
 
 def answers_of(out, name, context):
@@ -201,7 +202,8 @@ def test_a_mutation_that_a_teacher_sees_is_not_held_out(tmp_path):
 
 
 def test_quantities_are_shown_as_a_metric_names_them(evaluated):
-    documents = json.loads(json.dumps(list(evaluated[2].values())).replace("rouge-l", "own.[/x]"))
+    renamed = json.loads(json.dumps(list(evaluated[2].values())).replace("rouge-l", "own.[/x]"))
+    documents = [EvaluationDocument.model_validate(document) for document in renamed]
     console = Console(file=io.StringIO(), width=400)
     for table in tables(documents):
         console.print(table)
@@ -386,7 +388,7 @@ def test_a_judge_is_asked_once_for_each_answer_and_again_only_where_it_failed(co
             judge = evaluation.metrics[0]
             assert isinstance(judge, Judge)
             evaluation.__dict__["metrics"] = [judge.through(httpx.MockTransport(handle))]
-            document = evaluation.evaluate(subject(run.task(), "base", run.at))
+            document = evaluation.evaluate(subject(run.task(), "base", run.at)).to_json()
         counts.append(len(asked))
         warnings.append([line for line in run.lines if "judge" in line])
         values.append({q: v["mean"] for q, v in document["contexts"][0]["quantities"].items() if q.startswith("judge")})

@@ -128,3 +128,17 @@ def test_each_loss_says_what_the_base_sees() -> None:
     assert [build({"kind": kind}).anchor for kind in ("ce", "dft", "anchored-kl", "asft")] == [
         "none", "none", "original", "same",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_logits_of_both_that_live_at_once_fit_the_bound(rows: int) -> None:
+    seen: list[int] = []
+
+    def formula(logits: Tensor, anchor_logits: Tensor, ids: Tensor) -> Tensor:
+        seen.append(logits.nbytes + anchor_logits.nbytes)
+        return logits.sum(-1)
+
+    bound = 2 * 4 * V * rows
+    replace(case(False), chunk_bytes=bound).over_both_logits(formula)
+    assert max(seen) == bound
+    assert len(seen) == -(-G // rows)

@@ -38,7 +38,7 @@ def students(base, tmp_path_factory):
         with torch.no_grad():
             for parameter in student.trainable().values():
                 parameter += size * torch.randn_like(parameter)
-        save_student(student, place / name, base, {})
+        save_student(student, place / name, base)
         made[name] = place / name
     return made
 
@@ -56,7 +56,7 @@ def test_lines_writes_a_student_whose_update_is_scaled_by_depth(kvopt, students,
         expected = depth_scale(name, 3, 0.2, 0.6) * factors.product()
         torch.testing.assert_close(after.modules[name].product(), expected, rtol=1e-5, atol=1e-8)
     assert load_student(tmp_path / "scaled", base).name == "scaled"
-    record = read_student_record(tmp_path / "scaled")
+    record = read_student_record(tmp_path / "scaled").to_json()
     assert record["made"]["of"][0]["name"] == "a"
 
 
@@ -88,7 +88,7 @@ def test_a_soup_cut_to_a_rank_says_what_it_lost(kvopt, students, tmp_path):
     made = json.loads(out)
     assert made["rank"] == 1
     assert 0 < made["lost"] < 1
-    assert read_student_record(tmp_path / "mixed")["made"]["lost"] == made["lost"]
+    assert read_student_record(tmp_path / "mixed").to_json()["made"]["lost"] == made["lost"]
 
 
 def test_a_soup_of_full_students_is_their_mean(kvopt, students, base, tmp_path):

@@ -226,6 +226,11 @@ def test_modules_are_in_train_mode_again_after_drawing(task: Task) -> None:
 # through a config
 
 
+def trained(run: Run) -> list[dict[str, Any]]:
+    """The records of the run's students."""
+    return [record.to_json() for record in train_students(run) or ()]
+
+
 def run_of(folder: Path, student: dict[str, Any]) -> Run:
     """A run whose only student is ``student``."""
     chosen = {"name": "s", "contexts": ["random-mutations:2"], "steps": 2, "batch_size": 4, "report_to": []} | student
@@ -236,11 +241,11 @@ def run_of(folder: Path, student: dict[str, Any]) -> Run:
 def test_a_config_trains_against_the_base_behind_a_learned_context(tmp_path: Path) -> None:
     loss = {"kind": "on-policy", "max_new_tokens": 4, "divergence": "jsd", "teacher": {"context": "kv-8"}}
     run = run_of(tmp_path, {"loss": loss})
-    [record] = train_students(run)
+    [record] = trained(run)
     assert record["settings"]["loss"]["teacher"] == {"context": "kv-8", "base": None}
     assert (run.directory / "contexts" / "kv-8").is_dir()
     written = (run.directory / "students" / "s" / "adapter_model.safetensors").stat().st_mtime_ns
-    train_students(run)
+    trained(run)
     assert (run.directory / "students" / "s" / "adapter_model.safetensors").stat().st_mtime_ns == written
 
 
@@ -251,7 +256,7 @@ def test_a_larger_teacher_with_the_same_tokenizer_teaches(
     big = save_tiny(tmp_path / "big", "llama", "chatml")
     tiny_model("llama", vocabulary, **change).save_pretrained(big)
     loss = {"kind": "on-policy", "max_new_tokens": 4, "teacher": {"base": str(big)}}
-    [record] = train_students(run_of(tmp_path / "job", {"loss": loss}))
+    [record] = trained(run_of(tmp_path / "job", {"loss": loss}))
     assert record["history"][0]["loss"] > 0.01
 
 
@@ -277,11 +282,11 @@ def test_padding_of_the_vocabulary_is_neither_drawn_nor_compared(task: Task, tmp
 def test_a_teacher_whose_weights_changed_makes_another_student(tmp_path: Path) -> None:
     big = save_tiny(tmp_path / "big", "llama", "chatml")
     loss = {"kind": "on-policy", "max_new_tokens": 4, "teacher": {"base": str(big)}}
-    keys = [train_students(run_of(tmp_path / "job", {"loss": loss}))[0]["key"] for _ in range(2)]
+    keys = [trained(run_of(tmp_path / "job", {"loss": loss}))[0]["key"] for _ in range(2)]
     model = tiny_model("llama", 400)
     model.get_input_embeddings().weight.data.mul_(1.5)
     model.save_pretrained(big)
-    keys += [train_students(run_of(tmp_path / "job", {"loss": loss}))[0]["key"]]
+    keys += [trained(run_of(tmp_path / "job", {"loss": loss}))[0]["key"]]
     assert keys[0] == keys[1] != keys[2]
 
 
@@ -303,14 +308,14 @@ def test_a_teacher_that_cannot_teach_is_refused_before_any_work(
 ) -> None:
     run = run_of(tmp_path, {"loss": {"kind": "on-policy", "teacher": teacher}})
     with pytest.raises(InputError, match=message):
-        train_students(run)
+        trained(run)
     assert not (run.directory / "reference").exists()
 
 
 def test_answers_that_do_not_fit_the_window_are_refused(tmp_path: Path) -> None:
     run = run_of(tmp_path, {"loss": {"kind": "on-policy", "max_new_tokens": 5000}})
     with pytest.raises(InputError, match="5000 new ones do not fit"):
-        train_students(run)
+        trained(run)
 
 
 # going on from another student
@@ -318,14 +323,14 @@ def test_answers_that_do_not_fit_the_window_are_refused(tmp_path: Path) -> None:
 
 def test_a_student_goes_on_from_another(tmp_path: Path) -> None:
     first = run_of(tmp_path / "a", {"learning_rate": 0.01})
-    [record] = train_students(first)
+    [record] = trained(first)
     start = first.directory / "students" / "s"
     second = run_of(tmp_path / "b", {"start": str(start.resolve()), "learning_rate": 1e-12})
-    [later] = train_students(second)
+    [later] = trained(second)
     assert later["history"][0]["loss"] < record["history"][0]["loss"] - 0.01
     again = run_of(tmp_path / "c", {"start": str(start.resolve()), "learning_rate": 1e-12})
-    assert train_students(again)[0]["key"] == later["key"]
-    assert train_students(run_of(tmp_path / "d", {"learning_rate": 1e-12}))[0]["key"] != later["key"]
+    assert trained(again)[0]["key"] == later["key"]
+    assert trained(run_of(tmp_path / "d", {"learning_rate": 1e-12}))[0]["key"] != later["key"]
 
 
 @pytest.mark.parametrize(
@@ -340,18 +345,18 @@ def test_a_student_goes_on_from_another(tmp_path: Path) -> None:
 )
 def test_a_start_that_does_not_fit_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     first = run_of(tmp_path / "a", {})
-    train_students(first)
+    trained(first)
     start = first.directory / "students" / "s"
     with pytest.raises(InputError, match=message):
-        train_students(run_of(tmp_path / "b", {"start": str(start.resolve())} | settings))
+        trained(run_of(tmp_path / "b", {"start": str(start.resolve())} | settings))
 
 
 def test_a_full_student_goes_on_in_float32_where_the_other_stopped(tmp_path: Path) -> None:
     first = run_of(tmp_path / "a", {"method": "full", "learning_rate": 0.01})
-    train_students(first)
+    trained(first)
     folder = first.directory / "students" / "s"
     second = run_of(tmp_path / "b", {"method": "full", "start": str(folder.resolve()), "learning_rate": 1e-30})
-    train_students(second)
+    trained(second)
     base = load_base(ModelConfig(base=str(tiny_folder("llama")), dtype="float32", device="cpu"))
     one, two = load_student(folder, base), load_student(second.directory / "students" / "s", base)
     for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True):
@@ -366,7 +371,7 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path: Path) -> None:
     half = {"name": "half", "method": "full", "half": True, "contexts": ["original"], "epochs": 2}
     chosen = [common | {"name": "s", "loss": loss}, common | half | {"steps": None, "batch_size": 8}]
     config = write_job(tmp_path, lambda c: c.update(students=chosen))
-    one = train_students(Run(*load_config(config), tmp_path / "one", say=lambda line: None, bars=False))
+    one = trained(Run(*load_config(config), tmp_path / "one", say=lambda line: None, bars=False))
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = [sys.executable, *launch, "-m", "kvopt.cli", "train", str(config), "--out", str(tmp_path / "two")]

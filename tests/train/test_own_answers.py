@@ -20,6 +20,11 @@ from tests.jobs import write_job
 CHECK = {"kind": "exact-match", "normalize": ["strip", "case"]}
 
 
+def trained(run: Run) -> list[dict[str, Any]]:
+    """The records of the run's students."""
+    return [record.to_json() for record in train_students(run) or ()]
+
+
 def run_of(folder: Path, **changes: Any) -> Run:
     own = {"accept": [CHECK], "max_new_tokens": 8}
     student = {
@@ -97,11 +102,11 @@ def taken_lengths(before: Pool, after: Pool) -> list[int]:
 
 
 def test_the_base_answers_once_and_the_student_says_how_many_were_taken(tmp_path: Path, answers: list[int]) -> None:
-    [record] = train_students(run_of(tmp_path))
-    [again] = train_students(run_of(tmp_path))
+    [record] = trained(run_of(tmp_path))
+    [again] = trained(run_of(tmp_path))
     assert len(answers) == 1
     assert record["rows_of_own_answers"] == again["rows_of_own_answers"] > 0
-    [plain] = train_students(run_of(tmp_path, own_answers=None))
+    [plain] = trained(run_of(tmp_path, own_answers=None))
     assert plain["rows_of_own_answers"] == 0
     assert plain["key"] != record["key"]
     assert plain["history"] != record["history"]
@@ -109,7 +114,7 @@ def test_the_base_answers_once_and_the_student_says_how_many_were_taken(tmp_path
 
 def test_a_base_that_really_answers_is_taken_at_its_word(tmp_path: Path) -> None:
     own = {"accept": [{"kind": "regex", "pattern": "zzz", "absent": True}], "max_new_tokens": 3}
-    [record] = train_students(run_of(tmp_path, own_answers=own))
+    [record] = trained(run_of(tmp_path, own_answers=own))
     assert 0 <= record["rows_of_own_answers"] <= record["rows"]
 
 
@@ -125,5 +130,5 @@ def test_a_base_that_really_answers_is_taken_at_its_word(tmp_path: Path) -> None
 )
 def test_settings_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        train_students(run_of(tmp_path, **changes))
+        trained(run_of(tmp_path, **changes))
     assert not (tmp_path / "out" / "reference").exists()

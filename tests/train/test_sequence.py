@@ -9,12 +9,14 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 import yaml
 
 from kvopt.config.document import load_config
 from kvopt.config.sequence import load_sequence
+from kvopt.documents.schemas import schema_of
 from kvopt.errors import InputError
 from kvopt.train.gold import gold_nll
 from kvopt.train.sequence.sequence import conduct
@@ -72,7 +74,11 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str
     place = tmp_path_factory.mktemp("sequence")
     path = write_sequence(place)
     config, tasks = load(path, place / "out")
-    return path, place / "out", conduct(config, tasks, place / "out")
+    return path, place / "out", conducted(config, tasks, place / "out")
+
+
+def conducted(config: Any, tasks: list[SequenceTask], out: Path) -> dict[str, Any]:
+    return conduct(config, tasks, out).to_json()
 
 
 def arm_of(document: dict[str, Any], name: str) -> dict[str, Any]:
@@ -92,6 +98,15 @@ def test_r_holds_the_gold_nll_of_every_task_after_every_stage(done: Any) -> None
                 assert value == pytest.approx(gold_nll(model, task.run.task().original, rows).mean, rel=1e-5)
 
 
+def test_the_file_is_valid_under_its_schema(done: Any) -> None:
+    document = json.loads((done[1] / "sequence.json").read_text("utf-8"))
+    assert document == done[2]
+    jsonschema.validate(document, schema_of("sequence"))
+    document["arms"][0]["R"]["gold_nll"][0][0] = "low"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document, schema_of("sequence"))
+
+
 def test_transfer_is_that_of_each_matrix(done: Any) -> None:
     document = done[2]
     assert set(document["headlines"]) <= set(document["quantities"])
@@ -100,7 +115,7 @@ def test_transfer_is_that_of_each_matrix(done: Any) -> None:
         assert list(arm["R"]) == document["quantities"]
         for quantity, matrix in arm["R"].items():
             assert [len(row) for row in matrix] == [2, 2, 2]
-            assert arm["transfer"][quantity] == transfer(matrix).to_json()
+            assert arm["transfer"][quantity] == transfer(matrix).document.to_json()
 
 
 def test_arms_share_the_row_before_training(done: Any) -> None:
@@ -112,11 +127,9 @@ def test_arms_share_the_row_before_training(done: Any) -> None:
 def test_a_stage_starts_from_the_student_of_the_stage_before(done: Any) -> None:
     path, out, _ = done
     _, tasks = load(path, out)
-    record = read_student_record(tasks[1].folder("fixed"))
-    assert record is not None
+    stored = [read_student_record(task.folder("fixed")) for task in tasks]
+    before, record = (one.to_json() for one in stored if one is not None)
     assert record["settings"]["start"] == str(tasks[0].folder("fixed").resolve())
-    before = read_student_record(tasks[0].folder("fixed"))
-    assert before is not None
     assert before["settings"]["start"] is None
     assert record["seed"] == before["seed"] + 1
     base = tasks[0].run.load_base()
@@ -150,7 +163,7 @@ def test_what_is_there_is_not_done_again(done: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(StudentTrainer, "compute_loss", None)
     monkeypatch.setattr("kvopt.train.evaluation.evaluate.generate", None)
     config, tasks = load(path, out)
-    assert conduct(config, tasks, out) == document
+    assert conducted(config, tasks, out) == document
     assert (out / "sequence.json").read_bytes() == before
 
 
@@ -174,17 +187,17 @@ def test_a_killed_and_resumed_sequence_ends_in_the_same_document(
     for _ in range(2):
         config, tasks = load(path, tmp_path / "out")
         with pytest.raises(Killed):
-            conduct(config, tasks, tmp_path / "out")
+            conducted(config, tasks, tmp_path / "out")
         assert not (tmp_path / "out" / "sequence.json").exists()
         torch.manual_seed(1)
     config, tasks = load(path, tmp_path / "out")
-    assert conduct(config, tasks, tmp_path / "out") == document
+    assert conducted(config, tasks, tmp_path / "out") == document
 
 
 def test_a_changed_first_stage_trains_the_stages_behind_it_again(done: Any, tmp_path: Path) -> None:
     path = write_sequence(tmp_path, lambda d: d["arms"].pop())
     config, tasks = load(path, tmp_path / "out")
-    first = conduct(config, tasks, tmp_path / "out")
+    first = conducted(config, tasks, tmp_path / "out")
     again = write_sequence(
         tmp_path,
         lambda d: (
@@ -193,7 +206,7 @@ def test_a_changed_first_stage_trains_the_stages_behind_it_again(done: Any, tmp_
         ),
     )
     config, tasks = load(again, tmp_path / "out")
-    second = conduct(config, tasks, tmp_path / "out")
+    second = conducted(config, tasks, tmp_path / "out")
     hashes = [[s["weights_sha256"] for s in document["arms"][0]["stages"]] for document in (first, second)]
     assert hashes[0][0] != hashes[1][0]
     assert hashes[0][1] != hashes[1][1]
@@ -247,7 +260,7 @@ def test_several_processes_are_refused(done: Any, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("WORLD_SIZE", "2")
     config, tasks = load(done[0], tmp_path)
     with pytest.raises(InputError, match="runs in one process"):
-        conduct(config, tasks, tmp_path)
+        conducted(config, tasks, tmp_path)
 
 
 def test_the_sequence_that_comes_with_kvopt_divides_the_intents_between_its_tasks() -> None:

@@ -17,6 +17,7 @@ from kvopt.base.generate import generate
 from kvopt.base.loading import Base
 from kvopt.base.prefix import gold_hidden
 from kvopt.contexts import KVContext
+from kvopt.documents.student_record import StudentFacts
 from kvopt.errors import InputError, KvoptError
 from kvopt.task.seam import make_batch
 from kvopt.train.student import Student, full_student, load_student, lora_student, save_student, twin
@@ -67,7 +68,7 @@ def test_head_and_backbone_of_a_lora_student_give_its_logits(base: Base) -> None
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_saved_student_is_loaded_as_it_was(base: Base, method: str, tmp_path: Path) -> None:
     student = moved(lora_student(base, "s") if method == "lora" else full_student(base, "s"))
-    save_student(student, tmp_path / "s", base, {"key": "k"})
+    save_student(student, tmp_path / "s", base, StudentFacts(key="k"))
     loaded = load_student(tmp_path / "s", base)
     assert torch.equal(logits(loaded), logits(student.base))
     assert (loaded.name, loaded.tokenizer, loaded.dtype) == ("s", base.tokenizer, base.dtype)
@@ -80,7 +81,7 @@ def test_a_saved_student_is_loaded_as_it_was(base: Base, method: str, tmp_path: 
 def test_a_lora_folder_is_a_plain_peft_adapter(tmp_path: Path) -> None:
     base = tiny_base("llama")
     student = moved(lora_student(base, "s"))
-    save_student(student, tmp_path / "s", base, {})
+    save_student(student, tmp_path / "s", base)
     plain = AutoModelForCausalLM.from_pretrained(tiny_folder("llama"), dtype=torch.float32)
     peft = PeftModel.from_pretrained(plain, tmp_path / "s")
     with torch.no_grad():
@@ -90,7 +91,7 @@ def test_a_lora_folder_is_a_plain_peft_adapter(tmp_path: Path) -> None:
 def test_a_full_folder_is_a_plain_transformers_model(tmp_path: Path) -> None:
     base = tiny_base("llama")
     student = moved(full_student(base, "s"))
-    save_student(student, tmp_path / "s", base, {})
+    save_student(student, tmp_path / "s", base)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "s", dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(plain(input_ids=IDS).logits, logits(student.base))
@@ -99,7 +100,7 @@ def test_a_full_folder_is_a_plain_transformers_model(tmp_path: Path) -> None:
 
 def test_a_student_runs_bodies_behind_contexts_and_answers(tmp_path: Path) -> None:
     task = make_task(tiny_base("llama"), tmp_path / "reference")
-    save_student(moved(lora_student(task.base, "s")), tmp_path / "s", task.base, {})
+    save_student(moved(lora_student(task.base, "s")), tmp_path / "s", task.base)
     student = load_student(tmp_path / "s", task.base)
     g = task.base.geometry
     kv = KVContext("kv", torch.randn(4, g.layers, 2, g.kv_heads, g.head_dim))
@@ -132,7 +133,7 @@ def test_the_initial_adapter_is_a_function_of_the_seed_and_leaves_the_global_str
 def test_saving_twice_gives_the_same_bytes(llama: Base, tmp_path: Path) -> None:
     student = moved(lora_student(llama, "s"))
     for folder in ("a", "b"):
-        save_student(student, tmp_path / folder, llama, {"key": "k"})
+        save_student(student, tmp_path / folder, llama, StudentFacts(key="k"))
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
 
@@ -147,13 +148,13 @@ def test_values_that_are_not_finite_are_not_written(llama: Base, tmp_path: Path)
     student = lora_student(llama, "s")
     next(iter(student.trainable().values())).data[0, 0] = torch.nan
     with pytest.raises(KvoptError, match="not finite"):
-        save_student(student, tmp_path / "s", llama, {})
+        save_student(student, tmp_path / "s", llama)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
 def folder(llama: Base, tmp_path: Path) -> Path:
-    save_student(lora_student(llama, "s"), tmp_path / "s", llama, {})
+    save_student(lora_student(llama, "s"), tmp_path / "s", llama)
     return tmp_path / "s"
 
 

@@ -14,6 +14,9 @@ from rich.console import Console
 from kvopt import cli
 from kvopt.config.document import load_config
 from kvopt.config.students import StudentConfig
+from kvopt.documents.evaluation_file import EvaluationDocument
+from kvopt.documents.student_record import StudentRecord
+from kvopt.documents.study_file import StudyDocument
 from kvopt.errors import InputError, KvoptError
 from kvopt.train.arms import study_arms, trained_students
 from kvopt.train.commands import conduct_study, study_runner
@@ -49,7 +52,7 @@ def loaded(folder, change=None):
 def conducted(config, out):
     run = open_evaluated(config, out)
     with run.opened():
-        return conduct_study(run)
+        return conduct_study(run).to_json()
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +248,8 @@ def test_an_arm_twice_as_fast_gets_twice_the_steps_and_keeps_them(finished, tmp_
         plain, kv, _, timed = study.arms
 
         def result(of, seconds):
-            return Result(of, 0, {"name": of.name, "key": of.name, "steps": 10}, seconds, {}, 0.0, 0.0)
+            record = StudentRecord(name=of.name, key=of.name, steps=10)
+            return Result(of, 0, record, seconds, EvaluationDocument(name=of.name), 0.0, 0.0)
 
         assert study._steps_in_time(timed, 0, {"plain": result(plain, 30.0), "kv": result(kv, 15.0)}) == 20
         assert study._steps_in_time(timed, 0, {"plain": result(plain, 30.0), "kv": result(kv, 99.0)}) == 20
@@ -336,7 +340,7 @@ def test_the_study_that_comes_with_snips_is_a_whole_grid():
 
 
 def test_quantities_are_shown_as_a_metric_names_them(finished):
-    document = json.loads(json.dumps(finished[2]).replace("rouge-l", "own.[/x]"))
+    document = StudyDocument.model_validate_json(json.dumps(finished[2]).replace("rouge-l", "own.[/x]"))
     console = Console(file=io.StringIO(), width=400)
     for table in tables(document):
         console.print(table)

@@ -12,7 +12,7 @@ from kvopt.train.study.values import draws_by_path
 
 
 def test_the_interval_over_three_seeds_is_students():
-    found = over_seeds([0.4, 0.5, 0.6])
+    found = over_seeds([0.4, 0.5, 0.6]).to_json()
     assert found["mean"] == pytest.approx(0.5)
     assert found["std"] == pytest.approx(0.1)
     half = 4.302652729911275 * 0.1 / 3**0.5  # t(0.975, 2) from a table
@@ -20,21 +20,21 @@ def test_the_interval_over_three_seeds_is_students():
 
 
 def test_one_seed_has_no_interval_and_a_missing_value_no_mean():
-    assert over_seeds([0.5]) == {"mean": 0.5, "ci95": None, "std": None, "seeds": [0.5]}
-    assert over_seeds([0.5, None])["mean"] is None
+    assert over_seeds([0.5]).to_json() == {"mean": 0.5, "ci95": None, "std": None, "seeds": [0.5]}
+    assert over_seeds([0.5, None]).to_json()["mean"] is None
 
 
 def test_arms_are_separable_when_their_intervals_do_not_overlap():
     low, high, wide = over_seeds([1.0, 1.1, 0.9]), over_seeds([2.0, 2.1, 1.9]), over_seeds([1.0, 2.0, 3.0])
-    assert compared(low, high)["separable"] is True
-    assert compared(low, wide)["separable"] is False
-    assert compared(high, low)["difference"]["mean"] == pytest.approx(1.0)
-    assert compared(over_seeds([1.0]), over_seeds([2.0]))["separable"] is None
+    assert compared(low, high).to_json()["separable"] is True
+    assert compared(low, wide).to_json()["separable"] is False
+    assert compared(high, low).to_json()["difference"]["mean"] == pytest.approx(1.0)
+    assert compared(over_seeds([1.0]), over_seeds([2.0])).to_json()["separable"] is None
 
 
 def test_a_paired_difference_takes_each_seeds_own():
     a, b = over_seeds([1.0, 5.0, 9.0]), over_seeds([0.5, 4.5, 8.5])
-    found = compared(a, b)
+    found = compared(a, b).to_json()
     assert found["difference"]["ci95"] == pytest.approx([0.5, 0.5])
     assert found["separable"] is False
 
@@ -75,7 +75,7 @@ def points(a, b, c, noise=0.0, seeds=3):
 
 
 def test_the_fit_finds_the_power_law_and_its_interval_holds_it():
-    found = fit_curve(points(-0.3, 0.8, 0.6, noise=0.003))
+    found = fit_curve(points(-0.3, 0.8, 0.6, noise=0.003)).to_json()
     assert found["fit"]["b"] == pytest.approx(0.8, abs=0.2)
     for name, truth in (("a", -0.3), ("b", 0.8), ("c", 0.6)):
         low, high = found["ci95"][name]
@@ -88,8 +88,11 @@ def test_a_curve_that_goes_nowhere_is_told_from_one_that_falls():
     rng = np.random.default_rng(4)
     offsets = [0.0, 0.5, -0.3]  # seeds differ by far more than the curve falls
     falls = {n: [0.05 * (n + 1) ** -0.7 + o + rng.normal() * 0.002 for o in offsets] for n in (0, 1, 2, 4, 8)}
-    assert fit_curve(falls)["p"] < 1e-6
-    flat = [fit_curve({n: [o + rng.normal() * 0.002 for o in offsets] for n in (0, 1, 2, 4, 8)}) for _ in range(60)]
+    assert fit_curve(falls).to_json()["p"] < 1e-6
+    flat = [
+        fit_curve({n: [o + rng.normal() * 0.002 for o in offsets] for n in (0, 1, 2, 4, 8)}).to_json()
+        for _ in range(60)
+    ]
     ps = [found["p"] for found in flat if found["fit"] is not None]
     assert len(ps) > 15
     assert np.mean(np.array(ps) < 0.05) < 0.2
@@ -97,7 +100,7 @@ def test_a_curve_that_goes_nowhere_is_told_from_one_that_falls():
 
 
 def test_exact_points_give_the_exact_law():
-    assert fit_curve(points(0.5, 1.5, 0.2))["fit"] == pytest.approx({"a": 0.5, "b": 1.5, "c": 0.2}, rel=1e-3)
+    assert fit_curve(points(0.5, 1.5, 0.2)).to_json()["fit"] == pytest.approx({"a": 0.5, "b": 1.5, "c": 0.2}, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -110,33 +113,33 @@ def test_exact_points_give_the_exact_law():
     ],
 )
 def test_what_is_no_power_law_gets_no_fit(values):
-    found = fit_curve(values)
+    found = fit_curve(values).to_json()
     assert found["fit"] is None
     assert found["ci95"] is None
 
 
 def test_one_seed_gives_a_fit_without_an_interval():
-    found = fit_curve(points(0.5, 1.5, 0.2, seeds=1))
+    found = fit_curve(points(0.5, 1.5, 0.2, seeds=1)).to_json()
     assert found["fit"] is not None
     assert (found["ci95"], found["converged"]) == (None, None)
 
 
 def test_r2_of_a_line_and_of_noise():
     x = [0.0, 1.0, 2.0, 3.0]
-    assert explained(x, [1.0, 3.0, 5.0, 7.0]) == pytest.approx(
+    assert explained(x, [1.0, 3.0, 5.0, 7.0]).to_json() == pytest.approx(
         {"points": 4, "slope": 2.0, "intercept": 1.0, "r2": 1.0, "p": 0.0}, abs=1e-9
     )
-    assert explained(x, [1.0, -1.0, -1.0, 1.0])["r2"] == pytest.approx(0, abs=1e-12)
+    assert explained(x, [1.0, -1.0, -1.0, 1.0]).to_json()["r2"] == pytest.approx(0, abs=1e-12)
 
 
 def test_r2_needs_three_points_that_differ():
     assert explained([1.0, 2.0], [1.0, 2.0]) is None
     assert explained([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
-    assert explained([1.0, None, 2.0, 3.0], [1.0, 5.0, 2.0, 3.0])["points"] == 3
+    assert explained([1.0, None, 2.0, 3.0], [1.0, 5.0, 2.0, 3.0]).to_json()["points"] == 3
 
 
 def test_two_numbers_of_mutations_give_no_fit_of_three_parameters():
-    found = fit_curve({0: [0.30, 0.31, 0.29], 4: [0.20, 0.22, 0.21]})
+    found = fit_curve({0: [0.30, 0.31, 0.29], 4: [0.20, 0.22, 0.21]}).to_json()
     assert found["fit"] is None
     assert found["ci95"] is None
     assert found["values"]["4"] == [0.20, 0.22, 0.21]

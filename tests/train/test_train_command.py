@@ -54,7 +54,7 @@ def train(job: Path, out: Path, *sets: str, only: tuple[str, ...] = ()) -> list[
     config, base_dir = load_config(job, sets)
     records = train_students(Run(config, base_dir, out, say=lambda line: None, bars=False), only)
     assert records is not None
-    return records
+    return [record.to_json() for record in records]
 
 
 def trained_in(out: Path) -> list[str]:

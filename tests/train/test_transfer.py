@@ -25,7 +25,7 @@ def test_the_three_averages_of_a_matrix_worked_out_by_hand():
 
 
 def test_one_task_has_an_average_and_no_transfer():
-    assert transfer([[0.1], [0.8]]).to_json() == {"AP": 0.8, "BWT": None, "FWT": None}
+    assert transfer([[0.1], [0.8]]).document.to_json() == {"AP": 0.8, "BWT": None, "FWT": None}
 
 
 @pytest.mark.parametrize("wrong", [[[1.0, 2.0]], [[1.0], [2.0], [3.0]], [], [[1.0], [float("nan")]]])

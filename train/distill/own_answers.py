@@ -82,7 +82,7 @@ def _answers(task: EncodedTask, max_new_tokens: int, at: Workspace) -> dict[str,
                 base, context.prefix(base), [row.body for row in rows], max_new_tokens=max_new_tokens,
                 stop=task.answer_ends, batch_size=batch_size, keep_stop=True, progress=advance(bar),
             )  # fmt: skip
-            entry |= {"tokens_in": sum(len(row.body) for row in rows), "tokens_out": sum(map(len, answers))}
+            entry.tokens_in, entry.tokens_out = sum(len(row.body) for row in rows), sum(map(len, answers))
         found = [{"example_id": row.example_id, "ids": list(ids)} for row, ids in zip(rows, answers, strict=True)]
         stored = write_rows(path, key, found)
     return {row["example_id"]: tuple(row["ids"]) for row in stored}

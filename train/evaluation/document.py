@@ -7,6 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvopt.config.metrics import Metric, Ratio, Verdict
+from kvopt.documents.evaluation_file import (
+    ConditionResult,
+    EvaluatedRows,
+    EvaluationDocument,
+    Forgetting,
+    FrozenHabits,
+    FrozenInstruction,
+    GroupResult,
+    HabitShares,
+)
+from kvopt.documents.part import Estimate
+from kvopt.documents.student_record import StudentRecord
 from kvopt.storage.files import file_name
 from kvopt.train.evaluation.conditions import GROUPS, WORDINGS, Condition
 from kvopt.train.evaluation.frozen import is_container, task_likeness
@@ -78,45 +90,51 @@ def measured(
     )
 
 
-def build_document(evaluation: Evaluator, model: Subject, found: Measured) -> dict[str, Any]:
+def build_document(evaluation: Evaluator, model: Subject, found: Measured) -> EvaluationDocument:
     """The document of one model."""
     task, settings = evaluation.task, evaluation.settings
     draws = {"seed": task.config.seed, "resamples": settings.resamples}
     of_answers, answers_of_groups = summarize(found.answered, found.groups, **draws)
     of_scores, scores_of_groups = summarize(found.scored, found.groups, **draws)
-    return {
-        "format_version": FORMAT_VERSION,
-        "name": model.name,
-        "base": task.base.name,
-        "dtype": str(task.base.dtype).removeprefix("torch."),
-        "student": {k: v for k, v in (model.record or {}).items() if k != "history"} if model.name != BASE else None,
-        "rows": {"answered": len(evaluation.answered), "scored": len(evaluation.scored)},
-        "headlines": [_headline(metric, of_answers) for metric in evaluation.metrics],
-        "quantities": list(dict.fromkeys(q for by in (of_answers, of_scores) for one in by.values() for q in one)),
-        "contexts": [
-            {
-                "name": condition.name,
-                "group": condition.group,
-                "kind": condition.context.kind,
-                "tokens": condition.context.tokens,
-                "answers": f"evaluation/{file_name(condition.name)}.jsonl",
-                "quantities": of_answers[condition.name] | of_scores[condition.name],
-            }
+    return EvaluationDocument(
+        format_version=FORMAT_VERSION,
+        name=model.name,
+        base=task.base.name,
+        dtype=str(task.base.dtype).removeprefix("torch."),
+        student=_without_history(model.record) if model.name != BASE else None,
+        rows=EvaluatedRows(answered=len(evaluation.answered), scored=len(evaluation.scored)),
+        headlines=[_headline(metric, of_answers) for metric in evaluation.metrics],
+        quantities=list(dict.fromkeys(q for by in (of_answers, of_scores) for one in by.values() for q in one)),
+        contexts=[
+            ConditionResult(
+                name=condition.name,
+                group=condition.group,
+                kind=condition.context.kind,
+                tokens=condition.context.tokens,
+                answers=f"evaluation/{file_name(condition.name)}.jsonl",
+                quantities=of_answers[condition.name] | of_scores[condition.name],
+            )
             for condition in evaluation.conditions
         ],
-        "groups": [
-            {
-                "group": group,
-                "contexts": members,
-                "quantities": answers_of_groups[group] | scores_of_groups[group],
-                "consistency": ratio_of(found.consistency[group], **draws) if group in found.consistency else None,
-            }
+        groups=[
+            GroupResult(
+                group=group,
+                contexts=list(members),
+                quantities=answers_of_groups[group] | scores_of_groups[group],
+                consistency=ratio_of(found.consistency[group], **draws) if group in found.consistency else None,
+            )
             for group, members in found.groups.items()
         ],
-        "no_context": _shares(found.bare, draws) if found.bare is not None else None,
-        "frozen_prompt": _frozen_document(evaluation, found, draws),
-        "forgetting": _forgetting_document(evaluation, found, draws),
-    }
+        no_context=HabitShares(**_shares(found.bare, draws)) if found.bare is not None else None,
+        frozen_prompt=_frozen_document(evaluation, found, draws),
+        forgetting=_forgetting_document(evaluation, found, draws),
+    )
+
+
+def _without_history(record: StudentRecord | None) -> StudentRecord:
+    """What a student's folder says of it; nothing for an adapter of another tool."""
+    known = record.given() if record else {}
+    return StudentRecord(**{name: value for name, value in known.items() if name != "history"})
 
 
 def _groups(conditions: Sequence[Condition]) -> dict[str, list[str]]:
@@ -156,10 +174,10 @@ def _is_json_task(rows: Rows) -> bool:
     return all(is_container(row["gold"]) for row in rows)
 
 
-def _shares(likeness: Sequence[Mapping[str, Ratio]], draws: dict[str, int]) -> dict[str, Any]:
-    """``{mean, ci95}`` of each share; None for one that does not apply."""
+def _shares(likeness: Sequence[Mapping[str, Ratio]], draws: dict[str, int]) -> dict[str, Estimate | None]:
+    """Each share by its name; None for one that does not apply."""
     shares = {q: ratio_of([one[q] for one in likeness], **draws) for q in likeness[0]}
-    return {q: share if share["mean"] is not None else None for q, share in shares.items()}
+    return {q: share if share.mean is not None else None for q, share in shares.items()}
 
 
 def _bare(conditions: Sequence[Condition], rows: Mapping[str, Rows], count: int) -> list[dict[str, Ratio]] | None:
@@ -178,17 +196,19 @@ def _likeness(answers: Sequence[str], original: Rows) -> list[dict[str, Ratio]]:
     return [task_likeness(answer, row["answer"], json_task=json_task) for answer, row in pairs]
 
 
-def _frozen_document(evaluation: Evaluator, found: Measured, draws: dict[str, int]) -> dict[str, Any] | None:
+def _frozen_document(evaluation: Evaluator, found: Measured, draws: dict[str, int]) -> FrozenHabits | None:
     by_row = found.frozen_by_row
     if found.frozen is None or by_row is None:
         return None
     assert evaluation.settings.frozen is not None
     instructions = [
-        {"instruction": instruction}
-        | {q: share["mean"] if share else None for q, share in _shares(likeness, draws).items()}
+        FrozenInstruction(
+            instruction=instruction,
+            **{q: share.mean if share else None for q, share in _shares(likeness, draws).items()},
+        )
         for instruction, likeness in zip(evaluation.settings.frozen.instructions, found.frozen, strict=True)
     ]
-    return {"rows": len(by_row), **_shares(by_row, draws), "instructions": instructions}
+    return FrozenHabits(rows=len(by_row), **_shares(by_row, draws), instructions=instructions)
 
 
 def _sum(likeness: Sequence[Mapping[str, Ratio]]) -> dict[str, Ratio]:
@@ -202,14 +222,14 @@ def _probed(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Ratio]
     }
 
 
-def _forgetting_document(evaluation: Evaluator, found: Measured, draws: dict[str, int]) -> dict[str, Any] | None:
+def _forgetting_document(evaluation: Evaluator, found: Measured, draws: dict[str, int]) -> Forgetting | None:
     if found.probes is None:
         return None
     assert evaluation.probes is not None
     quantities, _ = summarize({"": found.probes}, {}, **draws)
-    return {
-        "rows": len(found.probes),
-        "too_long": evaluation.probes.too_long,
-        "gold_tokens": sum(int(row["gold_nll"][1]) for row in found.probes),
+    return Forgetting(
+        rows=len(found.probes),
+        too_long=evaluation.probes.too_long,
+        gold_tokens=sum(int(row["gold_nll"][1]) for row in found.probes),
         **quantities[""],
-    }
+    )

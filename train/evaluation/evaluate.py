@@ -2,16 +2,7 @@
 
 For each model and context a file ``students/NAME/evaluation/CONTEXT.jsonl`` holds the answer and the gold likelihood of
 every row, with the key of everything these depend on; what is there is not computed again. ``evaluation.json`` above it
-is made from those files:
-
-``format_version``; ``name``; ``base``; ``dtype``; ``student`` (what the student's folder says of itself, None for the
-base); ``rows`` (``answered``, ``scored``); ``headlines`` (one quantity for each metric); ``quantities`` (those of the
-metrics, then ``answer_cut``, the share of answers that were cut, and per gold token ``gold_nll``, ``kl_from_base``,
-KL[base under the original template ‖ model under this context], and ``top1_agreement``); ``contexts`` (``name``,
-``group``, ``kind``, ``tokens``, ``answers``, ``quantities``: ``{mean, ci95}``); ``groups`` (``group``, ``contexts``,
-``quantities``: ``{mean, ci95, min, max, std, spread, spread_ci95}`` over the contexts, ``consistency``); ``no_context``
-and ``frozen_prompt`` (``same_as_original``, ``valid_json``, ``looks_like_task``); ``forgetting`` (``kl_from_base``,
-``gold_nll``, ``base_gold_nll``, ``gold_nll_change``, ``top1_agreement`` on the probes).
+is made from those files (:class:`kvopt.documents.evaluation_file.EvaluationDocument`).
 """
 
 from __future__ import annotations
@@ -28,6 +19,7 @@ from kvopt.base.generate import answer_text, generate
 from kvopt.config.evaluation import EvaluateConfig
 from kvopt.config.metrics import Item, Metric, Verdict
 from kvopt.console.progress import advance
+from kvopt.documents.evaluation_file import EvaluationDocument
 from kvopt.measure.reference import Reference
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
@@ -97,7 +89,7 @@ class Evaluator:
 
     # ---- one model
 
-    def evaluate(self, model: Subject) -> dict[str, Any]:
+    def evaluate(self, model: Subject) -> EvaluationDocument:
         """All stages for one model; returns the document, which is written unless conditions were chosen."""
         return self.document(model, self.measure(model))
 
@@ -119,11 +111,11 @@ class Evaluator:
         model.release()
         return found
 
-    def document(self, model: Subject, found: Measured) -> dict[str, Any]:
+    def document(self, model: Subject, found: Measured) -> EvaluationDocument:
         """The document of what was measured, which is written unless conditions were chosen."""
         document = build_document(self, model, found)
         if self.whole:
-            write_json(model.folder / "evaluation.json", document)
+            write_json(model.folder / "evaluation.json", document.to_json())
         return document
 
     def answers(self, model: Subject, condition: Condition, bar: tqdm) -> list[dict[str, Any]]:
@@ -150,7 +142,7 @@ class Evaluator:
                 progress=advance(bar), **self.drawing,
             )  # fmt: skip
             tokens = condition.context.tokens + sum(map(len, rows)) + sum(map(len, bodies))
-            entry |= {"tokens_in": tokens, "tokens_out": sum(map(len, ids))}
+            entry.tokens_in, entry.tokens_out = tokens, sum(map(len, ids))
         texts = [answer_text(model.model, one) for one in ids]
         found = []
         for i, (example, score) in enumerate(zip(self.scored, scores, strict=True)):
@@ -247,9 +239,10 @@ class Evaluator:
             return stored
         reference = self.probes.make_reference(self.at)
         with (
-            self.at.directory.ledger(f"evaluate/{model.name}/probes", tokens_in=sum(map(len, rows))),
+            self.at.directory.ledger(f"evaluate/{model.name}/probes") as entry,
             self.at.progress.bar("probes", len(rows)) as bar,
         ):
+            entry.tokens_in = sum(map(len, rows))
             found = likelihoods(
                 model.model,
                 self.task.base,

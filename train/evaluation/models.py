@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from kvopt.base.loading import Base
+from kvopt.documents.evaluation_file import BASE
+from kvopt.documents.student_record import StudentRecord
 from kvopt.errors import InputError
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.train.student import load_student, read_student_record
-
-BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Subject:
     base: Base
     name: str
     folder: Path
-    record: dict[str, Any] | None = None
+    record: StudentRecord | None = None
 
     @cached_property
     def model(self) -> Base:
@@ -44,7 +43,7 @@ class Subject:
     @property
     def identity(self) -> dict[str, str | None]:
         """Hashes of the base, and of the student's weights; known without loading it where its record has them."""
-        digest = (self.record or {}).get("weights_sha256")
+        digest = self.record.weights_sha256 if self.record else None
         if self.name == BASE or digest is None:
             return self.model.identity
         return {**self.base.identity, "student": digest}
@@ -62,7 +61,7 @@ def subject(task: EncodedTask, name: str, at: Workspace) -> Subject:
             raise InputError("is not trained yet", where=f"student {name}", mend="kvopt train trains it")
         mend = "known: " + ", ".join([BASE, *configured])
         raise InputError(f"no student {name!r}", where="--student", mend=mend)
-    if record is not None and record.get("template_sha256") not in (None, task.template.sha256):
+    if record is not None and record.template_sha256 not in (None, task.template.sha256):
         at.say(f"warning: student {name} was trained for another template than the config's")
     return Subject(task.base, name, folder, record)
 

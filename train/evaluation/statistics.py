@@ -10,25 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
 from kvopt.config.metrics import Ratio
+from kvopt.documents.evaluation_file import GroupEstimate
+from kvopt.documents.part import Estimate
 from kvopt.measure.bootstrap import bounds, row_draws
 from kvopt.train.json_answers import same_value
 
 Ratios = Mapping[str, Sequence[Mapping[str, Ratio]]]
 """Context name → the ratios by quantity of each example, the same examples in the same order everywhere."""
 
+Bounds = tuple[float, float]
+"""Lower and upper end of an interval."""
+
 
 def summarize(
     ratios: Ratios, groups: Mapping[str, Sequence[str]], *, seed: int, resamples: int
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """(quantities by context, quantities by group).
-
-    A context's quantity is ``{"mean", "ci95"}``, a group's ``{"mean", "ci95", "min", "max", "std", "spread",
-    "spread_ci95"}``. Values that do not exist (0 / 0, or an interval of one example) are None.
+) -> tuple[dict[str, dict[str, Estimate]], dict[str, dict[str, GroupEstimate]]]:
+    """(quantities by context, quantities by group). Values that do not exist (0 / 0, or an interval of one example)
+    are None.
     """
     names, quantities, pairs = _arranged(ratios)
     members = {group: [names.index(name) for name in chosen] for group, chosen in groups.items()}
@@ -37,7 +39,7 @@ def summarize(
     values = _quotients(np.moveaxis(pairs.sum(2), -1, 0))  # [contexts, quantities]
     by_context = {
         name: {
-            q: {"mean": _number(values[c, i]), "ci95": _pair(low[c, i], high[c, i])} for i, q in enumerate(quantities)
+            q: Estimate(mean=_number(values[c, i]), ci95=_pair(low[c, i], high[c, i])) for i, q in enumerate(quantities)
         }
         for c, name in enumerate(names)
     }
@@ -45,18 +47,18 @@ def summarize(
     for g, (group, chosen) in enumerate(members.items()):
         mean_row, spread_row = len(names) + g, len(names) + len(members) + g
         by_group[group] = {
-            q: _of_group(values[chosen, i])
-            | {
-                "ci95": _pair(low[mean_row, i], high[mean_row, i]),
-                "spread_ci95": _pair(low[spread_row, i], high[spread_row, i]),
-            }
+            q: _of_group(
+                values[chosen, i],
+                _pair(low[mean_row, i], high[mean_row, i]),
+                _pair(low[spread_row, i], high[spread_row, i]),
+            )
             for i, q in enumerate(quantities)
         }
     return by_context, by_group
 
 
-def ratio_of(rows: Sequence[Ratio], *, seed: int, resamples: int) -> dict[str, Any]:
-    """``{"mean", "ci95"}`` of one quantity."""
+def ratio_of(rows: Sequence[Ratio], *, seed: int, resamples: int) -> Estimate:
+    """Mean and interval of one quantity."""
     by_context, _ = summarize({"": [{"": row} for row in rows]}, {}, seed=seed, resamples=resamples)
     return by_context[""][""]
 
@@ -128,22 +130,23 @@ def _intervals(
     return bounds(np.stack([*values, *(mean for mean, _ in over), *(spread for _, spread in over)]))
 
 
-def _of_group(values: np.ndarray) -> dict[str, Any]:
-    known = values[~np.isnan(values)]
-    if len(known) < len(values) or not len(values):
-        return dict.fromkeys(("mean", "min", "max", "std", "spread"))
-    return {
-        "mean": float(values.mean()),
-        "min": float(values.min()),
-        "max": float(values.max()),
-        "std": float(values.std()),
-        "spread": float(values.max() - values.min()),
-    }
+def _of_group(values: np.ndarray, ci95: Bounds | None, of_spread: Bounds | None) -> GroupEstimate:
+    if np.isnan(values).any() or not len(values):
+        return GroupEstimate(mean=None, min=None, max=None, std=None, spread=None, ci95=ci95, spread_ci95=of_spread)
+    return GroupEstimate(
+        mean=float(values.mean()),
+        min=float(values.min()),
+        max=float(values.max()),
+        std=float(values.std()),
+        spread=float(values.max() - values.min()),
+        ci95=ci95,
+        spread_ci95=of_spread,
+    )
 
 
 def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _pair(low: float, high: float) -> list[float] | None:
-    return None if np.isnan(low) or np.isnan(high) else [float(low), float(high)]
+def _pair(low: float, high: float) -> Bounds | None:
+    return None if np.isnan(low) or np.isnan(high) else (float(low), float(high))

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.markup import escape
 from rich.table import Table
 
 from kvopt.console.tables import plain_table
+from kvopt.documents.evaluation_file import EvaluationDocument, GroupEstimate
+from kvopt.documents.part import Estimate
 
 
-def tables(documents: Sequence[Mapping[str, Any]]) -> list[Table]:
+def tables(documents: Sequence[EvaluationDocument]) -> list[Table]:
     """Answers by group of contexts, then what was forgotten."""
     found = [answers_table(documents)]
-    if any(document["forgetting"] or document["frozen_prompt"] or document["no_context"] for document in documents):
+    if any(document.forgetting or document.frozen_prompt or document.no_context for document in documents):
         found.append(forgetting_table(documents))
     return found
 
 
-def answers_table(documents: Sequence[Mapping[str, Any]]) -> Table:
+def answers_table(documents: Sequence[EvaluationDocument]) -> Table:
     """One line for each model and group."""
-    headlines = documents[0]["headlines"]
-    rows = documents[0]["rows"]
+    headlines, rows = documents[0].headlines, documents[0].rows
     view = plain_table(
-        f"answers to {rows['answered']} validation rows, likelihoods of {rows['scored']}",
+        f"answers to {rows.answered} validation rows, likelihoods of {rows.scored}",
         "means over the group's contexts; ± half of the 95 % interval over examples; spread: highest − lowest context",
     )
     view.add_column("model", overflow="fold", min_width=6)
@@ -34,19 +34,18 @@ def answers_table(documents: Sequence[Mapping[str, Any]]) -> Table:
     for heading in ("agree", "gold NLL", "KL"):
         view.add_column(heading, justify="right", no_wrap=True)
     for document in documents:
-        for group in document["groups"]:
-            quantities = group["quantities"]
-            cells = [escape(document["name"]), group["group"], str(len(group["contexts"]))]
+        for group in document.groups:
+            quantities = group.quantities
+            cells = [escape(document.name), group.group, str(len(group.contexts))]
             for headline in headlines:
-                cells += [with_interval(quantities[headline]), _plain(quantities[headline]["spread"], 3)]
-            consistency = group["consistency"]
-            cells += [_plain(consistency["mean"], 2) if consistency else "–"]
-            cells += [_plain(quantities[q]["mean"], 3) for q in ("gold_nll", "kl_from_base")]
-            view.add_row(*cells, end_section=group is document["groups"][-1])
+                cells += [with_interval(quantities[headline]), _plain(quantities[headline].spread, 3)]
+            cells += [_mean(group.consistency, 2)]
+            cells += [_plain(quantities[q].mean, 3) for q in ("gold_nll", "kl_from_base")]
+            view.add_row(*cells, end_section=group is document.groups[-1])
     return view
 
 
-def forgetting_table(documents: Sequence[Mapping[str, Any]]) -> Table:
+def forgetting_table(documents: Sequence[EvaluationDocument]) -> Table:
     """One line for each model: probes, frozen prompts, no context."""
     view = plain_table(
         "forgetting", "probe prompts: nats per gold token; shares of answers that still look like the task's"
@@ -55,26 +54,30 @@ def forgetting_table(documents: Sequence[Mapping[str, Any]]) -> Table:
     for heading in ("probe KL(base ‖ model)", "probe NLL", "change", "task KL", "frozen prompt", "no context"):
         view.add_column(heading, justify="right", overflow="fold")
     for document in documents:
-        forgetting, frozen, bare = document["forgetting"], document["frozen_prompt"], document["no_context"]
-        original = next((c for c in document["contexts"] if c["group"] == "original"), None)
+        forgetting, frozen, bare = document.forgetting, document.frozen_prompt, document.no_context
+        original = next((c for c in document.contexts if c.group == "original"), None)
         view.add_row(
-            escape(document["name"]),
-            with_interval(forgetting["kl_from_base"], 4) if forgetting else "–",
-            _plain(forgetting["gold_nll"]["mean"], 3) if forgetting else "–",
-            with_interval(forgetting["gold_nll_change"]) if forgetting else "–",
-            with_interval(original["quantities"]["kl_from_base"]) if original else "–",
-            _plain(frozen["looks_like_task"]["mean"], 2) if frozen else "–",
-            _plain(bare["looks_like_task"]["mean"], 2) if bare else "–",
+            escape(document.name),
+            with_interval(forgetting.kl_from_base if forgetting else None, 4),
+            _mean(forgetting.gold_nll if forgetting else None, 3),
+            with_interval(forgetting.gold_nll_change if forgetting else None),
+            with_interval(original.quantities["kl_from_base"] if original else None),
+            _mean(frozen.looks_like_task if frozen else None, 2),
+            _mean(bare.looks_like_task if bare else None, 2),
         )
     return view
 
 
-def with_interval(value: Mapping[str, Any], digits: int = 3, *, between: str = "") -> str:
+def with_interval(value: Estimate | GroupEstimate | None, digits: int = 3, *, between: str = "") -> str:
     """``0.461±0.042``, with ``between`` before the ±; a dash for what does not exist."""
-    if value["mean"] is None:
+    if value is None or value.mean is None:
         return "–"
-    half = f"{between}±{(value['ci95'][1] - value['ci95'][0]) / 2:.{digits}f}" if value["ci95"] else ""
-    return f"{value['mean']:.{digits}f}{half}"
+    half = f"{between}±{(value.ci95[1] - value.ci95[0]) / 2:.{digits}f}" if value.ci95 else ""
+    return f"{value.mean:.{digits}f}{half}"
+
+
+def _mean(value: Estimate | None, digits: int) -> str:
+    return _plain(value.mean if value else None, digits)
 
 
 def _plain(value: float | None, digits: int) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from kvopt.base.loading import Base, quiet
+from kvopt.documents.student_record import MeasuredSoup, MergedStudent, StudentFacts, StudentMerge
 from kvopt.errors import InputError
 from kvopt.train.merging.lines import scale_adapter, scale_weights
 from kvopt.train.merging.lora_adapter import CONFIG, Adapter, average, read_adapter, truncate, write_adapter
@@ -17,7 +17,7 @@ from kvopt.train.merging.soup import average_weights, greedy_soup
 from kvopt.train.student import load_student, write_student_folder
 
 
-def scaled_student(folder: Path, base: Base, out: Path, *, alpha: float, beta: float) -> dict[str, Any]:
+def scaled_student(folder: Path, base: Base, out: Path, *, alpha: float, beta: float) -> StudentMerge:
     """Write the student of ``folder`` with its update scaled by depth (LiNeS) to ``out``; returns its record.
 
     Args:
@@ -30,7 +30,7 @@ def scaled_student(folder: Path, base: Base, out: Path, *, alpha: float, beta: f
     """
     check_new(out)
     student = load_student(folder, base)
-    provenance = {"by": "lines", "alpha": alpha, "beta": beta, "of": [_origin(folder, student)]}
+    provenance = StudentMerge(by="lines", alpha=alpha, beta=beta, of=[_origin(folder, student)])
     layers = base.geometry.layers
     if is_lora(folder):
         _write_lora(scale_adapter(read_adapter(folder), layers, alpha, beta), base, out, provenance)
@@ -40,7 +40,7 @@ def scaled_student(folder: Path, base: Base, out: Path, *, alpha: float, beta: f
     return provenance
 
 
-def soup(folders: Sequence[Path], base: Base, out: Path, *, rank: int | None = None) -> dict[str, Any]:
+def soup(folders: Sequence[Path], base: Base, out: Path, *, rank: int | None = None) -> StudentMerge:
     """Write the uniform average of students to ``out``; returns its record.
 
     Args:
@@ -53,7 +53,7 @@ def soup(folders: Sequence[Path], base: Base, out: Path, *, rank: int | None = N
         InputError: no student, another base, students of both methods, a rank for full students, or ``out`` is there.
     """
     check_new(out)
-    return _mix(folders, base, out, rank, {"by": "soup"})
+    return _mix(folders, base, out, rank, StudentMerge(by="soup", of=[]))
 
 
 def best_soup(
@@ -64,7 +64,7 @@ def best_soup(
     *,
     rank: int | None = None,
     higher_is_better: bool = False,
-) -> dict[str, Any]:
+) -> StudentMerge:
     """Write the greedy soup of students to ``out``; returns its record with every soup that was measured.
 
     Args:
@@ -79,23 +79,25 @@ def best_soup(
     def soup_value(members: Sequence[int]) -> float:
         with tempfile.TemporaryDirectory() as place:
             mixed = Path(place) / "soup"
-            _mix([folders[i] for i in members], base, mixed, rank, {"by": "soup"})
+            _mix([folders[i] for i in members], base, mixed, rank, StudentMerge(by="soup", of=[]))
             return measure(mixed)
 
     chosen = greedy_soup(len(folders), soup_value, higher_is_better=higher_is_better)
-    how = {"by": "greedy soup", "value": chosen.value, "tried": list(chosen.tried)}
-    return _mix([folders[i] for i in chosen.members], base, out, rank, how)
+    tried = [MeasuredSoup.model_validate(one) for one in chosen.tried]
+    provenance = StudentMerge(by="greedy soup", value=chosen.value, tried=tried, of=[])
+    return _mix([folders[i] for i in chosen.members], base, out, rank, provenance)
 
 
-def _mix(folders: Sequence[Path], base: Base, out: Path, rank: int | None, how: dict[str, Any]) -> dict[str, Any]:
+def _mix(folders: Sequence[Path], base: Base, out: Path, rank: int | None, provenance: StudentMerge) -> StudentMerge:
+    """Write the average of ``folders`` to ``out``; ``provenance`` says how they were chosen, and is filled in."""
     students = [load_student(folder, base) for folder in folders]
-    provenance = how | {"of": [_origin(f, s) for f, s in zip(folders, students, strict=True)]}
+    provenance.of = [_origin(f, s) for f, s in zip(folders, students, strict=True)]
     if _one_method(folders) == "lora":
         adapter = average([read_adapter(folder) for folder in folders], [1 / len(folders)] * len(folders))
-        provenance["rank"] = adapter.config["r"]
+        provenance.rank = adapter.config["r"]
         if rank is not None:
-            adapter, provenance["lost"] = truncate(adapter, rank)
-            provenance["rank"] = rank
+            adapter, provenance.lost = truncate(adapter, rank)
+            provenance.rank = rank
         _write_lora(adapter, base, out, provenance)
     else:
         if rank is not None:
@@ -123,8 +125,8 @@ def _one_method(folders: Sequence[Path]) -> str:
     return "lora" if lora[0] else "full"
 
 
-def _origin(folder: Path, student: Base) -> dict[str, Any]:
-    return {"folder": folder.name, "name": student.name, "weights_sha256": student.identity["student"]}
+def _origin(folder: Path, student: Base) -> MergedStudent:
+    return MergedStudent(folder=folder.name, name=student.name, weights_sha256=student.identity["student"])
 
 
 def _weights(base: Base) -> dict[str, Tensor]:
@@ -132,14 +134,12 @@ def _weights(base: Base) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in base.model.named_parameters()}
 
 
-def _write_lora(adapter: Adapter, base: Base, out: Path, provenance: dict[str, Any]) -> None:
+def _write_lora(adapter: Adapter, base: Base, out: Path, provenance: StudentMerge) -> None:
     changed = adapter.with_modules(adapter.modules, base_model_name_or_path=base.name, inference_mode=True)
     _write(out, base, "lora", provenance, lambda place: write_adapter(changed, place))
 
 
-def _write_full(
-    weights: Mapping[str, Tensor], student: Base, base: Base, out: Path, provenance: dict[str, Any]
-) -> None:
+def _write_full(weights: Mapping[str, Tensor], student: Base, base: Base, out: Path, provenance: StudentMerge) -> None:
     """Put the weights into the model of ``student`` (which is changed) and save it with its tokenizer."""
 
     def write(place: Path) -> None:
@@ -151,5 +151,5 @@ def _write_full(
     _write(out, base, "full", provenance, write)
 
 
-def _write(out: Path, base: Base, method: str, provenance: dict[str, Any], write: Callable[[Path], None]) -> None:
-    write_student_folder(out, base, name=out.name, method=method, record={"made": provenance}, write=write)
+def _write(out: Path, base: Base, method: str, provenance: StudentMerge, write: Callable[[Path], None]) -> None:
+    write_student_folder(out, base, name=out.name, method=method, record=StudentFacts(made=provenance), write=write)

@@ -4,24 +4,21 @@ and after every stage every task is measured under its original template.
 With a state-adaptive schedule, an arm scores the pool of a stage (the original and mutations of that task's template)
 under the student as it then is, by gold NLL on the first rows, and trains on the lowest. Each stage's student lies in
 ``tasks/TASK/students/ARM/``, what was measured of it in ``tasks/TASK/sequence/ARM/after-STAGE/``; what is there is not
-done again. ``sequence.json`` is made from those:
-
-``format_version``; ``name``; ``base``; ``tasks``; ``headlines`` (one quantity for each metric) and ``quantities`` (all
-that every task has); ``arms``: ``name``, ``stages`` (``task``, ``contexts`` of the pool, ``kept`` and ``gold_nll`` at
-the last scoring, ``steps``, ``tokens``, ``weights_sha256``), ``R`` (by quantity, [stage][task], row 0 before training)
-and ``transfer`` (by quantity: ``AP``, ``BWT``, ``FWT``).
+done again. ``sequence.json`` is made from those (:class:`kvopt.documents.sequence_file.SequenceDocument`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from kvopt.base.loading import Base
 from kvopt.config.sequence import SequenceConfig
+from kvopt.documents.evaluation_file import EvaluationDocument
+from kvopt.documents.sequence_file import SequenceArm, SequenceDocument, SequenceStage, TransferMeans
+from kvopt.documents.student_record import StudentRecord
 from kvopt.storage.files import write_json
 from kvopt.train.commands import evaluator_of, train_chosen
 from kvopt.train.evaluation.conditions import Condition
@@ -62,7 +59,7 @@ class _After(Subject):
         return self.learned.model
 
 
-def conduct(config: SequenceConfig, tasks: Sequence[SequenceTask], out: Path) -> dict[str, Any]:
+def conduct(config: SequenceConfig, tasks: Sequence[SequenceTask], out: Path) -> SequenceDocument:
     """Train every arm through all stages, measure, and write ``sequence.json``; returns it.
 
     Raises:
@@ -77,18 +74,18 @@ def conduct(config: SequenceConfig, tasks: Sequence[SequenceTask], out: Path) ->
         before = [_scores(document) for document in documents]
         names = [name for name in before[0] if all(name in scores for scores in before)]
         arms = [_arm(arm.name, tasks, evaluations, before, names) for arm in config.arms]
-        headlines = [name for name in documents[0]["headlines"] if name in names]
+        headlines = [name for name in documents[0].headlines if name in names]
         base = tasks[0].run.load_base().name
-    document = {
-        "format_version": FORMAT_VERSION,
-        "name": config.name,
-        "base": base,
-        "tasks": [task.name for task in tasks],
-        "headlines": headlines,
-        "quantities": names,
-        "arms": arms,
-    }
-    write_json(out / "sequence.json", document)
+    document = SequenceDocument(
+        format_version=FORMAT_VERSION,
+        name=config.name,
+        base=base,
+        tasks=[task.name for task in tasks],
+        headlines=headlines,
+        quantities=names,
+        arms=arms,
+    )
+    write_json(out / "sequence.json", document.to_json())
     return document
 
 
@@ -102,7 +99,7 @@ def _arm(
     evaluations: Sequence[Evaluator],
     before: list[Scores],
     names: Sequence[str],
-) -> dict[str, Any]:
+) -> SequenceArm:
     """One arm through all stages."""
     after, stages = [before], []
     for number, task in enumerate(tasks, 1):
@@ -117,37 +114,37 @@ def _arm(
             ]
         )
     matrices = {quantity: [[scores[quantity] for scores in row] for row in after] for quantity in names}
-    return {"name": name, "stages": stages, "R": matrices, "transfer": {q: _transfer(r) for q, r in matrices.items()}}
+    return SequenceArm(name=name, stages=stages, R=matrices, transfer={q: _transfer(r) for q, r in matrices.items()})
 
 
 def _subject(
-    measured: SequenceTask, arm: str, stage: SequenceTask, record: dict[str, Any], learned: _Learned
+    measured: SequenceTask, arm: str, stage: SequenceTask, record: StudentRecord, learned: _Learned
 ) -> Subject:
     folder = measured.run.directory / "sequence" / arm / f"after-{stage.name}"
     return _After(measured.run.load_base(), f"{arm} after {stage.name} on {measured.name}", folder, record, learned)
 
 
-def _scores(document: Mapping[str, Any]) -> Scores:
+def _scores(document: EvaluationDocument) -> Scores:
     """The means of every quantity under the original."""
-    return {name: value["mean"] for name, value in document["contexts"][0]["quantities"].items()}
+    return {name: value.mean for name, value in document.contexts[0].quantities.items()}
 
 
-def _transfer(matrix: list[list[float | None]]) -> dict[str, float | None] | None:
+def _transfer(matrix: list[list[float | None]]) -> TransferMeans | None:
     """AP, BWT and FWT; None where a score is undefined (no answer to count)."""
     rows = [[value for value in row if value is not None] for row in matrix]
-    return transfer(rows).to_json() if all(map(len, rows)) and len({*map(len, rows)}) == 1 else None
+    return transfer(rows).document if all(map(len, rows)) and len({*map(len, rows)}) == 1 else None
 
 
-def _stage(task: SequenceTask, record: Mapping[str, Any]) -> dict[str, Any]:
+def _stage(task: SequenceTask, record: StudentRecord) -> SequenceStage:
     """What a stage trained on."""
-    pool = [context["name"] for context in record["contexts"]]
-    scored = record["stages"][-1] if record["stages"] else {"kept": pool, "gold_nll": None}
-    return {
-        "task": task.name,
-        "contexts": pool,
-        "kept": scored["kept"],
-        "gold_nll": scored["gold_nll"],
-        "steps": record["steps"],
-        "tokens": record["tokens"],
-        "weights_sha256": record["weights_sha256"],
-    }
+    pool = [context.name for context in record.contexts]
+    scored = record.stages[-1] if record.stages else None
+    return SequenceStage(
+        task=task.name,
+        contexts=pool,
+        kept=scored.kept if scored else pool,
+        gold_nll=scored.gold_nll if scored else None,
+        steps=record.steps or 0,
+        tokens=record.tokens or 0,
+        weights_sha256=record.weights_sha256 or "",
+    )

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvopt.documents.sequence_file import TransferMeans
+
 
 @dataclass(frozen=True)
 class Transfer:
@@ -26,8 +28,10 @@ class Transfer:
     backward: float | None
     forward: float | None
 
-    def to_json(self) -> dict[str, float | None]:
-        return {"AP": self.average, "BWT": self.backward, "FWT": self.forward}
+    @property
+    def document(self) -> TransferMeans:
+        """The averages as ``sequence.json`` holds them."""
+        return TransferMeans(AP=self.average, BWT=self.backward, FWT=self.forward)
 
 
 def transfer(scores: Sequence[Sequence[float]]) -> Transfer:

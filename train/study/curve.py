@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from scipy.optimize import OptimizeWarning, curve_fit
 from scipy.stats import f as f_distribution
 from scipy.stats import linregress
 
+from kvopt.documents.study_file import CurveFit, ExplainedVariance, PowerLaw, PowerLawIntervals
 from kvopt.measure.bootstrap import bounds, drawn_rows
 
 HIGHEST_B = 8.0
@@ -33,15 +33,14 @@ def power_law(wordings: np.ndarray, a: float, b: float, c: float) -> np.ndarray:
     return a * wordings**-b + c
 
 
-def fit_curve(points: Mapping[int, Sequence[float]], *, seed: int = 0, resamples: int = 400) -> dict[str, Any]:
+def fit_curve(points: Mapping[int, Sequence[float]], *, seed: int = 0, resamples: int = 400) -> CurveFit:
     """Fit the values of each seed by number of mutations.
 
     Args:
         points: n → one value for each seed, the same seeds in the same order everywhere.
 
     Returns:
-        ``{"counts", "values", "fit": {"a", "b", "c"} or None, "ci95": {"a": [lo, hi], …} or None, "r2", "p",
-        "converged"}``; ``fit`` is None ("no fit") when least squares do not converge or leave a, b or c undetermined,
+        ``fit`` is None ("no fit") when least squares do not converge or leave a, b or c undetermined,
         ``p`` is that of an F test of the fit against a flat curve, both with an offset for every seed (approximate, as
         b is not linear), and ``converged`` the share of bootstrap draws (of seeds, with replacement) whose fit did.
     """
@@ -58,16 +57,17 @@ def fit_curve(points: Mapping[int, Sequence[float]], *, seed: int = 0, resamples
     interval = None
     if fit is not None and share is not None and share >= LEAST_SHARE:
         low, high = bounds(np.array(good).T)
-        interval = {name: [float(low[i]), float(high[i])] for i, name in enumerate("abc")}
-    return {
-        "counts": counts,
-        "values": {str(n): list(map(float, points[n])) for n in counts},
-        "fit": dict(zip("abc", map(float, fit), strict=True)) if fit is not None else None,
-        "ci95": interval,
-        "r2": _r2(wordings, values, fit) if fit is not None else None,
-        "p": _against_flat(wordings, values, fit) if fit is not None else None,
-        "converged": share,
-    }
+        a, b, c = ((float(lower), float(upper)) for lower, upper in zip(low, high, strict=True))
+        interval = PowerLawIntervals(a=a, b=b, c=c)
+    return CurveFit(
+        counts=counts,
+        values={n: list(map(float, points[n])) for n in counts},
+        fit=PowerLaw(a=float(fit[0]), b=float(fit[1]), c=float(fit[2])) if fit is not None else None,
+        ci95=interval,
+        r2=_r2(wordings, values, fit) if fit is not None else None,
+        p=_against_flat(wordings, values, fit) if fit is not None else None,
+        converged=share,
+    )
 
 
 def _fit(wordings: np.ndarray, values: np.ndarray) -> np.ndarray | None:
@@ -107,19 +107,18 @@ def _against_flat(wordings: np.ndarray, values: np.ndarray, fit: np.ndarray) -> 
     return float(f_distribution.sf(gained / (left / free), 2, free)) if left > 0 else 0.0
 
 
-def explained(x: Sequence[float | None], y: Sequence[float | None]) -> dict[str, Any] | None:
-    """``{"points", "slope", "intercept", "r2", "p"}`` of y on x by least squares
-    (scipy.stats.linregress), over the points that have both; None for fewer than
+def explained(x: Sequence[float | None], y: Sequence[float | None]) -> ExplainedVariance | None:
+    """What x explains of y, over the points that have both; None for fewer than
     three, or where x does not vary.
     """
     pairs = [(a, b) for a, b in zip(x, y, strict=True) if a is not None and b is not None]
     if len(pairs) < LEAST_POINTS or len({a for a, _ in pairs}) < 2:
         return None
     found = linregress(*zip(*pairs, strict=True))
-    return {
-        "points": len(pairs),
-        "slope": float(found.slope),
-        "intercept": float(found.intercept),
-        "r2": float(found.rvalue) ** 2,
-        "p": float(found.pvalue),
-    }
+    return ExplainedVariance(
+        points=len(pairs),
+        slope=float(found.slope),
+        intercept=float(found.intercept),
+        r2=float(found.rvalue) ** 2,
+        p=float(found.pvalue),
+    )

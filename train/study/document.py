@@ -1,13 +1,4 @@
-"""The document of a study, ``study.json``, from the evaluations of its students.
-
-``format_version``; ``name``; ``base``; ``seeds``; ``budget``; ``reference``; ``complete``; ``headlines``; ``interval``
-and ``bootstrap`` (what the intervals are); ``base_values`` (path → number); ``arms``: ``name``, ``budget``,
-``contexts`` (as in the config), ``mutations`` (n on the curve, or None), ``runs`` (``seed``, ``student``, ``steps``,
-``tokens``, ``gold_tokens``, ``seconds``, ``context_kl``, ``context_nll``, ``values``), ``steps``, ``tokens``,
-``seconds`` (means over seeds), ``values`` (path → ``{mean, ci95, ci95_bootstrap, std, seeds}``), ``against_reference``
-(path → ``{difference, separable}``, the difference with the same entries as a value; None for the reference);
-``curve`` (path → see :func:`kvopt.train.study.curve.fit_curve`); ``sweep`` (R² of what explains forgetting, see
-:func:`sweep`).
+"""``study.json`` from the evaluations of a study's students; its entries: :mod:`kvopt.documents.study_file`.
 
 What paths are: :mod:`kvopt.train.study.values`; what intervals are: :mod:`kvopt.train.study.seeds`.
 """
@@ -22,6 +13,9 @@ from typing import Any
 import numpy as np
 
 from kvopt.config.document import Config
+from kvopt.documents.evaluation_file import EvaluationDocument
+from kvopt.documents.student_record import StudentRecord
+from kvopt.documents.study_file import ArmDifference, ArmResult, ArmRun, CurveFit, ExplainedVariance, StudyDocument
 from kvopt.errors import InputError
 from kvopt.report.study_view import LIKELIHOOD
 from kvopt.train.arms import EQUAL_SECONDS, Arm, settings_of
@@ -43,9 +37,9 @@ class Result:
 
     arm: Arm
     seed: int
-    record: Mapping[str, Any]
+    record: StudentRecord
     seconds: float | None
-    evaluation: Mapping[str, Any]
+    evaluation: EvaluationDocument
     context_kl: float
     context_nll: float
     draws: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -55,40 +49,39 @@ def build_document(
     config: Config,
     arms: Sequence[Arm],
     reference: str,
-    base: Mapping[str, Any],
+    base: EvaluationDocument,
     results: Sequence[Result],
     complete: bool,
-) -> dict[str, Any]:
+) -> StudyDocument:
     """The document of the results so far; ``base`` is the base's evaluation."""
     study = settings_of(config)
     trained = [(arm, found) for arm in arms if (found := [r for r in results if r.arm is arm])]
     rows = [_arm(arm, found, config.seed) for arm, found in trained]
     first = next((i for i, (a, _) in enumerate(trained) if a.name == reference and a.budget != EQUAL_SECONDS), None)
     for i, (row, (_, found)) in enumerate(zip(rows, trained, strict=True)):
-        row["against_reference"] = None
         if first is not None and i != first:
             pairs = list(zip(found, trained[first][1], strict=False))  # in an unfinished study seeds may be missing
-            row["against_reference"] = _against(row, rows[first], pairs, config.seed)
-    return {
-        "format_version": FORMAT_VERSION,
-        "name": config.name,
-        "base": base["base"],
-        "rows": base["rows"],
-        "seeds": study.seeds,
-        "budget": study.budget,
-        "reference": reference,
-        "complete": complete,
-        "headlines": base["headlines"],
-        "interval": INTERVAL,
-        "bootstrap": BOOTSTRAP,
-        "base_values": by_path(base),
-        "arms": rows,
-        "curve": _curves(config, rows, base["headlines"][0]),
-        "sweep": sweep(rows),
-    }
+            row.against_reference = _against(row, rows[first], pairs, config.seed)
+    return StudyDocument(
+        format_version=FORMAT_VERSION,
+        name=config.name,
+        base=base.base,
+        rows=base.rows,
+        seeds=study.seeds,
+        budget=study.budget,
+        reference=reference,
+        complete=complete,
+        headlines=base.headlines,
+        interval=INTERVAL,
+        bootstrap=BOOTSTRAP,
+        base_values=by_path(base),
+        arms=rows,
+        curve=_curves(config, rows, base.headlines[0]),
+        sweep=sweep(rows),
+    )
 
 
-def check_quantities(config: Config, base: Mapping[str, Any]) -> None:
+def check_quantities(config: Config, base: EvaluationDocument) -> None:
     """Refuse quantities of the curve that no evaluation has; ``base`` is the base's. Raises InputError."""
     curve, known = settings_of(config).curve, by_path(base)
     for path in (curve and curve.quantities) or ():
@@ -98,35 +91,37 @@ def check_quantities(config: Config, base: Mapping[str, Any]) -> None:
             raise InputError(f"nothing is measured as {path!r}", where="study.curve.quantities", mend=mend)
 
 
-def _arm(arm: Arm, results: Sequence[Result], seed: int) -> dict[str, Any]:
+def _arm(arm: Arm, results: Sequence[Result], seed: int) -> ArmResult:
     runs = [
-        {
-            "seed": r.seed,
-            "student": r.record["name"],
-            "steps": r.record["steps"],
-            "tokens": r.record["tokens"],
-            "gold_tokens": r.record["gold_tokens"],
-            "seconds": r.seconds,
-            "context_kl": r.context_kl,
-            "context_nll": r.context_nll,
-            "values": by_path(r.evaluation),
-        }
+        ArmRun(
+            seed=r.seed,
+            student=str(r.record.name),
+            steps=r.record.steps,
+            tokens=r.record.tokens,
+            gold_tokens=r.record.gold_tokens,
+            seconds=r.seconds,
+            context_kl=r.context_kl,
+            context_nll=r.context_nll,
+            values=by_path(r.evaluation),
+        )
         for r in results
     ]
-    paths = runs[0]["values"] if runs else {}
     intervals = over_rows_and_seeds([r.draws for r in results], seed=seed)
-    return {
-        "name": arm.name,
-        "budget": arm.budget,
-        "contexts": [_spelled(choice) for choice in arm.config.contexts],
-        "mutations": arm.mutations,
-        "runs": runs,
-        **{q: over_seeds([r[q] for r in runs])["mean"] for q in ("steps", "tokens", "seconds")},
-        "values": {
-            path: over_seeds([r["values"].get(path) for r in runs]) | {"ci95_bootstrap": intervals.get(path)}
-            for path in paths
-        },
-    }
+    values = {path: over_seeds([run.values.get(path) for run in runs]) for path in (runs[0].values if runs else ())}
+    for path, value in values.items():
+        value.ci95_bootstrap = intervals.get(path)
+    return ArmResult(
+        name=arm.name,
+        budget=arm.budget,
+        contexts=[_spelled(choice) for choice in arm.config.contexts],
+        mutations=arm.mutations,
+        runs=runs,
+        steps=over_seeds([run.steps for run in runs]).mean,
+        tokens=over_seeds([run.tokens for run in runs]).mean,
+        seconds=over_seeds([run.seconds for run in runs]).mean,
+        values=values,
+        against_reference=None,
+    )
 
 
 def _spelled(choice: Any) -> str:
@@ -134,35 +129,35 @@ def _spelled(choice: Any) -> str:
 
 
 def _against(
-    row: Mapping[str, Any], reference: Mapping[str, Any], pairs: Sequence[tuple[Result, Result]], seed: int
-) -> dict[str, Any]:
+    row: ArmResult, reference: ArmResult, pairs: Sequence[tuple[Result, Result]], seed: int
+) -> dict[str, ArmDifference]:
     differences = [{path: a.draws[path] - b.draws[path] for path in a.draws if path in b.draws} for a, b in pairs]
     intervals = over_rows_and_seeds(differences, seed=seed)
-    found = {}
-    for path in (path for path in row["values"] if path in reference["values"]):
-        found[path] = compared(row["values"][path], reference["values"][path])
-        found[path]["difference"]["ci95_bootstrap"] = intervals.get(path)
-    return found
+    against = {}
+    for path in (path for path in row.values if path in reference.values):
+        against[path] = compared(row.values[path], reference.values[path])
+        against[path].difference.ci95_bootstrap = intervals.get(path)
+    return against
 
 
-def _curves(config: Config, rows: Sequence[Mapping[str, Any]], headline: str) -> dict[str, Any] | None:
+def _curves(config: Config, rows: Sequence[ArmResult], headline: str) -> dict[str, CurveFit] | None:
     """A fit for each quantity over the arms of the curve that are there; None without a curve."""
     study = settings_of(config)
-    points = {row["mutations"]: row for row in rows if row["mutations"] is not None}
+    points = {row.mutations: row for row in rows if row.mutations is not None}
     if study.curve is None or len(points) < 2:
         return None
     named = [f"{group}/{quantity}" for quantity in (headline, LIKELIHOOD) for group in CURVE_GROUPS]
     paths = study.curve.quantities or named
-    seeds = min(len(row["runs"]) for row in points.values())
-    found = {}
+    seeds = min(len(row.runs) for row in points.values())
+    fits = {}
     for path in paths:
-        values = {n: [r["values"].get(path) for r in row["runs"][:seeds]] for n, row in points.items()}
+        values = {n: [run.values.get(path) for run in row.runs[:seeds]] for n, row in points.items()}
         if all(value is not None for of_n in values.values() for value in of_n):
-            found[path] = fit_curve(values, seed=config.seed)  # type: ignore[arg-type]
-    return found or None
+            fits[path] = fit_curve(values, seed=config.seed)  # type: ignore[arg-type]
+    return fits or None
 
 
-def sweep(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def sweep(rows: Sequence[ArmResult]) -> dict[str, ExplainedVariance | None]:
     """R² over the students of a study.
 
     ``task_kl_to_*``: what KL(base ‖ student) on the task (under the original) says about forgetting on the probes
@@ -170,14 +165,14 @@ def sweep(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     forward KL, and the loss before any update, of the contexts that an arm is trained under, one point for each arm
     (means over seeds).
     """
-    runs = [run for row in rows for run in row["runs"]]
-    found = {}
+    runs = [run for row in rows for run in row.runs]
+    explanations = {}
     for short, path in (("probe_kl", "forgetting/kl_from_base"), ("probe_nll_change", "forgetting/gold_nll_change")):
-        found[f"task_kl_to_{short}"] = explained(
-            [run["values"].get("original/kl_from_base") for run in runs], [run["values"].get(path) for run in runs]
+        explanations[f"task_kl_to_{short}"] = explained(
+            [run.values.get("original/kl_from_base") for run in runs], [run.values.get(path) for run in runs]
         )
-        forgotten = [row["values"].get(path, {}).get("mean") for row in rows]
+        forgotten = [value.mean if (value := row.values.get(path)) else None for row in rows]
         for name in ("context_kl", "context_nll"):
-            means = [over_seeds([run[name] for run in row["runs"]])["mean"] for row in rows]
-            found[f"{name}_to_{short}"] = explained(means, forgotten)
-    return found
+            means = [over_seeds([getattr(run, name) for run in row.runs]).mean for row in rows]
+            explanations[f"{name}_to_{short}"] = explained(means, forgotten)
+    return explanations

@@ -13,29 +13,30 @@ together. With one seed this interval is over rows alone, and of one row there i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from scipy.stats import t
 
+from kvopt.documents.study_file import ArmDifference, OverSeeds
 from kvopt.measure.bootstrap import bounds, drawn_rows
+from kvopt.train.evaluation.statistics import Bounds
 
 
-def over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
-    """``{"mean", "ci95", "std", "seeds"}``; ci95 and std are None for one seed, all are where a value is missing."""
+def over_seeds(values: Sequence[float | None]) -> OverSeeds:
+    """Mean, interval and standard deviation; these two are None for one seed, all are where a value is missing."""
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
-        return {"mean": None, "ci95": None, "std": None, "seeds": list(values)}
+        return OverSeeds(mean=None, ci95=None, std=None, seeds=list(values))
     mean = float(np.mean(known))
     if len(known) < 2:
-        return {"mean": mean, "ci95": None, "std": None, "seeds": known}
+        return OverSeeds(mean=mean, ci95=None, std=None, seeds=[*known])
     std = float(np.std(known, ddof=1))
     half = float(t.ppf(0.975, len(known) - 1)) * std / len(known) ** 0.5
-    return {"mean": mean, "ci95": [mean - half, mean + half], "std": std, "seeds": known}
+    return OverSeeds(mean=mean, ci95=(mean - half, mean + half), std=std, seeds=[*known])
 
 
-def over_rows_and_seeds(draws: Sequence[Mapping[str, np.ndarray]], *, seed: int) -> dict[str, list[float] | None]:
-    """[low, high] of the mean over seeds for each quantity that all seeds have; None where a draw of rows leaves a seed
+def over_rows_and_seeds(draws: Sequence[Mapping[str, np.ndarray]], *, seed: int) -> dict[str, Bounds | None]:
+    """(low, high) of the mean over seeds for each quantity that all seeds have; None where a draw of rows leaves a seed
     without a value.
 
     Args:
@@ -49,16 +50,16 @@ def over_rows_and_seeds(draws: Sequence[Mapping[str, np.ndarray]], *, seed: int)
     chosen = drawn_rows(len(draws), [seed, 1], values.shape[1])
     low, high = bounds(np.take_along_axis(values, chosen[None], axis=-1).mean(-1))
     known = np.isfinite(values).all((1, 2))
-    return {name: [float(low[i]), float(high[i])] if known[i] else None for i, name in enumerate(shared)}
+    return {name: (float(low[i]), float(high[i])) if known[i] else None for i, name in enumerate(shared)}
 
 
-def compared(arm: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"difference", "separable"}`` of two results of :func:`over_seeds` with the same seeds: the paired difference
-    (arm − reference), and whether the intervals lie apart (None for one seed).
+def compared(arm: OverSeeds, reference: OverSeeds) -> ArmDifference:
+    """Two results of :func:`over_seeds` with the same seeds: the paired difference (arm − reference), and whether the
+    intervals lie apart (None for one seed).
     """
-    pairs = zip(arm["seeds"], reference["seeds"], strict=False)
+    pairs = zip(arm.seeds, reference.seeds, strict=False)
     differences = [None if a is None or b is None else a - b for a, b in pairs]
     separable = None
-    if arm["ci95"] and reference["ci95"]:
-        separable = arm["ci95"][0] > reference["ci95"][1] or reference["ci95"][0] > arm["ci95"][1]
-    return {"difference": over_seeds(differences), "separable": separable}
+    if arm.ci95 and reference.ci95:
+        separable = arm.ci95[0] > reference.ci95[1] or reference.ci95[0] > arm.ci95[1]
+    return ArmDifference(difference=over_seeds(differences), separable=separable)

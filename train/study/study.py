@@ -6,16 +6,17 @@ after each student and says with ``complete`` whether all are in it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from kvopt.config.document import Config
 from kvopt.config.students import StudentConfig
 from kvopt.config.study import StudyConfig
 from kvopt.contexts.context import Context
+from kvopt.documents.evaluation_file import EvaluationDocument
+from kvopt.documents.ledger import read_ledger
+from kvopt.documents.study_file import StudyDocument
 from kvopt.errors import KvoptError
 from kvopt.measure.reference import Reference
 from kvopt.measure.score import Score
@@ -70,7 +71,7 @@ class StudyRunner:
     def _context_scores(self) -> dict[str, tuple[float, float]]:
         return {}
 
-    def conduct(self, report: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    def conduct(self, report: Callable[[StudyDocument], None] | None = None) -> StudyDocument:
         """Train and evaluate what is missing; returns the document of ``study.json``.
 
         ``report`` gets the document so far after each student.
@@ -97,9 +98,9 @@ class StudyRunner:
         """How many students there are."""
         return len(self.arms) * len(self.settings.seeds)
 
-    def _written(self, base: dict[str, Any], results: Sequence[Result], complete: bool) -> dict[str, Any]:
+    def _written(self, base: EvaluationDocument, results: Sequence[Result], complete: bool) -> StudyDocument:
         document = build_document(self.config, self.arms, self.reference_arm, base, results, complete)
-        write_json(self.at.directory / "study.json", document)
+        write_json(self.at.directory / "study.json", document.to_json())
         return document
 
     def _result(self, arm: Arm, seed: int, done: dict[str, Result]) -> Result:
@@ -111,7 +112,7 @@ class StudyRunner:
         evaluated = self.evaluator.document(model, measured)
         draws = draws_by_path(measured, seed=self.config.seed, resamples=self.evaluator.settings.resamples)
         kl, nll = self._context_set(config)
-        return Result(arm, seed, record, self._seconds(config.name, record), evaluated, kl, nll, draws)
+        return Result(arm, seed, record, self._seconds(config.name, record.steps or 0), evaluated, kl, nll, draws)
 
     # ---- equal seconds
 
@@ -121,34 +122,33 @@ class StudyRunner:
         """
         own, reference = done[arm.name], done[self.reference_arm]
         name = arm.student(seed).name
-        keys = [own.record["key"], reference.record["key"]]
+        keys = [own.record.key, reference.record.key]
         path = self.at.directory / "study-steps.json"
         stored = read_json(path) if path.is_file() else {}
         if stored.get(name, {}).get("keys") != keys:
             if own.seconds is None or reference.seconds is None:
                 missing = own if own.seconds is None else reference
                 raise KvoptError(
-                    f"the ledger does not say how long {missing.record['name']} took, so {name} gets no equal seconds;"
+                    f"the ledger does not say how long {missing.record.name} took, so {name} gets no equal seconds;"
                     " delete that student to train it again, or take the arm out of study.equal_seconds"
                 )
-            pace = own.seconds / max(1, own.record["steps"])
-            steps = max(1, int(reference.seconds / pace)) if pace > 0 else own.record["steps"]
+            own_steps = own.record.steps or 0
+            pace = own.seconds / max(1, own_steps)
+            steps = max(1, int(reference.seconds / pace)) if pace > 0 else own_steps
             stored[name] = {"keys": keys, "steps": steps}
             write_json(path, stored)
         return int(stored[name]["steps"])
 
-    def _seconds(self, name: str, record: dict[str, Any]) -> float | None:
+    def _seconds(self, name: str, steps: int) -> float | None:
         """Wall-clock seconds of a student's training, from the ledger; of one that was gone on with, at the pace of
         its last part.
         """
-        path = self.at.directory / "ledger.jsonl"
-        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-        entries = [json.loads(line) for line in lines]
-        mine = [e for e in entries if e["stage"] == f"students/{name}" and e["outcome"] == "done"]
-        if not mine or mine[-1].get("steps") != record["steps"]:
+        entries = read_ledger(self.at.directory / "ledger.jsonl")
+        mine = [entry for entry in entries if entry.stage == f"students/{name}" and entry.outcome == "done"]
+        if not mine or mine[-1].steps != steps:
             return None
-        trained = record["steps"] - mine[-1].get("resumed_from", 0)
-        return mine[-1]["seconds"] * record["steps"] / trained if trained > 0 else None
+        trained = steps - mine[-1].resumed_from
+        return mine[-1].seconds * steps / trained if trained > 0 else None
 
     # ---- the contexts themselves
 

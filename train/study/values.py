@@ -7,32 +7,32 @@ A path is ``GROUP/QUANTITY`` (the mean over the group's contexts), ``GROUP/QUANT
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from kvopt.documents.evaluation_file import EvaluationDocument
 from kvopt.measure.bootstrap import row_draws
 from kvopt.train.evaluation.document import Measured
 from kvopt.train.evaluation.statistics import Ratios, redrawn
 
 
-def by_path(evaluation: Mapping[str, Any]) -> dict[str, float | None]:
+def by_path(evaluation: EvaluationDocument) -> dict[str, float | None]:
     """The numbers of ``evaluation.json``."""
-    found: dict[str, float | None] = {}
-    for group in evaluation["groups"]:
-        for quantity, value in group["quantities"].items():
-            found[f"{group['group']}/{quantity}"] = value["mean"]
-            if len(group["contexts"]) > 1:
-                found[f"{group['group']}/{quantity}/spread"] = value["spread"]
-        if group["consistency"]:
-            found[f"{group['group']}/consistency"] = group["consistency"]["mean"]
-    for quantity, value in (evaluation["forgetting"] or {}).items():
-        if isinstance(value, Mapping):
-            found[f"forgetting/{quantity}"] = value["mean"]
-    for probe in ("frozen_prompt", "no_context"):
-        if evaluation[probe]:
-            found[f"{probe}/looks_like_task"] = evaluation[probe]["looks_like_task"]["mean"]
-    return found
+    numbers: dict[str, float | None] = {}
+    for group in evaluation.groups:
+        for quantity, value in group.quantities.items():
+            numbers[f"{group.group}/{quantity}"] = value.mean
+            if len(group.contexts) > 1:
+                numbers[f"{group.group}/{quantity}/spread"] = value.spread
+        if group.consistency:
+            numbers[f"{group.group}/consistency"] = group.consistency.mean
+    if evaluation.forgetting:
+        for quantity, estimate in evaluation.forgetting.quantities.items():
+            numbers[f"forgetting/{quantity}"] = estimate.mean
+    for probe, shares in (("frozen_prompt", evaluation.frozen_prompt), ("no_context", evaluation.no_context)):
+        if shares is not None and shares.looks_like_task is not None:
+            numbers[f"{probe}/looks_like_task"] = shares.looks_like_task.mean
+    return numbers
 
 
 def draws_by_path(found: Measured, *, seed: int, resamples: int) -> dict[str, np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from kvopt.documents.export_record import ExportFacts
 from kvopt.export.export_format import ExportFormat, Written, base_lines, body_line
 
 if TYPE_CHECKING:
@@ -50,5 +51,5 @@ class CacheFormat(ExportFormat):
                 " are rotated for positions 0 and up, so bodies start at the number of slots.",
                 '`python generate.py --base MODEL "text" "text"` answers from a shell.',
             ),
-            facts={"layers": states.shape[1], "kv_heads": states.shape[3], "head_dim": states.shape[4]},
+            facts=ExportFacts(layers=states.shape[1], kv_heads=states.shape[3], head_dim=states.shape[4]),
         )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from kvopt.documents.context_record import SlotPositions
+from kvopt.documents.export_record import ExportFacts
 from kvopt.errors import InputError
 from kvopt.export.export_format import ExportFormat, Written, base_lines, body_line
 
@@ -82,14 +84,9 @@ class PeftFormat(ExportFormat):
         write_adapter(place, tensor, fields)
         if source.record is not None:
             digest = (context or SoftContext(source.name, tensor)).sha256()
-            positions = {"first": 0, "body": source.tokens}
-            record = {
-                **source.record,
-                "format_version": FORMAT_VERSION,
-                "content_sha256": digest,
-                "positions": positions,
-            }
-            write_json(place / RECORD, record)
+            positions = SlotPositions(first=0, body=source.tokens)
+            changed = {"format_version": FORMAT_VERSION, "content_sha256": digest, "positions": positions}
+            write_json(place / RECORD, source.record.model_copy(update=changed).to_json())
         return Written(
             summary=f"A PEFT {peft_type} adapter: {source.tokens} {'KV slots' if context else 'input embeddings'}.",
             snippet=SNIPPET.format(base=base_lines(source.base_name), body=body_line(source)),
@@ -99,5 +96,5 @@ class PeftFormat(ExportFormat):
                 " a warning. `kvopt.json` names the base by its hashes, and kvopt refuses another one.",
                 PADDING[source.kind],
             ),
-            facts={"peft_type": peft_type},
+            facts=ExportFacts(peft_type=peft_type),
         )

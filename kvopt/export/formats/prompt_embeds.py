@@ -12,6 +12,7 @@ from __future__ import annotations
 from importlib import resources
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from kvopt.documents.export_record import ExportFacts
 from kvopt.export.export_format import ExportFormat, Written, base_lines, body_line
 
 if TYPE_CHECKING:
@@ -71,5 +72,5 @@ class PromptEmbedsFormat(ExportFormat):
                 "The soft prompt stands for everything before the first slot, chat marks included. Use /v1/completions;"
                 " for /v1/chat/completions serve with `--chat-template passthrough.jinja`, which adds nothing.",
             ),
-            facts={"hidden_size": tensor.shape[1]},
+            facts=ExportFacts(hidden_size=tensor.shape[1]),
         )

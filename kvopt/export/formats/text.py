@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from kvopt.documents.export_record import ExportFacts
 from kvopt.export.export_format import ExportFormat, Written
 
 if TYPE_CHECKING:
@@ -52,5 +53,5 @@ class TextFormat(ExportFormat):
                 f"`{plain}` holds the text; a slot is `{{{{name}}}}`, and `\\{{{{name}}}}` is a literal one.",
                 "`kvopt score CONFIG --context text:template.json` scores it again.",
             ),
-            facts={"slots": list(template.slots)},
+            facts=ExportFacts(slots=list(template.slots)),
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from kvopt.documents.export_record import ExportFacts
 from kvopt.errors import InputError
 from kvopt.export.export_format import ExportFormat, Written
 
@@ -65,5 +66,5 @@ class TrlFormat(ExportFormat):
                 "Gold outputs are the bytes of the data; `context_id` and `example_id` say where a row comes from.",
                 "`kvopt export-data` writes the rows under several contexts at once.",
             ),
-            facts={"rows": len(rows)},
+            facts=ExportFacts(rows=len(rows)),
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from kvopt.documents.export_record import ExportFacts
 from kvopt.errors import InputError
 from kvopt.export.export_format import ExportFormat, Written, base_lines, body_line
 
@@ -85,7 +86,7 @@ class VllmFormat(ExportFormat):
                 f" {heads} key/value heads or are multiples of it. Repetition penalties would count the placeholders.",
                 "The packing and the rules are tested on a CPU against the paged layouts; vLLM itself was only read.",
             ),
-            facts={"block_size": self.block_size, "partial_block": self.partial_block},
+            facts=ExportFacts(block_size=self.block_size, partial_block=self.partial_block),
         )
 
 

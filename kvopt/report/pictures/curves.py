@@ -6,23 +6,25 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from kvopt.documents.context_record import ContextRecord
 from kvopt.report.choice import number
 from kvopt.report.pictures.drawing import Picture, Scale, log_scale
-from kvopt.report.reading import Learned
 
 WIDTH, HEIGHT = 340, 230
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 34, 46
 
 
-def curve_values(learned: Sequence[Learned]) -> list[float]:
+def curve_values(learned: Sequence[ContextRecord]) -> list[float]:
     """All KLs of these curves, for one scale over several pictures."""
     return [v for one in learned for p in one.history for v in (p.train_kl, p.held_out_kl) if v is not None]
 
 
-def learning_curve(learned: Learned, values: Sequence[float], mutation: tuple[str, float] | None, *, id: str) -> Markup:
+def learning_curve(
+    learned: ContextRecord, values: Sequence[float], mutation: tuple[str, float] | None, *, id: str
+) -> Markup:
     """``values`` fix the KL axis; ``mutation`` is the best mutation's name and KL on the same selection rows."""
     kept = next((p.held_out_kl for p in learned.history if p.step == learned.best_step), None)
-    held_out = [(p.step, p.held_out_kl) for p in learned.history if p.held_out_kl is not None]
+    held_out = [(p.step, p.held_out_kl) for p in learned.history]
     train = [(p.step, p.train_kl) for p in learned.history if p.train_kl is not None]
     last = max((p.step for p in learned.history), default=1)
     x = Scale(0, max(last, 1), LEFT, WIDTH - RIGHT)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from kvopt.documents.leaderboard_file import LeaderboardRow
 from kvopt.report.choice import BUILT_IN, number, pareto_front
 from kvopt.report.pictures.drawing import Labels, Picture, Scale, log_scale
-from kvopt.report.reading import Row
 
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 34, 48
@@ -25,7 +25,7 @@ class Chosen:
 
 
 def length_picture(
-    rows: Sequence[tuple[str, Row]],
+    rows: Sequence[tuple[str, LeaderboardRow]],
     others: Sequence[Chosen],
     floor: float | None,
     template_tokens: int | None,
@@ -67,7 +67,7 @@ def length_picture(
     return picture.svg()
 
 
-def _point(picture: Picture, x: Scale, y: Scale, label: str, row: Row, on_front: bool) -> None:
+def _point(picture: Picture, x: Scale, y: Scale, label: str, row: LeaderboardRow, on_front: bool) -> None:
     kl = row.kl_forward
     if kl.ci95:
         picture.line([(x(row.tokens), y(kl.ci95[0])), (x(row.tokens), y(kl.ci95[1]))], f"whisker {row.kind}")
@@ -76,7 +76,7 @@ def _point(picture: Picture, x: Scale, y: Scale, label: str, row: Row, on_front:
     picture.mark(x(row.tokens), y(kl.mean), row.kind, 5.5 if on_front else 4, "front-mark" if on_front else "", title)
 
 
-def _steps(front: Sequence[Row], x: Scale, y: Scale) -> list[tuple[float, float]]:
+def _steps(front: Sequence[LeaderboardRow], x: Scale, y: Scale) -> list[tuple[float, float]]:
     """The front as stairs: nothing measured lies below and left of it."""
     points = [(x(front[0].tokens), y(front[0].kl_forward.mean))]
     for row in front[1:]:
@@ -84,7 +84,7 @@ def _steps(front: Sequence[Row], x: Scale, y: Scale) -> list[tuple[float, float]
     return points
 
 
-def _in_words(rows: Sequence[tuple[str, Row]], front: Sequence[Row], floor: float | None) -> str:
+def _in_words(rows: Sequence[tuple[str, LeaderboardRow]], front: Sequence[LeaderboardRow], floor: float | None) -> str:
     on = [label for label, row in rows if any(row is other for other in front)]
     noise = f" The noise floor is {number(floor)}." if floor else ""
     return f"{len(rows)} contexts by length and distance. On the Pareto front: {', '.join(on) or 'none'}.{noise}"

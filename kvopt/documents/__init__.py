@@ -1,0 +1,1 @@
+"""The JSON files that kvopt writes, each as one typed model."""

@@ -1,0 +1,80 @@
+"""Reading documents: a file as the model that it was written from, with one line for what is damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from kvopt.documents.leaderboard_file import LeaderboardDocument
+from kvopt.errors import InputError
+from kvopt.storage.files import read_record_file
+
+RUN_AGAIN = "delete it and run kvopt run again"
+
+Document = TypeVar("Document", bound=BaseModel)
+
+
+def read_document(model: type[Document], path: Path, what: str = f"is damaged; {RUN_AGAIN}") -> Document:
+    """A document of a run directory.
+
+    Args:
+        what: what the message says of a file that does not fit the model.
+
+    Raises:
+        InputError: the file cannot be read, or does not fit; it names the first entry that is wrong.
+    """
+    value = json_value(path)
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        place, message = first_fault(error)
+        shown = [part for part in (place, message) if part and (place or error.errors()[0]["type"] == "value_error")]
+        reason = f" ({': '.join(shown)})" if shown else ""
+        raise InputError(what + reason, where=str(path)) from None
+
+
+def read_record_of(model: type[Document], path: Path, version: int) -> Document | None:
+    """What a folder says of itself, None where there is no such file.
+
+    Raises:
+        InputError: a damaged file, or one of another ``format_version``.
+    """
+    value = read_record_file(path, version)
+    return None if value is None else validated_record(model, value, path)
+
+
+def validated_record(model: type[Document], value: dict[str, Any], path: Path) -> Document:
+    """The record of a folder. Raises InputError, with the first entry that is not what it must be."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        place, message = first_fault(error)
+        message = "must be a plain file name" if place == "name" else message
+        raise InputError(f"is damaged: {place}: {message}", where=str(path), mend="restore or rebuild it") from None
+
+
+def read_leaderboard(path: Path) -> LeaderboardDocument:
+    """A ``leaderboard.json``. Raises InputError for a damaged one."""
+    return read_document(LeaderboardDocument, path, "is not a leaderboard")
+
+
+def json_value(path: Path) -> Any:
+    """The JSON of a file in a run directory. Raises InputError."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot be read: {reason_of(error)}", where=str(path), mend=RUN_AGAIN) from None
+
+
+def first_fault(error: ValidationError) -> tuple[str, str]:
+    """Where the first wrong entry stands (dotted; empty: the whole value), and what is wrong with it."""
+    first = error.errors(include_url=False)[0]
+    return ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
