@@ -183,10 +183,10 @@ def test_students_robustness_forgetting_and_the_nth_mutation_are_shown(tmp_path:
     assert "a·(n+1)" in text
     assert "no power law fits these points" in text
     assert "What explains forgetting" in text
-    assert "What each arm bought against fixed" in text
+    assert "Differences from fixed" in text
     assert "<strong>+0.100</strong>" in shown
     assert "[+0.060, +0.140]" in text
-    assert "95 % over rows]; bold where the interval leaves 0 out" in text
+    assert "95 % over rows]; bold where the interval excludes 0" in text
 
 
 def test_a_study_without_intervals_over_rows_is_shown_without_them(tmp_path: Path):
@@ -197,9 +197,9 @@ def test_a_study_without_intervals_over_rows_is_shown_without_them(tmp_path: Pat
     run = write_run(tmp_path / "run", students=True)
     (run / "study.json").write_text(json.dumps(document), "utf-8")
     html = page_of([run], tmp_path)
-    assert "What each arm bought against fixed" in html
+    assert "Differences from fixed" in html
     assert "<strong>+0.100</strong>" not in html
-    assert "leaves 0 out" not in html
+    assert "excludes 0" not in html
 
 
 def test_a_page_of_two_runs_has_their_contexts_and_what_changed(run: Path, tmp_path: Path):
