@@ -27,8 +27,8 @@ from kvopt.base.loading import Base, enable_checkpointing
 from kvopt.config.students import StudentConfig
 from kvopt.errors import KvoptError
 from kvopt.storage.files import write_error, write_json
+from kvopt.train.context_loss import ContextLoss
 from kvopt.train.distill.drawn_answers import OnPolicyLoss
-from kvopt.train.forward import ContextLoss
 from kvopt.train.gold import gold_nll
 from kvopt.train.half import HalfFineTuning
 from kvopt.train.job import Job, Trained

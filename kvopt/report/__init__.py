@@ -20,7 +20,7 @@ def report_of(folders: Sequence[Path]) -> tuple[dict[str, Any], list[RunFiles]]:
 
     Raises InputError for a folder that is no finished run, or holds damaged files.
     """
-    from kvopt.report.document import document
+    from kvopt.report.contents import document
     from kvopt.report.reading import read_runs
 
     runs = read_runs([Path(folder) for folder in folders])

@@ -31,7 +31,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def render(report: dict[str, Any], runs: Sequence[RunFiles]) -> str:
-    """The page of :func:`kvopt.report.document.document` for the runs that it was made of."""
+    """The page of :func:`kvopt.report.contents.document` for the runs that it was made of."""
     script, style = _source("report.js"), _source("report.css")
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     view: Page = run_view(runs[0], report["runs"][0]) if len(runs) == 1 else several_view(runs, report)

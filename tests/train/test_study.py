@@ -24,7 +24,7 @@ from kvopt.train.evaluation.conditions import held_out_mutations
 from kvopt.train.evaluation.models import subject
 from kvopt.train.pool import build_pool
 from kvopt.train.study import values
-from kvopt.train.study.document import Result
+from kvopt.train.study.summary import Result
 from kvopt.train.study.tables import tables
 from kvopt.train.training import contexts_of
 from tests.jobs import artefacts, stages_in

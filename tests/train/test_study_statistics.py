@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvopt.train.evaluation.document import Measured
+from kvopt.train.evaluation.results import Measured
 from kvopt.train.study.curve import explained, fit_curve, power_law
 from kvopt.train.study.seeds import compared, over_rows_and_seeds, over_seeds
 from kvopt.train.study.values import draws_by_path

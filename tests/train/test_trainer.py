@@ -19,7 +19,7 @@ from kvopt.base.prefix import prefill
 from kvopt.errors import KvoptError
 from kvopt.train import forward
 from kvopt.train import trainer as module
-from kvopt.train.forward import ContextLoss
+from kvopt.train.context_loss import ContextLoss
 from kvopt.train.gold import gold_nll
 from kvopt.train.job import Job, Trained, make_plan
 from kvopt.train.losses.anchored_kl import AnchoredKL

@@ -18,8 +18,8 @@ from kvopt.base.loading import Base
 from kvopt.kernels import Head
 from kvopt.storage.files import sha256_json
 from kvopt.task.seam import Row
+from kvopt.train.context_loss import ContextLoss, Item
 from kvopt.train.distill.teacher import Teacher
-from kvopt.train.forward import ContextLoss, Item
 from kvopt.train.gold_tokens import Gold
 from kvopt.train.losses.on_policy import OnPolicyDivergence
 from kvopt.train.pool import Pool

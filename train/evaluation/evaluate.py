@@ -7,30 +7,23 @@ is made from those files (:class:`kvopt.documents.evaluation_file.EvaluationDocu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from kvopt.base.generate import answer_text, generate
-from kvopt.config.evaluation import EvaluateConfig
 from kvopt.config.metrics import Item, Metric, Verdict
 from kvopt.console.progress import advance
 from kvopt.documents.evaluation_file import EvaluationDocument
-from kvopt.measure.reference import Reference
-from kvopt.run.directory import Workspace
-from kvopt.run.encoded_task import EncodedTask
 from kvopt.storage.files import file_name, sha256_json, write_json
-from kvopt.task.examples import Example
 from kvopt.train.evaluation.conditions import Condition
-from kvopt.train.evaluation.document import Measured, build_document, measured
 from kvopt.train.evaluation.frozen import frozen_answers, frozen_template
 from kvopt.train.evaluation.likelihood import likelihoods
 from kvopt.train.evaluation.models import BASE, Subject, subject
-from kvopt.train.evaluation.probes import Probes
+from kvopt.train.evaluation.plan import EvaluationPlan
+from kvopt.train.evaluation.results import Measured, build_document, measured
 from kvopt.train.keyed_rows import stored_rows, write_rows
 
 VERSION = 1
@@ -39,47 +32,8 @@ UNANSWERED = "failed:"
 """How the note of an answer begins that an endpoint never judged."""
 
 
-@dataclass(frozen=True)
-class Evaluator:
-    """What is measured, and under which contexts; one for all models of a command.
-
-    Attributes:
-        task: template, data and base.
-        conditions: the contexts.
-        reference: of the base under the original template.
-        settings: the ``evaluate`` section that holds.
-        at: where answers and likelihoods are stored.
-        probes: prompts of other tasks, None without them.
-        whole: whether these are all conditions of the section: only then frozen prompts are asked, and
-            ``evaluation.json`` is written.
-    """
-
-    task: EncodedTask
-    conditions: Sequence[Condition]
-    reference: Reference
-    settings: EvaluateConfig
-    at: Workspace
-    probes: Probes | None = None
-    whole: bool = True
-
-    def __post_init__(self) -> None:
-        for metric in self.metrics:
-            if doubt := metric.doubt([example.output for example in self.answered]):
-                self.at.say(f"warning: {metric.label}: {doubt}")
-
-    @cached_property
-    def metrics(self) -> list[Metric]:
-        return [metric.prepared(self.task.inputs.base_dir) for metric in self.settings.metrics]
-
-    @property
-    def scored(self) -> Sequence[Example]:
-        """The rows whose gold likelihood is measured."""
-        return self.task.dataset.validation
-
-    @property
-    def answered(self) -> Sequence[Example]:
-        """The rows that are answered."""
-        return self.scored[: self.settings.rows]
+class Evaluator(EvaluationPlan):
+    """Measures models as the plan says; each stage is stored as it ends."""
 
     @property
     def drawing(self) -> dict[str, Any]:

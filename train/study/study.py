@@ -27,7 +27,7 @@ from kvopt.train.arms import EQUAL_SECONDS, Arm, reference_of, settings_of, stud
 from kvopt.train.evaluation.evaluate import Evaluator
 from kvopt.train.evaluation.models import BASE, subject
 from kvopt.train.pool import names_of
-from kvopt.train.study.document import Result, build_document, check_quantities
+from kvopt.train.study.summary import Result, build_document, check_quantities
 from kvopt.train.study.values import draws_by_path
 from kvopt.train.training import make_students
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from kvopt.documents.evaluation_file import EvaluationDocument
 from kvopt.measure.bootstrap import row_draws
-from kvopt.train.evaluation.document import Measured
+from kvopt.train.evaluation.results import Measured
 from kvopt.train.evaluation.statistics import Ratios, redrawn
 
 

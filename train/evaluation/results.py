@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvopt.config.metrics import Metric, Ratio, Verdict
 from kvopt.documents.evaluation_file import (
@@ -23,10 +23,8 @@ from kvopt.storage.files import file_name
 from kvopt.train.evaluation.conditions import GROUPS, WORDINGS, Condition
 from kvopt.train.evaluation.frozen import is_container, task_likeness
 from kvopt.train.evaluation.models import BASE, Subject
+from kvopt.train.evaluation.plan import EvaluationPlan
 from kvopt.train.evaluation.statistics import Ratios, agreement, ratio_of, summarize
-
-if TYPE_CHECKING:
-    from kvopt.train.evaluation.evaluate import Evaluator
 
 FORMAT_VERSION = 1
 Rows = Sequence[Mapping[str, Any]]
@@ -90,7 +88,7 @@ def measured(
     )
 
 
-def build_document(evaluation: Evaluator, model: Subject, found: Measured) -> EvaluationDocument:
+def build_document(evaluation: EvaluationPlan, model: Subject, found: Measured) -> EvaluationDocument:
     """The document of one model."""
     task, settings = evaluation.task, evaluation.settings
     draws = {"seed": task.config.seed, "resamples": settings.resamples}
@@ -196,7 +194,7 @@ def _likeness(answers: Sequence[str], original: Rows) -> list[dict[str, Ratio]]:
     return [task_likeness(answer, row["answer"], json_task=json_task) for answer, row in pairs]
 
 
-def _frozen_document(evaluation: Evaluator, found: Measured, draws: dict[str, int]) -> FrozenHabits | None:
+def _frozen_document(evaluation: EvaluationPlan, found: Measured, draws: dict[str, int]) -> FrozenHabits | None:
     by_row = found.frozen_by_row
     if found.frozen is None or by_row is None:
         return None
@@ -222,7 +220,7 @@ def _probed(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Ratio]
     }
 
 
-def _forgetting_document(evaluation: Evaluator, found: Measured, draws: dict[str, int]) -> Forgetting | None:
+def _forgetting_document(evaluation: EvaluationPlan, found: Measured, draws: dict[str, int]) -> Forgetting | None:
     if found.probes is None:
         return None
     assert evaluation.probes is not None
