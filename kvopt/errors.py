@@ -41,13 +41,11 @@ def missing_extra(extra: str, what: str, where: str | None = None) -> InputError
 
 
 @contextmanager
-def from_extra(extra: str, where: str | None = None) -> Iterator[None]:
-    """Imports of packages that an extra of kvopt installs. Raises InputError, one line, where one of them is absent."""
+def from_extra(extra: str, what: str, where: str | None = None) -> Iterator[None]:
+    """For imports of an extra's libraries: where one of them is absent, :func:`missing_extra` is raised."""
     try:
         yield
     except ModuleNotFoundError as error:
-        package = (error.name or "kvopt").partition(".")[0]
-        if package == "kvopt":
+        if (error.name or "kvopt").partition(".")[0] == "kvopt":
             raise
-        what = f"the package {package} is not installed"
-        raise InputError(what, where=where, mend=f"pip install 'kvopt[{extra}]'") from None
+        raise missing_extra(extra, what, where) from None

@@ -19,8 +19,20 @@ ROOMS = (
 """A folder imports only itself and what stands before it."""
 FACE = {"__init__.py", "__main__.py", "api.py", "errors.py", "version.py", "py.typed"}
 """All that ``kvopt/`` itself may hold beside folders."""
-FAMILIES = ("kvopt/config", "kvopt/documents", "mutate/operators", "mutate/generators", "learn/starts", "export/formats", "export/scripts",
-            "losses", "schedules", "metrics", "divergences", "report/pictures")  # fmt: skip
+FAMILIES = (
+    "kvopt/config",
+    "kvopt/documents",
+    "mutate/operators",
+    "mutate/generators",
+    "learn/starts",
+    "export/formats",
+    "export/scripts",
+    "losses",
+    "schedules",
+    "metrics",
+    "divergences",
+    "report/pictures",
+)
 """Folders with one small file a member."""
 LONGEST, SHORTEST = 400, 30
 

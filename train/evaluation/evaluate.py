@@ -19,10 +19,10 @@ from kvopt.console.progress import advance
 from kvopt.documents.evaluation_file import EvaluationDocument
 from kvopt.storage.files import file_name, sha256_json, write_json
 from kvopt.train.evaluation.conditions import Condition
+from kvopt.train.evaluation.evaluation_plan import EvaluationPlan
 from kvopt.train.evaluation.frozen import frozen_answers, frozen_template
 from kvopt.train.evaluation.likelihood import likelihoods
 from kvopt.train.evaluation.models import BASE, Subject, subject
-from kvopt.train.evaluation.plan import EvaluationPlan
 from kvopt.train.evaluation.results import Measured, build_document, measured
 from kvopt.train.keyed_rows import stored_rows, write_rows
 

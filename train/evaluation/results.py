@@ -21,9 +21,9 @@ from kvopt.documents.part import Estimate
 from kvopt.documents.student_record import StudentRecord
 from kvopt.storage.files import file_name
 from kvopt.train.evaluation.conditions import GROUPS, WORDINGS, Condition
+from kvopt.train.evaluation.evaluation_plan import EvaluationPlan
 from kvopt.train.evaluation.frozen import is_container, task_likeness
 from kvopt.train.evaluation.models import BASE, Subject
-from kvopt.train.evaluation.plan import EvaluationPlan
 from kvopt.train.evaluation.statistics import Ratios, agreement, ratio_of, summarize
 
 FORMAT_VERSION = 1

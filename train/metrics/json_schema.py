@@ -24,9 +24,10 @@ class JSONSchema(Metric):
 
     def prepared(self, base_dir: Path) -> JSONSchema:
         """With the schema itself as ``definition``, checked under the draft that ``$schema`` names."""
-        with from_extra("metrics", self.place):
+        with from_extra("metrics", "checking a JSON schema", self.place):
             from jsonschema import SchemaError
             from jsonschema.validators import validator_for
+            from referencing import Registry  # noqa: F401
         schema, where = self._read(base_dir)
         try:
             validator_for(schema).check_schema(schema)

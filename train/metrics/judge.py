@@ -6,6 +6,7 @@ failure and takes no part in the mean; ``NAME.failed`` is the share of such answ
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,9 +53,10 @@ class Judge(Metric, EndpointSettings):
         return self
 
     def prepared(self, base_dir: Path) -> Judge:
-        """Itself, where the packages of the client are there."""
-        with from_extra("endpoint", self.place):
-            from kvopt.base import chat_endpoint  # noqa: F401  (it is loaded here)
+        """Itself, where the libraries of the client are there."""
+        with from_extra("endpoint", "asking a judge", self.place):
+            importlib.import_module("httpx")
+            importlib.import_module("tenacity")
         return self
 
     def through(self, transport: httpx.BaseTransport) -> Judge:

@@ -23,7 +23,7 @@ class RougeL(Metric):
 
     def prepared(self, base_dir: Path) -> RougeL:
         """Itself, where the package is there."""
-        with from_extra("metrics", self.place):
+        with from_extra("metrics", "ROUGE-L", self.place):
             self._scorer  # noqa: B018  (it is loaded here)
         return self
 
