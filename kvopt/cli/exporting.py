@@ -1,4 +1,4 @@
-"""Commands that take contexts elsewhere or make others of them: export, move, compose, truncate."""
+"""Commands that write contexts for other tools or change them: export, move, compose, truncate."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from kvopt.export.export_format import FORMATS, chosen_format, export_formats, o
 ContextArgument = Annotated[
     str,
     typer.Argument(
-        metavar="CONTEXT", help="A context folder, or RUN#NAME: a learned context, a mutation (m031), or original."
+        metavar="CONTEXT",
+        help="A context folder, or RUN#NAME: the context NAME of the run directory RUN. NAME is a learned context, a"
+        " mutation (m031), or original.",
     ),
 ]
 BaseOption = Annotated[
-    str | None, typer.Option("--base", metavar="MODEL", help="The base to use instead of the one the context names.")
+    str | None,
+    typer.Option("--base", metavar="MODEL", help="The base model (default: the one that the context names)."),
 ]
 RunOption = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", help="The run directory to measure in (default: runs/NAME).")
@@ -32,27 +35,27 @@ def _export(
     context: ContextArgument,
     to: Annotated[str, typer.Option("--to", help=f"One of {', '.join(FORMATS.kinds)}.")],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="The folder to write (default: exports/NAME-FORMAT).")
+        Path | None, typer.Option("--out", metavar="DIR", help="The folder to write to (default: exports/NAME-FORMAT).")
     ] = None,
     base: BaseOption = None,
     push_to_hub: Annotated[
-        str | None, typer.Option(metavar="USER/NAME", help="Upload the export to the Hugging Face hub too.")
+        str | None, typer.Option(metavar="USER/NAME", help="Also upload the export to the Hugging Face hub.")
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="With --push-to-hub: a public repository.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="With --push-to-hub: make the repository public.")] = False,
     as_json: Json = False,
     **options: Any,
 ) -> None:
     given = {name: value for name, value in options.items() if value}
-    chosen_format(to, given)  # what is wrong with it is told before torch is loaded
+    chosen_format(to, given)  # a mistake in it is reported before torch is loaded
     from kvopt.export.upload import check_repository, push
     from kvopt.export.writing import export as write
 
     if push_to_hub is not None:
         check_repository(push_to_hub)
     elif public:
-        raise InputError("says how to upload, and nothing is uploaded", where="--public", mend="add --push-to-hub")
+        raise InputError("has no effect without an upload", where="--public", mend="add --push-to-hub")
     if to == "vllm":
-        say("note: the vLLM connector is tested on a CPU alone, not on a server")
+        say("note: the vLLM connector is tested only on a CPU, not on a server")
     result = write(context, to, out, base=base, options=given)
     if push_to_hub is not None:
         result["pushed_to"] = push(Path(result["folder"]), push_to_hub, private=not public)
@@ -85,9 +88,7 @@ def _with_flags_of_formats(command: Callable[..., None]) -> Callable[..., None]:
 
     export.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     export.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
-    export.__doc__ = (
-        "Write a context for another tool: an adapter, embeddings, a cache, its text, a data set, or for vLLM."
-    )
+    export.__doc__ = "Write a context for another tool: a PEFT adapter, embeddings, a KV cache, a text, a data set, or for vLLM."
     del export.__wrapped__  # type: ignore[attr-defined]
     return export
 
@@ -97,12 +98,17 @@ export = _with_flags_of_formats(_export)
 
 def move(
     context: ContextArgument,
-    offset: Annotated[int, typer.Option(help="The position that its first slot moves to.")],
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: NAME-at-OFFSET here.")] = None,
+    offset: Annotated[int, typer.Option(help="The position that the first slot moves to.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The folder to write to (default: NAME-at-OFFSET).")
+    ] = None,
     base: BaseOption = None,
     as_json: Json = False,
 ) -> None:
-    """Rotate a KV context's keys to other positions: its bodies then start behind its last slot there."""
+    """Move a KV context to other positions, by rotating its keys.
+
+    The rest of a prompt then starts at the position after the last slot.
+    """
     from kvopt.export.derive import move as make
 
     _show(make(context, offset, out, base=base), as_json)
@@ -114,14 +120,19 @@ def compose(
     config: Annotated[
         Path | None, typer.Option("--config", metavar="CONFIG.yaml", help="Measure the result on this task.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="The new context's name (default: FIRST+SECOND).")] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: a folder of that name.")] = None,
+    name: Annotated[str | None, typer.Option(help="The name of the new context (default: FIRST+SECOND).")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The folder to write to (default: the name).")
+    ] = None,
     base: BaseOption = None,
     sets: Sets = None,
     run: RunOption = None,
     as_json: Json = False,
 ) -> None:
-    """Put one learned context behind another, re-rotated; with --config, say the KL of each and of the pair."""
+    """Join two learned contexts: the second one moves to the positions after the first.
+
+    With --config, the KL of each and of the pair is measured.
+    """
     from kvopt.export.derive import compose as make
 
     _show(
@@ -132,22 +143,31 @@ def compose(
 
 def truncate(
     context: ContextArgument,
-    tokens: Annotated[int, typer.Option(help="Slots to keep.")],
+    tokens: Annotated[int, typer.Option(help="How many slots to keep.")],
     config: Annotated[
         Path | None,
-        typer.Option("--config", metavar="CONFIG.yaml", help="The task to choose the slots on and measure."),
+        typer.Option(
+            "--config",
+            metavar="CONFIG.yaml",
+            help="The task that decides which slots to keep, and that measures the result.",
+        ),
     ] = None,
     by: Annotated[
         str,
-        typer.Option(help="auto (the way that costs least KL on selection rows), refitted, attention, first, last."),
+        typer.Option(
+            help="Which slots: refitted (most attended, values fitted again), attention (most attended), first, last,"
+            " or auto, the way with the lowest KL on selection rows."
+        ),
     ] = "auto",
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: NAME-TOKENS here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The folder to write to (default: NAME-TOKENS).")
+    ] = None,
     base: BaseOption = None,
     sets: Sets = None,
     run: RunOption = None,
     as_json: Json = False,
 ) -> None:
-    """Make a KV context shorter and say what that costs in KL."""
+    """Make a KV context shorter, and measure what that costs in KL."""
     from kvopt.export.derive import truncate as make
 
     _show(
