@@ -146,7 +146,7 @@ SAME_CLASSES: set[str] = set()
     [
         ("import kvopt", ("torch", "pydantic", "typer")),
         ("import kvopt.config.document", ("torch", "transformers", "peft", "scipy", "numpy")),
-        ("import kvopt.cli", ("torch", "transformers", "peft", "scipy")),
+        ("import kvopt.cli", ("torch", "transformers", "peft", "scipy", "pydantic")),
         ("import kvopt.report.reading", ("torch", "transformers", "peft")),
     ],
 )

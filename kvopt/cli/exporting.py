@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvopt.cli.common import Json, Sets, print_json, say
 from kvopt.errors import InputError
-from kvopt.export.export_format import FORMATS, chosen_format, export_formats, options_of
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 ContextArgument = Annotated[
     str,
@@ -31,9 +32,63 @@ RunOption = Annotated[
 ]
 
 
-def _export(
+class _WithFormatFlags:
+    """A command that also takes the options of every export format. Formats are loaded when the command line is built
+    from the command's signature, so importing this module stays light.
+    """
+
+    def __init__(self, command: Callable[..., None]) -> None:
+        self._command = command
+        self.__name__, self.__doc__ = command.__name__, command.__doc__
+        self.__annotations__: dict[str, Any] = {}  # all types stand in the signature
+
+    def __call__(self, **values: Any) -> None:
+        self._command(**values)
+
+    @property
+    def __signature__(self) -> Signature:
+        from kvopt.export.export_format import export_formats, options_of
+
+        own = signature(self._command, eval_str=True)
+        parameters = {name: p for name, p in own.parameters.items() if p.kind is not Parameter.VAR_KEYWORD}
+        *names, last = export_formats()
+        to = typer.Option("--to", help=f"{', '.join(names)} or {last}.")
+        parameters["to"] = parameters["to"].replace(annotation=Annotated[str, to])
+        options: dict[str, dict[str, FieldInfo]] = {}
+        for format_name in export_formats():
+            for option, field in options_of(format_name).items():
+                options.setdefault(option, {})[format_name] = field
+        return own.replace(parameters=[*parameters.values(), *(_flag(name, of) for name, of in options.items())])
+
+
+def _flag(name: str, fields: Mapping[str, FieldInfo]) -> Parameter:
+    """The flag of one option, given its field in every format that takes it: None unless it is given, so that the
+    format's own default stands.
+    """
+    from kvopt.export.export_format import flag
+
+    first = next(iter(fields.values()))
+    extra: Any = first.json_schema_extra or {}
+    limits = first.metadata if len(fields) == 1 else ()  # else each format checks its own
+    option = typer.Option(
+        flag(name),
+        metavar=extra.get("metavar"),
+        min=next((limit.ge for limit in limits if hasattr(limit, "ge")), None),
+        help=" ".join(f"Of {to}: {field.description}{_default(field)}." for to, field in fields.items()),
+    )
+    kind: Any = first.annotation | None  # type: ignore[operator]
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
+
+
+def _default(field: FieldInfo) -> str:
+    return "" if field.default in (None, False) else f" (default: {field.default})"
+
+
+@_WithFormatFlags
+def export(
     context: ContextArgument,
-    to: Annotated[str, typer.Option("--to", help=f"One of {', '.join(FORMATS.kinds)}.")],
+    to: str,
+    *,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="The folder to write to (default: exports/NAME-FORMAT).")
     ] = None,
@@ -45,8 +100,11 @@ def _export(
     as_json: Json = False,
     **options: Any,
 ) -> None:
-    given = {name: value for name, value in options.items() if value}
-    chosen_format(to, given)  # a mistake in it is reported before torch is loaded
+    """Write a context in the format of another tool; --to says which."""
+    from kvopt.export.export_format import chosen_format
+
+    given = {name: value for name, value in options.items() if value is not None}
+    chosen = chosen_format(to, given)  # a mistake in it is reported before torch is loaded
     from kvopt.export.upload import check_repository, push
     from kvopt.export.writing import export as write
 
@@ -54,8 +112,8 @@ def _export(
         check_repository(push_to_hub)
     elif public:
         raise InputError("has no effect without an upload", where="--public", mend="add --push-to-hub")
-    if to == "vllm":
-        say("note: the vLLM connector is tested only on a CPU, not on a server")
+    if chosen.caution:
+        say(f"note: {chosen.caution}")
     result = write(context, to, out, base=base, options=given)
     if push_to_hub is not None:
         result["pushed_to"] = push(Path(result["folder"]), push_to_hub, private=not public)
@@ -66,36 +124,6 @@ def _export(
     print(f"{result['folder']}: README.md says how to use it")
     if "pushed_to" in result:
         print(result["pushed_to"])
-
-
-def _with_flags_of_formats(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with a flag for every option of every format in the place of its ``**options``."""
-    signature = inspect.signature(command, eval_str=True)
-    parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    for name, (to, field) in options_of(export_formats()).items():
-        flag, flags_only = "--" + name.replace("_", "-"), field.annotation is bool
-        help_text = f"Of {to}: {field.description}" + ("" if not field.default or flags_only else f" ({field.default})")
-        kind: Any = bool if flags_only else field.annotation | None  # type: ignore[operator]
-        annotated = Annotated[kind, typer.Option(flag, help=help_text + ".")]
-        default = False if flags_only else None
-        parameters.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotated)
-        )
-
-    @functools.wraps(command)
-    def export(**values: Any) -> None:
-        command(**values)
-
-    export.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    export.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
-    export.__doc__ = (
-        "Write a context for another tool: a PEFT adapter, embeddings, a KV cache, text, data, or for vLLM."
-    )
-    del export.__wrapped__  # type: ignore[attr-defined]
-    return export
-
-
-export = _with_flags_of_formats(_export)
 
 
 def move(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -39,11 +41,17 @@ class Written:
 
 
 class ExportFormat(Options):
-    """One format with its options, which are also the flags of ``kvopt export``; ``takes`` are the kinds of context
-    that it can hold.
+    """One format with its options, which are also the flags of ``kvopt export``.
+
+    Attributes:
+        takes: the kinds of context that it can hold: kv, soft, text.
+        rank: its place in lists of formats, lowest first.
+        caution: what a user must know before the export; None for nothing.
     """
 
     takes: ClassVar[tuple[str, ...]] = ()
+    rank: ClassVar[int] = 100
+    caution: ClassVar[str | None] = None
 
     def write(self, source: Source, place: Path) -> Written:
         """Put the context into an empty folder. Raises InputError for what the format cannot hold."""
@@ -53,39 +61,47 @@ class ExportFormat(Options):
 FORMATS: Family[ExportFormat] = Family("kvopt.export.formats", "format")
 
 
-def export_formats() -> dict[str, type[ExportFormat]]:
-    """Every format by its name."""
-    members = {name: options for name, options in FORMATS.members.items() if issubclass(options, ExportFormat)}
-    if len(members) < len(FORMATS.members):
+@cache
+def export_formats() -> Mapping[str, type[ExportFormat]]:
+    """Every format by its name, in the order of lists."""
+    members = FORMATS.members
+    if not all(issubclass(options, ExportFormat) for options in members.values()):
         raise TypeError("every file of kvopt/export/formats defines an ExportFormat")
-    return members
+    return dict(sorted(members.items(), key=lambda member: (member[1].rank, member[0])))
 
 
-def options_of(formats: Mapping[str, type[ExportFormat]]) -> dict[str, tuple[str, FieldInfo]]:
-    """The options of all formats by name: the format that takes it, and the field."""
-    return {
-        name: (to, field)
-        for to, options in formats.items()
-        for name, field in options.model_fields.items()
-        if name != "kind"
-    }
+def options_of(to: str) -> Mapping[str, FieldInfo]:
+    """The options of a format by name."""
+    return {name: field for name, field in export_formats()[to].model_fields.items() if name != "kind"}
+
+
+def takers(option: str) -> list[str]:
+    """The formats that take an option; several may take one of the same name."""
+    return [to for to in export_formats() if option in options_of(to)]
+
+
+def flag(option: str) -> str:
+    """An option's name on the command line."""
+    return "--" + option.replace("_", "-")
 
 
 def chosen_format(to: str, given: Mapping[str, Any]) -> ExportFormat:
-    """The format ``to`` with the options given. Raises InputError for a format or an option that does not exist."""
-    formats = export_formats()
-    if to not in formats:
-        raise InputError(f"no format {to!r}", where="--to", mend="one of " + ", ".join(formats))
-    known = options_of(formats)
+    """The format ``to`` with the options given, by their names in Python; the others are at their defaults.
+
+    Raises:
+        InputError: no such format, an option that it does not take, or a value that it cannot have.
+    """
     for name in given:
-        flag = "--" + name.replace("_", "-")
-        if name not in known:
-            raise InputError("is no option of any format", where=flag, mend="known: " + ", ".join(known))
-        if known[name][0] != to:
-            raise InputError(f"is of --to {known[name][0]} alone", where=flag, mend="leave it out")
-    format_ = build_model(formats[to], {"kind": to, **given}, f"--to {to}")
-    assert isinstance(format_, ExportFormat)
-    return format_
+        if (of := takers(name)) and to not in of:
+            raise InputError(f"is of --to {' and '.join(of)} alone", where=flag(name), mend="leave it out")
+    if to not in export_formats():
+        raise InputError(f"no format {to!r}", where="--to", mend="one of " + ", ".join(export_formats()))
+    for name in given:
+        if name not in (known := options_of(to)):
+            close = difflib.get_close_matches(name, known, n=1)
+            mend = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known) or 'no options'}"
+            raise InputError(f"no option {name!r}", where=f"--to {to}", mend=mend)
+    return build_model(export_formats()[to], dict(given), f"--to {to}")
 
 
 def base_lines(base: str) -> str:
@@ -105,6 +121,9 @@ def body_line(source: Source) -> str:
     return f"body = {example!r}  # with your values in the slots"
 
 
-def refuse_kind(source: Source, to: str, able: str) -> InputError:
-    """The error for a kind of context that a format has no place for; ``able`` names the formats that have."""
-    return InputError(f"{to} cannot hold a {source.kind} context", where=source.name, mend=able)
+def refuse_kind(source: Source, to: str) -> InputError:
+    """The error for a kind of context that a format has no place for; it names the formats that have."""
+    able = [name for name, other in export_formats().items() if source.kind in other.takes]
+    return InputError(
+        f"{to} cannot hold a {source.kind} context", where=source.name, mend=f"use --to {', '.join(able)}"
+    )

@@ -10,7 +10,7 @@ from kvopt.documents.export_record import ExportRecord
 from kvopt.documents.part import BaseIdentity
 from kvopt.errors import InputError
 from kvopt.export.card import card
-from kvopt.export.export_format import Written, chosen_format, export_formats, refuse_kind
+from kvopt.export.export_format import Written, chosen_format, refuse_kind
 from kvopt.export.source import Source, open_source
 from kvopt.storage.files import replacing_directory, write_json, write_text
 from kvopt.version import VERSION
@@ -31,7 +31,7 @@ def export(
 
     Args:
         context: a context folder, or ``RUN#NAME`` (a learned context, a mutation, or ``original``).
-        to: one of FORMATS, by name.
+        to: a format's name.
         out: the folder to write (default ``exports/NAME-TO``); an earlier export there is replaced, anything else
             refused.
         base: the model to use instead of the one that the context names.
@@ -41,14 +41,13 @@ def export(
         What ``kvopt-export.json`` holds, and ``folder``.
 
     Raises:
-        InputError: no such context, a kind that the format cannot hold, another base than the context's, or a folder
-            with other things in it.
+        InputError: no such context, an option that the format does not take, a kind that it cannot hold, another base
+            than the context's, or a folder with other things in it.
     """
     chosen = chosen_format(to, options or {})
     source = open_source(str(context), base=base)
     if source.kind not in chosen.takes:
-        able = [name for name, other in export_formats().items() if source.kind in other.takes]
-        raise refuse_kind(source, to, f"use --to {', '.join(able)}")
+        raise refuse_kind(source, to)
     if base is not None and source.kind != "text":
         source.check_base()
     folder = Path(out) if out is not None else Path("exports") / f"{source.name}-{to}"

@@ -213,8 +213,8 @@ def test_data_that_are_not_found_are_asked_for(run: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("to", "kind", "able"),
     [
-        ("prompt-embeds", "kv", "hf-cache, peft, vllm"),
-        ("text", "soft", "hf-cache, peft, prompt-embeds, vllm"),
+        ("prompt-embeds", "kv", "peft, hf-cache, vllm"),
+        ("text", "soft", "peft, prompt-embeds, hf-cache, vllm"),
         ("peft", "text", "text, trl-dataset"),
     ],
 )
@@ -236,7 +236,7 @@ def test_wrong_names_are_refused_with_the_right_ones(run: Path, tmp_path: Path) 
     ]:
         with pytest.raises(InputError, match=message):
             export(spec, "peft", tmp_path / "out")
-    with pytest.raises(InputError, match="one of hf-cache, peft, prompt-embeds"):
+    with pytest.raises(InputError, match="one of peft, prompt-embeds"):
         export(f"{run}#kv-8", "gguf", tmp_path / "out")
     with pytest.raises(InputError, match="it can be CARTRIDGE or PREFIX_TUNING"):
         export(f"{run}#kv-8", "peft", tmp_path / "out", options={"peft_type": "PROMPT_TUNING"})

@@ -31,6 +31,7 @@ class CacheFormat(ExportFormat):
     """A KV prefix for plain transformers."""
 
     takes: ClassVar[tuple[str, ...]] = ("kv", "soft")
+    rank: ClassVar[int] = 3
     kind: Literal["hf-cache"] = "hf-cache"
 
     def write(self, source: Source, place: Path) -> Written:

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from kvopt.export.source import Source
 
-FITS = {"kv": ("CARTRIDGE", "PREFIX_TUNING"), "soft": ("PROMPT_TUNING",)}
-
 PADDING = {
     "kv": "Pad batches on the left for generation; on models with sliding windows, use batches of equal length.",
     "soft": "PEFT drops position ids under PROMPT_TUNING and counts padding as positions: generate in batches of equal"
@@ -44,6 +42,7 @@ class PeftFormat(ExportFormat):
     """A PEFT adapter."""
 
     takes: ClassVar[tuple[str, ...]] = ("kv", "soft")
+    rank: ClassVar[int] = 1
     kind: Literal["peft"] = "peft"
     peft_type: str | None = Field(None, description="CARTRIDGE or PREFIX_TUNING (kv), PROMPT_TUNING (soft)")
 
@@ -56,17 +55,18 @@ class PeftFormat(ExportFormat):
         """The adapter, with kvopt.json beside it: the folder is a context that kvopt reads back too."""
         from einops import rearrange
 
-        from kvopt.contexts.adapter import FORMAT_VERSION, RECORD
+        from kvopt.contexts.adapter import FORMAT_VERSION, KV_TYPES, RECORD
         from kvopt.contexts.context import KVContext, SoftContext
         from kvopt.contexts.folder import write_adapter
         from kvopt.storage.files import write_json
 
-        peft_type = self.peft_type or FITS[source.kind][0]
-        if peft_type not in FITS[source.kind]:
+        possible = KV_TYPES if source.kind == "kv" else ("PROMPT_TUNING",)
+        peft_type = self.peft_type or possible[0]
+        if peft_type not in possible:
             raise InputError(
                 f"a {source.kind} context is not a {peft_type} adapter",
                 where="--peft-type",
-                mend="it can be " + " or ".join(FITS[source.kind]),
+                mend="it can be " + " or ".join(possible),
             )
         fields: dict[str, Any] = {
             "peft_type": peft_type,

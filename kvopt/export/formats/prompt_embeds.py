@@ -45,6 +45,7 @@ class PromptEmbedsFormat(ExportFormat):
     """Input embeddings for vLLM."""
 
     takes: ClassVar[tuple[str, ...]] = ("soft",)
+    rank: ClassVar[int] = 2
     kind: Literal["prompt-embeds"] = "prompt-embeds"
 
     def write(self, source: Source, place: Path) -> Written:

@@ -28,6 +28,7 @@ class TextFormat(ExportFormat):
     """A prompt template."""
 
     takes: ClassVar[tuple[str, ...]] = ("text",)
+    rank: ClassVar[int] = 4
     kind: Literal["text"] = "text"
 
     def write(self, source: Source, place: Path) -> Written:

@@ -30,8 +30,9 @@ class TrlFormat(ExportFormat):
     """Training rows for TRL."""
 
     takes: ClassVar[tuple[str, ...]] = ("text",)
+    rank: ClassVar[int] = 5
     kind: Literal["trl-dataset"] = "trl-dataset"
-    config: Path | None = Field(None, description="the run's own config, CONFIG.yaml")
+    config: Path | None = Field(None, description="the run's own config", json_schema_extra={"metavar": "CONFIG.yaml"})
 
     def write(self, source: Source, place: Path) -> Written:
         """``train.jsonl``: ``prompt`` and ``completion`` (messages under a chat template), ``context_id``,

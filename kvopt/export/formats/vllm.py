@@ -1,4 +1,6 @@
-"""``--to vllm``: a KV context for vLLM's paged cache, with the connector that serves it (:mod:`.vllm_connector`)."""
+"""``--to vllm``: a KV context for vLLM's paged cache, with the connector that serves it
+(:mod:`kvopt.export.vllm_connector`).
+"""
 
 from __future__ import annotations
 
@@ -41,6 +43,8 @@ class VllmFormat(ExportFormat):
     """A KV context for vLLM's paged cache."""
 
     takes: ClassVar[tuple[str, ...]] = ("kv", "soft")
+    rank: ClassVar[int] = 6
+    caution: ClassVar[str] = "the vLLM connector is tested only on a CPU, not on a server"
     kind: Literal["vllm"] = "vllm"
     block_size: int = Field(16, ge=1, description="tokens in a block of the server's cache")
     partial_block: bool = Field(False, description="allow a last block that is not full")
