@@ -89,7 +89,7 @@ def _with_flags_of_formats(command: Callable[..., None]) -> Callable[..., None]:
     export.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     export.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
     export.__doc__ = (
-        "Write a context for another tool: a PEFT adapter, embeddings, a KV cache, a text, a data set, or for vLLM."
+        "Write a context for another tool: a PEFT adapter, embeddings, a KV cache, text, data, or for vLLM."
     )
     del export.__wrapped__  # type: ignore[attr-defined]
     return export
