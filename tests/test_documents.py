@@ -14,12 +14,12 @@ import pytest
 from pydantic import ValidationError
 
 from kvopt.documents.schemas import DOCUMENTS, schema_of
-from kvopt.export import export
 from kvopt.export.derive import truncate
+from kvopt.export.writing import export
 from kvopt.storage.files import canonical_json
 from kvopt.train.commands import conduct_study, evaluate_all, train_chosen
 from kvopt.train.merging.folders import scaled_student
-from kvopt.train.stages import chosen
+from kvopt.train.training import chosen
 from tests.train.evaluated import open_evaluated, student, write_evaluated
 
 FILES = {

@@ -96,6 +96,8 @@ def test_constraints_pin_every_dependency_within_its_range() -> None:
     ]
     pinned = pins()
     for requirement in map(Requirement, wanted):
+        if requirement.name == "kvopt":  # an extra that takes in others
+            continue
         assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, requirement
     assert pinned["torch"] == "2.13.0"
 

@@ -13,8 +13,8 @@ class TrainingContext(DocumentPart):
     """A context that a student was trained under."""
 
     name: str = Field(description="of the context")
-    kind: ContextKind
-    tokens: int = Field(description="its length in tokens or slots")
+    kind: ContextKind = "text"
+    tokens: int = Field(0, description="its length in tokens or slots")
     weight: int | float = Field(1, description="how often rows meet it, relative to the others")
     sha256: str | None = Field(None, description="hash of its content")
 

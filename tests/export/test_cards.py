@@ -151,7 +151,7 @@ def test_a_mutation_scored_on_selection_rows_alone_says_so(run: Path, tmp_path: 
     source = open_source(f"{run}#{other['name']}")
     assert source.tokens == other["tokens"]
     assert source.metrics is not None
-    assert source.metrics["split"] == "selection"
+    assert source.metrics.split == "selection"
     export(f"{run}#{other['name']}", "text", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"On the selection rows: forward KL {other['selection']['kl_forward']['mean']:.4f}" in card

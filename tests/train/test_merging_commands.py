@@ -120,7 +120,7 @@ def test_a_greedy_soup_is_no_worse_than_its_best_student_on_the_selection_rows(k
 def test_a_greedy_soup_takes_any_metric(students, base, tmp_path):
     chosen = [students["a"], students["b"]]
     made = best_soup(chosen, base, tmp_path / "mixed", lambda folder: 1.0, higher_is_better=True)
-    assert [part["name"] for part in made["of"]] == ["a", "b"]
+    assert [part.name for part in made.of] == ["a", "b"]
 
 
 @pytest.mark.parametrize(

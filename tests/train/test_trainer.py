@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 from kvopt.base.loading import enable_checkpointing
 from kvopt.base.prefix import prefill
 from kvopt.errors import KvoptError
-from kvopt.train import forward
+from kvopt.train import context_loss
 from kvopt.train import trainer as module
 from kvopt.train.context_loss import ContextLoss
 from kvopt.train.gold import gold_nll
@@ -179,7 +179,7 @@ def test_a_text_that_rows_share_is_run_once_and_the_gradients_are_those_of_rows_
     if checkpointing:
         enable_checkpointing(student.base.model)
     runs: list[int] = []
-    monkeypatch.setattr(forward, "prefill", lambda base, ids: runs.append(len(ids)) or prefill(base, ids=ids))
+    monkeypatch.setattr(context_loss, "prefill", lambda base, ids: runs.append(len(ids)) or prefill(base, ids=ids))
     together = torch.autograd.grad(ContextLoss(student.base, task.base, contexts, CrossEntropy())(items), trained)
     assert runs == [len(contexts.contexts[0].encoded.prefix)]
     for ours, theirs in zip(together, alone, strict=True):
