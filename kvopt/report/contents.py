@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvopt.documents.context_record import ContextRecord
+from kvopt.documents.evaluation_file import EvaluationDocument
 from kvopt.documents.leaderboard_file import LeaderboardRow, UnreportedMutation
 from kvopt.mutate.mutation import Mutation, counts_by_reason
 from kvopt.report.agreement import rank_agreements
@@ -48,7 +49,7 @@ def run_document(run: RunFiles) -> dict[str, Any]:
         "mutations": _mutations(run),
         "rank_agreement": rank_agreements(board),
         "samples": run.samples.model_dump(mode="json") if run.samples else None,
-        "evaluations": [one.model_dump(mode="json", exclude_none=True, exclude_unset=True) for one in run.evaluations],
+        "evaluations": [_evaluation(one) for one in run.evaluations],
         "study": run.study.model_dump(mode="json") if run.study else None,
         "manifest": run.manifest,
         "config": run.config,
@@ -76,6 +77,12 @@ def _known(row: LeaderboardRow | UnreportedMutation) -> dict[str, Any]:
     """What a row of the leaderboard says; its lineage is there, if only an empty one."""
     facts = {key: value for key, value in row.to_json().items() if value is not None}
     return facts | {"lineage": row.lineage.model_dump(exclude_none=True)}
+
+
+def _evaluation(one: EvaluationDocument) -> dict[str, Any]:
+    """What was measured, and the student's own record."""
+    facts = one.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    return facts | ({"student": one.student.to_json()} if one.student else {})
 
 
 def _curve(record: ContextRecord) -> dict[str, Any]:
