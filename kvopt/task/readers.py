@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kvopt.errors import InputError, missing_extra
+from kvopt.errors import InputError, from_extra
 from kvopt.task.builtin_data import BUILTIN_NAME, stdlib_docstrings
 
 BOM = b"\xef\xbb\xbf"
@@ -253,10 +253,8 @@ def _check_header(names: list[str], where: str) -> None:
 def _hugging_face(source: str, base_dir: Path, part: str) -> Iterator[Record]:
     name, config, split = _hugging_face_name(source)
     folder = base_dir / Path(name).expanduser()
-    try:
+    with from_extra("data", "reading a Hugging Face data set", source):
         import datasets
-    except ImportError:
-        raise missing_extra("data", "reading a Hugging Face data set", source) from None
     try:
         if folder.is_dir():
             loaded = datasets.load_from_disk(str(folder))
