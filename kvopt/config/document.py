@@ -18,7 +18,7 @@ from kvopt.config.faults import build_model
 from kvopt.config.model import BUILTIN_BASE, ModelConfig
 from kvopt.config.mutations import MutationsConfig
 from kvopt.config.names import MUTATION
-from kvopt.config.section import NAME, Section
+from kvopt.config.section import NAME, Section, refuse_repeats
 from kvopt.config.sections import ReferenceConfig, ReportConfig, ScoreConfig, TemplateConfig
 from kvopt.config.students import StudentConfig
 from kvopt.config.study import StudyConfig
@@ -55,8 +55,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _unique_names(self) -> Config:
         names = [context.name for context in self.contexts]
-        for name in {n for n in names if names.count(n) > 1}:
-            raise ValueError(f"two contexts are named {name!r}")
+        refuse_repeats(names, "contexts")
         for name in names:
             if name in ("original", "none"):
                 raise ValueError(f"{name!r} is the name of a built-in context")
@@ -66,9 +65,7 @@ class Config(Section):
             kind, argument = context.start.kind, context.start.argument
             if kind == "context" and argument in names and names.index(argument) >= names.index(context.name):
                 raise ValueError(f"context {context.name!r} starts from {argument!r}, which must come before it")
-        students = [student.name for student in self.students]
-        for name in {n for n in students if students.count(n) > 1}:
-            raise ValueError(f"two students are named {name!r}")
+        refuse_repeats([student.name for student in self.students], "students")
         return self
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
@@ -11,6 +13,13 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 LABEL = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 """Of metrics and hand-written templates: names without dots, since results address them by dotted paths."""
+
+
+def refuse_repeats(names: Sequence[str], what: str) -> None:
+    """Raises ValueError for the first name that stands twice; ``what`` they name, in the plural, such as "arms"."""
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise ValueError(f"two {what} are named {name!r}")
 
 
 class Section(BaseModel):

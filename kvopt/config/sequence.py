@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from kvopt.config.evaluation import EvaluateConfig
 from kvopt.config.faults import build_model
-from kvopt.config.section import NAME, Section
+from kvopt.config.section import NAME, Section, refuse_repeats
 from kvopt.config.students import StudentConfig
 from kvopt.config.yaml_file import read_tree
 
@@ -44,9 +44,7 @@ class SequenceConfig(Section):
 
     @model_validator(mode="after")
     def _unique_arms(self) -> SequenceConfig:
-        names = [arm.name for arm in self.arms]
-        for name in {n for n in names if names.count(n) > 1}:
-            raise ValueError(f"two arms are named {name!r}")
+        refuse_repeats([arm.name for arm in self.arms], "arms")
         return self
 
 
