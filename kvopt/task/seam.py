@@ -56,6 +56,10 @@ class Encoded:
 
     def sha256(self) -> str:
         """Identity of the token stream."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
         return sha256_json([self.prefix, [(row.example_id, row.body, row.gold) for row in self.rows]])
 
     def select(self, example_ids: Sequence[str]) -> Encoded:
