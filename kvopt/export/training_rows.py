@@ -13,6 +13,8 @@ from typing import Any
 
 from kvopt.config.names import ContextName, unknown_context
 from kvopt.config.students import ContextChoice, StudentConfig
+from kvopt.documents.manifest import RunManifest
+from kvopt.documents.validated import read_document
 from kvopt.errors import InputError
 from kvopt.mutate.mutation import read_mutations
 from kvopt.mutate.orders import first_mutations
@@ -128,16 +130,16 @@ def _ranked(run: Path, known: Collection[str]) -> list[str]:
 
 def _check_same_task(inputs: Inputs, run: Path) -> None:
     path = run / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise InputError("there is no run with mutations", where=str(run), mend=RUN_FIRST) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"is damaged: {error}", where=str(path)) from None
-    wanted = {"template": inputs.template.sha256, "data": inputs.dataset.sha256}
-    for name, digest in wanted.items():
-        if manifest.get(f"{name}_sha256") != digest:
-            what = f"the run was made with {'other data' if name == 'data' else 'another template'} than the config's"
+    if not path.exists():
+        raise InputError("there is no run with mutations", where=str(run), mend=RUN_FIRST)
+    manifest = read_document(RunManifest, path)
+    wanted = {
+        "another template": (manifest.template_sha256, inputs.template.sha256),
+        "other data": (manifest.data_sha256, inputs.dataset.sha256),
+    }
+    for difference, (recorded, digest) in wanted.items():
+        if recorded != digest:
+            what = f"the run was made with {difference} than the config's"
             raise InputError(what, where=str(run), mend="give its own config, or run kvopt run again")
 
 

@@ -148,6 +148,13 @@ def test_mutations_of_another_template_or_no_run_are_refused(finished: tuple[Pat
         exported(other, out, "mixed")
 
 
+@pytest.mark.parametrize("damaged", ["{", "[1]", '{"template_sha256": 3}'])
+def test_a_damaged_manifest_is_named_in_one_line(finished: tuple[Path, Path], damaged: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(damaged, "utf-8")
+    with pytest.raises(InputError, match=r"manifest\.json: (cannot be read|is damaged)"):
+        exported(finished[0], tmp_path, "mixed")
+
+
 def test_the_student_must_be_clear(finished: tuple[Path, Path]) -> None:
     job, out = finished
     with pytest.raises(InputError, match="several students"):
