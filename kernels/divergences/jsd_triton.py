@@ -6,9 +6,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvopt.kernels.divergences import registry
 from kvopt.kernels.triton_kernels import log1p, phi
 
-LARGE_LOG_RATIO = tl.constexpr(30.0)
+LARGE_LOG_RATIO = tl.constexpr(registry.LARGE_LOG_RATIO)
 
 
 @triton.jit
