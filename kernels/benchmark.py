@@ -325,16 +325,11 @@ def _errors(
 
 
 def _timed(function: Any, device: torch.device) -> float:
-    _wait(device)
+    budgets.wait_for(device)
     start = budgets.now()
     function()
-    _wait(device)
+    budgets.wait_for(device)
     return budgets.now() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def markdown(report: dict[str, Any]) -> str:

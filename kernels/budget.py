@@ -29,6 +29,12 @@ def now() -> float:
     return time.perf_counter()
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done everything that it was asked for; a GPU works on behind the caller's back."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @dataclass
 class Budget:
     """``seconds`` from when it is made; None is no limit."""

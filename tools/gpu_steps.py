@@ -26,8 +26,8 @@ from kvopt.bench.steps import (
     our_step,
     peft_step,
     step_case,
-    wait_for,
 )
+from kvopt.kernels.budget import wait_for
 from kvopt.measure.reference import build_reference
 
 COLUMNS = {

@@ -25,6 +25,7 @@ from kvopt.base.prefix import Prefix
 from kvopt.config.contexts import Init
 from kvopt.config.document import Config
 from kvopt.contexts import TextContext
+from kvopt.kernels.budget import wait_for
 from kvopt.kernels.memory import peak, reset_peak
 from kvopt.learn.descent import context_loss
 from kvopt.learn.start_task import StartTask, initial_tensor
@@ -114,12 +115,6 @@ def measured(
         seconds.append(time.perf_counter() - start)
     largest = peak(device)
     return Variant(name, statistics.median(seconds), largest, value, max(0, largest - before))
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait until the device has done everything that it was asked for; a GPU works on behind the caller's back."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # ---- one step
