@@ -9,6 +9,8 @@ from kvopt.documents.student_record import StudentRecord
 
 BASE = "base"
 """How evaluations call the base, among the names of students."""
+WORDINGS = ("original", "held-out", "templates")
+"""The groups whose contexts state the task in words: together they are the group "wordings"."""
 
 
 class _Mean(DocumentPart):

@@ -8,13 +8,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from kvopt.documents.evaluation_file import BASE, EvaluationDocument, GroupEstimate
+from kvopt.documents.evaluation_file import BASE, WORDINGS, EvaluationDocument, GroupEstimate
 from kvopt.documents.part import Estimate
 from kvopt.report.pictures import Mark, interval_strips
 
 GROUPS = ("original", "held-out", "templates", "wordings", "none", "learned")
 ALWAYS = ("gold_nll", "kl_from_base", "top1_agreement")  # quantities of every evaluation
-WORDINGS = ("original", "held-out", "templates")
 
 
 @dataclass(frozen=True)

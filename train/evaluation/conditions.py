@@ -23,8 +23,6 @@ from kvopt.train.losses.on_policy import OnPolicyDivergence
 from kvopt.train.pool import names_of
 
 GROUPS = ("original", "held-out", "templates", "none", "learned", "other")
-WORDINGS = ("original", "held-out", "templates")
-"""The groups whose contexts state the task in words: together they are the group "wordings"."""
 PROBES = ("frozen-prompt", "probes")
 """Files of an evaluation that belong to no context."""
 

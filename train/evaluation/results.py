@@ -8,6 +8,7 @@ from typing import Any
 
 from kvopt.config.metrics import Metric, Ratio, Verdict
 from kvopt.documents.evaluation_file import (
+    WORDINGS,
     ConditionResult,
     EvaluatedRows,
     EvaluationDocument,
@@ -20,7 +21,7 @@ from kvopt.documents.evaluation_file import (
 from kvopt.documents.part import Estimate
 from kvopt.documents.student_record import StudentRecord
 from kvopt.storage.files import file_name
-from kvopt.train.evaluation.conditions import GROUPS, WORDINGS, Condition
+from kvopt.train.evaluation.conditions import GROUPS, Condition
 from kvopt.train.evaluation.evaluation_plan import EvaluationPlan
 from kvopt.train.evaluation.frozen import is_container, task_likeness
 from kvopt.train.evaluation.models import BASE, Subject
