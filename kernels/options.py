@@ -22,7 +22,7 @@ REDUCTIONS = ("mean", "sum")
 
 
 class KernelInputError(ValueError):
-    """Wrong shapes, dtypes or values were given to the op; the message says which and how to mend it."""
+    """Wrong shapes, dtypes or values were given to the op; the message says which and how to fix it."""
 
 
 class UnsupportedError(KernelInputError):

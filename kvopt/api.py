@@ -140,10 +140,10 @@ def compare_contexts(
         InputError: something of this is wrong, in one line.
     """
     if isinstance(contexts, str | Mapping) or not isinstance(contexts, Iterable):
-        mend = 'such as [{"kind": "kv", "tokens": 32}]'
-        raise InputError(f"must be a list, not {contexts!r}", where="contexts", mend=mend)
-    found = [_mapping(c, f"contexts.{i}", '{"kind": "kv", "tokens": 32}') for i, c in enumerate(contexts)]
-    entries = [{"name": f"{c.get('kind', 'kv')}-{c.get('tokens', 'all')}", **c} for c in found]
+        fix = 'such as [{"kind": "kv", "tokens": 32}]'
+        raise InputError(f"must be a list, not {contexts!r}", where="contexts", fix=fix)
+    mappings = [_mapping(c, f"contexts.{i}", '{"kind": "kv", "tokens": 32}') for i, c in enumerate(contexts)]
+    entries = [{"name": f"{c.get('kind', 'kv')}-{c.get('tokens', 'all')}", **c} for c in mappings]
     section: Mapping[str, Any] = {"count": mutations, "generator": {"kind": "none"}}
     if not isinstance(mutations, int):
         section = _mapping(mutations, "mutations", '8, or {"count": 8}')
@@ -190,7 +190,7 @@ def _settings(settings: Mapping[str, Any] | None) -> Mapping[str, Any]:
 
 def _mapping(value: object, where: str, example: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise InputError(f"must be a mapping, not {value!r}", where=where, mend=f"such as {example}")
+        raise InputError(f"must be a mapping, not {value!r}", where=where, fix=f"such as {example}")
     return value
 
 
@@ -207,7 +207,7 @@ def _placed(entry: Mapping[str, Any]) -> dict[str, Any]:
 def _run(tree: dict[str, Any], examples: Examples, validation: Examples | None, out: Path) -> Run:
     """Write the config and the rows into ``out`` and open the run on them."""
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or _is_ours(out / "kvopt.yaml"))):
-        raise InputError("already exists and is not from such a call", where=str(out), mend="choose another out")
+        raise InputError("already exists and is not from such a call", where=str(out), fix="choose another out")
     if not isinstance(examples, str | Path | Collection):
         raise InputError(f"must be rows or a file of them, not {examples!r}", where="examples")
     write_text(out / "kvopt.yaml", OURS)  # first, so that a call that fails below can be put right and made again

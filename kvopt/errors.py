@@ -13,20 +13,20 @@ class KvoptError(Exception):
 
 
 class InputError(KvoptError):
-    """The input is wrong: one line that says where, what, and how to mend it (exit code 2, no traceback).
+    """The input is wrong: one line that says where, what, and how to fix it (exit code 2, no traceback).
 
     Args:
         what: what is wrong, e.g. ``"slot 'text' has no column"``.
         where: file, line, key or name that it was found at, e.g. ``"train.jsonl:12"``.
-        mend: what the user can do, e.g. ``"rename the column or add it to data.columns"``.
+        fix: what the user can do, e.g. ``"rename the column or add it to data.columns"``.
     """
 
     exit_code = 2
 
-    def __init__(self, what: str, *, where: str | None = None, mend: str | None = None):
-        self.what, self.where, self.mend = what, where, mend
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
+        self.what, self.where, self.fix = what, where, fix
         line = f"{where}: {what}" if where else what
-        super().__init__(f"{line} ({mend})" if mend else line)
+        super().__init__(f"{line} ({fix})" if fix else line)
 
 
 def missing_extra(extra: str, what: str, where: str | None = None) -> InputError:
@@ -37,7 +37,7 @@ def missing_extra(extra: str, what: str, where: str | None = None) -> InputError
         what: what needs it, such as ``"reading a .gguf file"``.
         where: the key, option or file that asked for it.
     """
-    return InputError(f"{what} needs the extra {extra!r}", where=where, mend=f"pip install 'kvopt[{extra}]'")
+    return InputError(f"{what} needs the extra {extra!r}", where=where, fix=f"pip install 'kvopt[{extra}]'")
 
 
 @contextmanager

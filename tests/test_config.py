@@ -1,4 +1,4 @@
-"""Config files are strict: each fault is one line that says where it is and how to mend it."""
+"""Config files are strict: each fault is one line that says where it is and how to fix it."""
 
 import pytest
 import yaml

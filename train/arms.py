@@ -67,16 +67,16 @@ def _check_names(config: Config, arms: Sequence[Arm], study: StudyConfig) -> Non
     for name in (arm.student(seed).name for arm in arms for seed in study.seeds):
         if name in taken:
             what = f"two students of the study would be named {name!r}"
-            raise InputError(what, where="study", mend="name the student or arm otherwise, or give it once")
+            raise InputError(what, where="study", fix="name the student or arm otherwise, or give it once")
         taken.add(name)
 
 
 def settings_of(config: Config) -> StudyConfig:
     """The ``study`` section. Raises InputError where there is none, or no student."""
     if config.study is None:
-        raise InputError("the config has no study section", where="study", mend="add study: {seeds: [0, 1, 2]}")
+        raise InputError("the config has no study section", where="study", fix="add study: {seeds: [0, 1, 2]}")
     if not config.students:
-        raise InputError("the config has no students to compare", where="students", mend="each of them is an arm")
+        raise InputError("the config has no students to compare", where="students", fix="each of them is an arm")
     return config.study
 
 
@@ -105,7 +105,7 @@ def _chosen(config: Config, study: StudyConfig) -> list[StudentConfig]:
 
 
 def _unknown(name: str, known: Any, where: str) -> InputError:
-    return InputError(f"no arm {name!r}", where=where, mend="known: " + ", ".join(known))
+    return InputError(f"no arm {name!r}", where=where, fix="known: " + ", ".join(known))
 
 
 def _with_budget(student: StudentConfig, study: StudyConfig) -> StudentConfig:
@@ -124,9 +124,9 @@ def _check_equal(arms: Sequence[Arm], study: StudyConfig) -> None:
         unset = {a.name for a in arms if (a.config.steps, a.config.tokens, a.config.epochs) == (None,) * 3}
         amounts |= dict.fromkeys(unset, 1)
     if None in amounts.values() or len(set(amounts.values())) > 1:
-        found = ", ".join(f"{name}: {amount or 'none'}" for name, amount in amounts.items())
-        what = f"the arms do not have equal {study.budget} ({found})"
-        raise InputError(what, where="study.budget", mend="set study.amount, or the same in every student")
+        amounts_text = ", ".join(f"{name}: {amount or 'none'}" for name, amount in amounts.items())
+        what = f"the arms do not have equal {study.budget} ({amounts_text})"
+        raise InputError(what, where="study.budget", fix="set study.amount, or the same in every student")
 
 
 def _with_curve(arms: list[Arm], curve: CurveConfig, reference: str) -> list[Arm]:

@@ -43,7 +43,7 @@ def train_students(run: Run, only: Sequence[str] = ()) -> list[StudentRecord] | 
     """
     configs = chosen(run.inputs, only)
     if not configs:
-        raise InputError("the config has none", where="students", mend="kvopt config prints an example")
+        raise InputError("the config has none", where="students", fix="kvopt config prints an example")
     launch = Launch(run.config.model.device)
     if launch.is_first:
         with run.opened():

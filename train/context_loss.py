@@ -1,6 +1,6 @@
 """One forward pass of rows under their contexts, and the loss of their gold tokens.
 
-Rows of a micro-batch are grouped: those of each soft or KV context stand behind its prefix, and so do those of a text
+Rows of a micro-batch are grouped: those of each soft or KV context stand after its prefix, and so do those of a text
 context that several rows share, whose prompt is then run once for all of them, with gradients; what remains is one
 padded pass of whole prompts. Losses are summed over gold tokens, so that dividing by the gold tokens of a whole step
 makes accumulation and several processes exact.
@@ -69,7 +69,7 @@ class ContextLoss(nn.Module):
         return torch.stack(sums).sum()
 
     def _groups(self, items: Sequence[Item]) -> Iterator[tuple[int | None, list[Row]]]:
-        """(context, rows) of each context that rows stand behind, and (None, rows) of all whole prompts."""
+        """(context, rows) of each context that rows stand after, and (None, rows) of all whole prompts."""
         met = Counter(context for _, context in items)
         groups: dict[int | None, list[Item]] = {}
         for row, context in items:
@@ -81,7 +81,7 @@ class ContextLoss(nn.Module):
                 yield key, [self.pool.contexts[key].encoded.rows[row] for row, _ in members]
 
     def _shared(self, context: int, rows: int) -> bool:
-        """Whether so many rows of a micro-batch stand behind the context's prefix: a prompt pays off where it is run
+        """Whether so many rows of a micro-batch stand after the context's prefix: a prompt pays off where it is run
         once instead of several times.
         """
         item = self.pool.contexts[context]

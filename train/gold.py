@@ -1,4 +1,4 @@
-"""Gold NLL of a base or student behind a context: the loss before any update, which needs no reference."""
+"""Gold NLL of a base or student after a context: the loss before any update, which needs no reference."""
 
 from __future__ import annotations
 

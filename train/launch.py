@@ -17,7 +17,7 @@ def one_process(what: str) -> None:
     InputError.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError(f"{what} runs in one process", mend="start it without accelerate launch")
+        raise InputError(f"{what} runs in one process", fix="start it without accelerate launch")
 
 
 class Launch:

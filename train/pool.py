@@ -31,7 +31,7 @@ class PoolContext:
     Attributes:
         context: the context; a text context is encoded for the training rows.
         weight: how often rows meet it, relative to the others.
-        encoded: the training rows behind the context, the same examples in the same order under every context of a
+        encoded: the training rows after the context, the same examples in the same order under every context of a
             pool; ``prefix`` is empty for soft and KV contexts.
     """
 
@@ -41,7 +41,7 @@ class PoolContext:
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
-        """The rows as the student's forward pass takes them: whole prompts under a text context, bodies behind soft
+        """The rows as the student's forward pass takes them: whole prompts under a text context, bodies after soft
         and KV contexts.
         """
         prefix = self.encoded.prefix
@@ -127,7 +127,7 @@ def build_pool(catalogue: Catalogue, config: StudentConfig, seed: int) -> Pool:
         name = ContextName.parse(choice.context, where)
         for context in catalogue.named(name, where, seed=seed, taken=taken):
             if context.name in taken:
-                raise InputError(f"{context.name!r} is given twice", where=where, mend="give it once, with a weight")
+                raise InputError(f"{context.name!r} is given twice", where=where, fix="give it once, with a weight")
             taken.add(context.name)
             chosen.append((context, choice.weight))
     contexts = [in_front_of_rows(catalogue.task, context, weight) for context, weight in chosen]
@@ -150,11 +150,11 @@ def check_choice(inputs: Inputs, spec: str, where: str) -> None:
     name, count = ContextName.parse(spec, where), inputs.config.mutations.count
     if name.form == "counted" and name.count > count:
         what = f"{spec!r} wants more mutations than mutations.count ({count})"
-        raise InputError(what, where=where, mend="raise mutations.count")
+        raise InputError(what, where=where, fix="raise mutations.count")
     if name.form == "text":
         template_from_file(inputs.base_dir / name.argument, inputs.template)
     elif name.form == "of-run" and not (inputs.base_dir / name.run / "manifest.json").is_file():
-        raise InputError(f"{name.run} is not a run directory", where=where, mend="write RUN#NAME")
+        raise InputError(f"{name.run} is not a run directory", where=where, fix="write RUN#NAME")
     elif (
         (name.form in ("plain", "context") or (name.form == "mutation" and count == 0))
         and name.argument not in inputs.context_names
@@ -165,13 +165,13 @@ def check_choice(inputs: Inputs, spec: str, where: str) -> None:
 
 
 def in_front_of_rows(task: EncodedTask, context: Context, weight: float) -> PoolContext:
-    """The context with the training rows behind it. Raises InputError when gold ids change under a text."""
+    """The context with the training rows after it. Raises InputError when gold ids change under a text."""
     if isinstance(context, TextContext):
         try:
             context = task.for_training(context)
         except SeamError as error:
             where = f"{context.name}, {error.where}"
-            raise InputError(error.what, where=where, mend="leave this context out") from None
+            raise InputError(error.what, where=where, fix="leave this context out") from None
         return PoolContext(context, weight, context.encoded)
     prefix = tuple(context.bos) if isinstance(context, NoContext) else ()
     return PoolContext(context, weight, Encoded(prefix, task.bare_rows("train").rows))
@@ -190,8 +190,8 @@ def _fitting(contexts: Sequence[PoolContext], config: StudentConfig, window: int
     what = f"{over} of {count} rows have more than {limit} tokens with a context, the longest {longest[worst]}"
     where = f"students.{config.name}: {contexts[0].rows[worst].example_id}"
     if config.too_long == "error" or not kept:
-        mend = "raise max_length, or set too_long: drop" if kept else "raise max_length"
-        raise InputError(what, where=where, mend=mend)
+        fix = "raise max_length, or set too_long: drop" if kept else "raise max_length"
+        raise InputError(what, where=where, fix=fix)
     ids = [contexts[0].rows[i].example_id for i in kept]
     fitting = tuple(replace(item, encoded=item.encoded.select(ids)) for item in contexts)
     return Pool(fitting, count - len(kept))

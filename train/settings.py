@@ -29,7 +29,7 @@ def arguments(job: Job, student: Student) -> TrainingArguments:
     config, steps = job.config, job.plan.steps
     autocast = autocast_dtype(job.base, student.base.dtype, config)
     decay = {"constant": "constant_with_warmup"}.get(config.decay, config.decay)
-    made = TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(job.folder),
         per_device_train_batch_size=rows_a_process(config),
         gradient_accumulation_steps=config.accumulation,
@@ -54,8 +54,9 @@ def arguments(job: Job, student: Student) -> TrainingArguments:
         ddp_find_unused_parameters=config.half,
         ddp_timeout=SECONDS_TO_WAIT,
     )
-    made._n_gpu = min(made._n_gpu, 1)  # several GPUs are used by several processes, never by torch's DataParallel
-    return made
+    # Several GPUs are used by several processes, never by torch's DataParallel.
+    arguments._n_gpu = min(arguments._n_gpu, 1)
+    return arguments
 
 
 def rows_a_process(config: StudentConfig) -> int:
@@ -64,7 +65,7 @@ def rows_a_process(config: StudentConfig) -> int:
     if config.batch_size % (config.accumulation * processes):
         parts = f"accumulation {config.accumulation} x {processes} processes"
         what = f"batch_size {config.batch_size} is not a multiple of {parts}"
-        raise InputError(what, where=f"students.{config.name}", mend="change batch_size or accumulation")
+        raise InputError(what, where=f"students.{config.name}", fix="change batch_size or accumulation")
     return config.batch_size // (config.accumulation * processes)
 
 
@@ -72,14 +73,14 @@ def autocast_dtype(base: Base, weights: torch.dtype, config: StudentConfig) -> t
     """The dtype of mixed precision, None where everything is computed in the weights' own. Raises InputError."""
     wanted, where = base.dtype if config.dtype == "auto" else DTYPES[config.dtype], f"students.{config.name}.dtype"
     if wanted == torch.float16 and base.device.type != "cuda":
-        raise InputError("float16 can be trained only on a GPU", where=where, mend="use bfloat16 or float32")
+        raise InputError("float16 can be trained only on a GPU", where=where, fix="use bfloat16 or float32")
     if wanted == torch.float16:
         return wanted  # with its loss scaler, also where the frozen weights are float16
     if wanted == weights:
         return None
     if weights != torch.float32:
         what = f"{config.dtype} cannot be computed on weights in {str(weights).removeprefix('torch.')}"
-        raise InputError(what, where=where, mend="use auto, or set model.dtype: float32")
+        raise InputError(what, where=where, fix="use auto, or set model.dtype: float32")
     return wanted
 
 
@@ -101,7 +102,7 @@ def trackers(config: StudentConfig, logs: Path) -> list[TrainerCallback]:
                 callbacks += [kind() for kind in get_reporting_integration_callbacks([name])]
         except (RuntimeError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{name!r}: {reason}", where=where, mend="install it, or set report_to: []") from None
+            raise InputError(f"{name!r}: {reason}", where=where, fix="install it, or set report_to: []") from None
     return callbacks
 
 

@@ -96,9 +96,9 @@ def lora_student(
         try:
             peft = _injected(copied.model, config)
         except ValueError as error:
-            mend = "all-linear, or names of linear modules such as q_proj"
+            fix = "all-linear, or names of linear modules such as q_proj"
             raise InputError(
-                " ".join(str(error).split())[:200], where=f"students.{name}.lora.targets", mend=mend
+                " ".join(str(error).split())[:200], where=f"students.{name}.lora.targets", fix=fix
             ) from None
     _refuse_head(copied, f"students.{name}.lora.targets")
     return Student(copied, "lora", peft)
@@ -180,7 +180,7 @@ def weights_of(folder: Path) -> str:
     files = [folder / ADAPTER] if (folder / "adapter_config.json").is_file() else []
     files = files or (weight_files(folder) if (folder / RECORD).is_file() else [])
     if not files or not files[0].is_file():
-        raise InputError("is not a student folder", where=str(folder), mend="give a folder from students/")
+        raise InputError("is not a student folder", where=str(folder), fix="give a folder from students/")
     return weights_sha256(files)
 
 
@@ -194,7 +194,7 @@ def start_from(student: Student, folder: Path, base: Base) -> None:
     is_lora = (folder / "adapter_config.json").is_file()
     if is_lora != (student.method == "lora"):
         what = f"is a {'lora' if is_lora else 'full'} student and cannot be trained further as a {student.method} one"
-        raise InputError(what, where=str(folder), mend="use its method")
+        raise InputError(what, where=str(folder), fix="use its method")
     start = dict(before.model.named_parameters())
     trained = student.trainable()
     shapes = {name: p.shape for name, p in start.items() if name in trained or ".lora_" in name}
@@ -202,7 +202,7 @@ def start_from(student: Student, folder: Path, base: Base) -> None:
         student.peft.peft_config["default"].to_dict()
     )
     if shapes != {name: p.shape for name, p in trained.items()} or not same_scale:
-        raise InputError("has LoRA of another rank, alpha or targets", where=str(folder), mend="use the same settings")
+        raise InputError("has LoRA of another rank, alpha or targets", where=str(folder), fix="use the same settings")
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(start[name])
@@ -231,17 +231,17 @@ def load_student(folder: Path, base: Base) -> Base:
     record = read_student_record(folder)
     adapter = (folder / "adapter_config.json").is_file()
     if record is None and not adapter:
-        mend = "give a folder from students/"
-        raise InputError(f"is not a student folder, it has no {RECORD}", where=str(folder), mend=mend)
+        fix = "give a folder from students/"
+        raise InputError(f"is not a student folder, it has no {RECORD}", where=str(folder), fix=fix)
     if record is not None:
         check_base(record.base, base.name, base.identity, folder, "trained from")
     files = [folder / ADAPTER] if adapter else weight_files(folder)
     if not files or not files[0].is_file():
-        raise InputError("has no weights", where=str(folder), mend="restore or train it again")
+        raise InputError("has no weights", where=str(folder), fix="restore or train it again")
     digest = weights_sha256(files)
     if record is not None and record.weights_sha256 != digest:
         what = f"the weights are not those that {RECORD} describes"
-        raise InputError(what, where=str(folder), mend="restore or train it again")
+        raise InputError(what, where=str(folder), fix="restore or train it again")
     name = (record and record.name) or folder.name
     student = _load_lora(folder, base, name) if adapter else _load_full(folder, base, name)
     student.model.requires_grad_(False).eval()
@@ -252,7 +252,7 @@ def _load_lora(folder: Path, base: Base, name: str) -> Base:
     kind = read_json(folder / "adapter_config.json").get("peft_type")
     if kind != "LORA":
         what = f"a PEFT adapter of type {kind} is not a student"
-        raise InputError(what, where=str(folder), mend="a LoRA adapter is; contexts go to --context")
+        raise InputError(what, where=str(folder), fix="a LoRA adapter is; contexts go to --context")
     tensors = _read_adapter(folder / ADAPTER)
     copied = twin(base, name)
     try:
@@ -266,7 +266,7 @@ def _load_lora(folder: Path, base: Base, name: str) -> Base:
     expected = {key: t.shape for key, t in get_peft_model_state_dict(peft).items()}
     if wrong := sorted(k for k in expected.keys() | tensors.keys() if expected.get(k) != _shape(tensors.get(k))):
         what = f"{len(wrong)} tensors are missing, foreign or of another shape, first {wrong[0]}"
-        raise InputError(what, where=str(folder / ADAPTER), mend="use the base that it was trained from")
+        raise InputError(what, where=str(folder / ADAPTER), fix="use the base that it was trained from")
     set_peft_model_state_dict(peft, tensors)
     return copied
 
@@ -280,11 +280,11 @@ def _read_adapter(path: Path) -> dict[str, Tensor]:
         tensors = load_file(str(path))
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"is damaged or truncated: {error}", where=str(path), mend="restore or train it again"
+            f"is damaged or truncated: {error}", where=str(path), fix="restore or train it again"
         ) from None
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise InputError(f"{name} has values that are not finite", where=str(path), mend="train it again")
+            raise InputError(f"{name} has values that are not finite", where=str(path), fix="train it again")
     return tensors
 
 

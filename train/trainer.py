@@ -96,15 +96,15 @@ def make_loss(job: Job, student: Student) -> ContextLoss:
 
 def last_checkpoint(folder: Path, key: str) -> Path | None:
     """The newest whole checkpoint of this job, None without one."""
-    found = []
+    checkpoints = []
     for path in folder.glob("checkpoint-*"):
         try:
             complete = json.loads((path / COMPLETE).read_text("utf-8"))
         except (OSError, ValueError):
             continue
         if complete.get("key") == key:
-            found.append((int(path.name.rpartition("-")[2]), path))
-    return max(found)[1] if found else None
+            checkpoints.append((int(path.name.rpartition("-")[2]), path))
+    return max(checkpoints)[1] if checkpoints else None
 
 
 class StudentTrainer(Trainer):

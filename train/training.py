@@ -54,7 +54,7 @@ def chosen(inputs: Inputs, only: Sequence[str] = ()) -> list[StudentConfig]:
     known = {student.name: student for student in inputs.config.students}
     for name in only:
         if name not in known:
-            raise InputError(f"no student {name!r} in the config", mend="known: " + (", ".join(known) or "none"))
+            raise InputError(f"no student {name!r} in the config", fix="known: " + (", ".join(known) or "none"))
     configs = [student for student in inputs.config.students if not only or student.name in only]
     for config in configs:
         check_student(inputs, config)

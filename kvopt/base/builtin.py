@@ -59,8 +59,8 @@ def _build(folder: Path, say: Callable[[str], None]) -> None:
             raise
         except KvoptError as error:
             reasons.append(f"{label}: {error}")
-    mend = "connect to a network once, or set model.base to a local folder or .gguf file"
-    raise KvoptError(f"the built-in base {BUILTIN_BASE} could not be obtained; {'; '.join(reasons)} ({mend})")
+    fix = "connect to a network once, or set model.base to a local folder or .gguf file"
+    raise KvoptError(f"the built-in base {BUILTIN_BASE} could not be obtained; {'; '.join(reasons)} ({fix})")
 
 
 def from_hub(folder: Path, say: Callable[[str], None]) -> None:

@@ -29,7 +29,7 @@ class ChatFailure(Exception):
 
 
 class _Transient(Exception):
-    """A failure that another try may mend; ``after`` is what the server asks to wait, in seconds."""
+    """A failure that another try may fix; ``after`` is what the server asks to wait, in seconds."""
 
     def __init__(self, message: str, after: float | None = None):
         super().__init__(message)
@@ -67,7 +67,7 @@ class ChatEndpoint:
             raise InputError(
                 f"environment variable {self.settings.api_key_env} is not set",
                 where=f"{self.where}.api_key_env",
-                mend="export the key, or drop the line for an endpoint without one",
+                fix="export the key, or drop the line for an endpoint without one",
             )
 
     def client(self) -> httpx.Client:

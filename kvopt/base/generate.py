@@ -1,6 +1,6 @@
-"""Answers of a model behind a shared prefix: greedy or sampled decoding in batches, for every kind of context.
+"""Answers of a model after a shared prefix: greedy or sampled decoding in batches, for every kind of context.
 
-The prefix is computed once; bodies are padded on the left behind it, in batches of similar length. Sliding windows
+The prefix is computed once; bodies are padded on the left after it, in batches of similar length. Sliding windows
 count padding as tokens, so models that have them get batches of bodies of equal length.
 """
 
@@ -57,12 +57,12 @@ def generate(
     ends = stop_ids(base) if stop is None else stop
     longest = max(map(len, bodies), default=0)
     if any(len(body) == 0 for body in bodies):
-        raise InputError("a body without tokens cannot be answered", mend="put text after the context")
+        raise InputError("a body without tokens cannot be answered", fix="put text after the context")
     if len(prefix) + longest + max_new_tokens > base.geometry.window:
         raise InputError(
             f"{len(prefix)} slots, a body of {longest} tokens and {max_new_tokens} new ones do not fit the window of"
             f" {base.geometry.window}",
-            mend=f"at most {base.geometry.window - len(prefix) - longest} new tokens fit",
+            fix=f"at most {base.geometry.window - len(prefix) - longest} new tokens fit",
         )
     answers: list[tuple[int, ...]] = [()] * len(bodies)
     equal = base.geometry.sliding_window is not None

@@ -48,8 +48,8 @@ def locked(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = acquire_lock(path.with_name(f".{path.name}.lock"))
     except OSError as error:
-        mend = "set KVOPT_CACHE to a folder you can write to"
-        raise InputError(f"no permission to write ({error.strerror})", where=str(path.parent), mend=mend) from error
+        fix = "set KVOPT_CACHE to a folder you can write to"
+        raise InputError(f"no permission to write ({error.strerror})", where=str(path.parent), fix=fix) from error
     with lock:
         yield
 
@@ -94,17 +94,17 @@ def snapshot(name: str, revision: str | None = None) -> Path:
     except LocalEntryNotFoundError:
         pass
     if reason := unreachable():
-        mend = "check the name and the network, or give a local folder or .gguf file"
-        raise InputError(f"not in the local hub cache, and {reason}", where=where, mend=mend)
+        fix = "check the name and the network, or give a local folder or .gguf file"
+        raise InputError(f"not in the local hub cache, and {reason}", where=where, fix=fix)
     try:
         return download(name, revision)
     except GatedRepoError as error:
-        raise InputError("access to this hub model needs permission", where=where, mend="log in to the hub") from error
+        raise InputError("access to this hub model needs permission", where=where, fix="log in to the hub") from error
     except RepositoryNotFoundError as error:
-        raise InputError("no such model on the hub", where=where, mend="check the id or log in to the hub") from error
+        raise InputError("no such model on the hub", where=where, fix="check the id or log in to the hub") from error
     except HUB_FAILURES as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"the download failed: {reason}", where=where, mend="run again to resume it") from error
+        raise InputError(f"the download failed: {reason}", where=where, fix="run again to resume it") from error
 
 
 def download(name: str, revision: str | None = None, target: Path | None = None) -> Path:

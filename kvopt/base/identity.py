@@ -84,5 +84,5 @@ def check_base(
             raise InputError(
                 f"{how} base {stored.get('name')!r}, which differs from {name!r} in its {what}",
                 where=str(folder),
-                mend=f"use the base that it was {how}",
+                fix=f"use the base that it was {how}",
             )

@@ -147,16 +147,16 @@ def locate(base: str, revision: str | None, say: Callable[[str], None]) -> Path:
     if path.exists():
         raise InputError("is a file; a base is a model folder, a hub id or a .gguf file", where=where)
     if base.startswith((".", "/", "~")) or not HUB_ID.fullmatch(base):
-        raise InputError("no such folder", where=where, mend=f"give a model folder, a hub id or {BUILTIN_BASE}")
+        raise InputError("no such folder", where=where, fix=f"give a model folder, a hub id or {BUILTIN_BASE}")
     return _checked_folder(hub.snapshot(base, revision), where)
 
 
 def _checked_folder(folder: Path, where: str) -> Path:
     if not (folder / "config.json").is_file():
-        mend = "an adapter or context folder is not a base; give the model that it belongs to"
-        raise InputError("the folder has no config.json", where=where, mend=mend)
+        fix = "an adapter or context folder is not a base; give the model that it belongs to"
+        raise InputError("the folder has no config.json", where=where, fix=fix)
     if not hub.has_tokenizer(folder):
-        raise InputError("the base has no tokenizer", where=where, mend="save its tokenizer into the folder")
+        raise InputError("the base has no tokenizer", where=where, fix="save its tokenizer into the folder")
     if not hub.weight_files(folder):
         raise InputError("the folder has no weights (*.safetensors or pytorch_model*.bin)", where=where)
     return folder
@@ -186,7 +186,7 @@ def choose_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:200]
-        raise InputError(f"cannot be used: {reason}", where=f"model.device {name}", mend="use auto or cpu") from error
+        raise InputError(f"cannot be used: {reason}", where=f"model.device {name}", fix="use auto or cpu") from error
     return device
 
 
@@ -230,11 +230,11 @@ def _fault(config: ModelConfig, what: str, error: BaseException) -> InputError:
     """The one-line error for what transformers raised while it read a folder."""
     text, where = " ".join(str(error).split()), f"model.base {config.base}"
     if "trust_remote_code" in text and not config.trust_remote_code:
-        mend = "read that code, then set model.trust_remote_code: true"
+        fix = "read that code, then set model.trust_remote_code: true"
         return InputError(
             "the model comes with Python code, which kvopt does not run unless you allow it",
             where=where,
-            mend=mend,
+            fix=fix,
         )
     return InputError(f"{what}: {type(error).__name__}: {text[:300]}", where=where)
 
@@ -274,7 +274,7 @@ def _load_model(folder: Path, config: ModelConfig, settings: Any, dtype: torch.d
         raise _fault(config, what, error) from error
     if missing := sorted(info["missing_keys"]):
         what = f"its weights lack {len(missing)} tensors of a {type(model).__name__}, first {missing[0]}"
-        raise InputError(what, where=f"model.base {config.base}", mend="is it a causal LM, and complete?")
+        raise InputError(what, where=f"model.base {config.base}", fix="is it a causal LM, and complete?")
     return model
 
 
@@ -287,7 +287,7 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: Any, name: str) -> None
     rows = model.get_input_embeddings().weight.shape[0]
     if (highest := max(tokenizer.get_vocab().values())) >= rows:
         what = f"its tokenizer has ids up to {highest}, but the model has {rows} embeddings"
-        raise InputError(what, where=f"model.base {name}", mend="is it the tokenizer of this model?")
+        raise InputError(what, where=f"model.base {name}", fix="is it the tokenizer of this model?")
 
 
 def _ordinary_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:

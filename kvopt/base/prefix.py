@@ -125,7 +125,7 @@ def empty_prefix(base: Base) -> Prefix:
 
 
 def run_bodies(base: Base, prefix: Prefix, batch: Batch) -> Tensor:
-    """Hidden states after the final norm, [B, n, D], of bodies and gold outputs behind the prefix."""
+    """Hidden states after the final norm, [B, n, D], of bodies and gold outputs after the prefix."""
     rows, width = batch.ids.shape
     length = len(prefix)
     mask = torch.cat([batch.mask.new_ones(rows, length), batch.mask], dim=1)

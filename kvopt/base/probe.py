@@ -51,7 +51,7 @@ class Capability:
 
 def refuse(name: str, reason: str) -> InputError:
     """The error for a base that kvopt cannot run."""
-    return InputError(f"not supported: {reason}", where=f"model.base {name}", mend="use a causal decoder with RoPE")
+    return InputError(f"not supported: {reason}", where=f"model.base {name}", fix="use a causal decoder with RoPE")
 
 
 def text_config(config: Any) -> Any:

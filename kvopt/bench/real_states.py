@@ -1,7 +1,7 @@
 """Hidden states of a real model at several distances, to measure the divergence op on (``kvopt bench kl --real``).
 
-The demo's template and validation rows give the reference. Candidates stand behind the template's own KV cache with
-noise added (relative to each layer's own size), and behind no template at all. The model runs in float32, so that small
+The demo's template and validation rows give the reference. Candidates stand after the template's own KV cache with
+noise added (relative to each layer's own size), and after no template at all. The model runs in float32, so that small
 noise is not lost; the states are rounded afterwards to the dtype that is asked for.
 """
 

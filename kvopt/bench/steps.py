@@ -121,7 +121,7 @@ def measured(
 
 
 def step_case(base: Base, prefix: Prefix, encoded: Encoded, folder: Path, *, tokens: int, batch_size: int) -> StepCase:
-    """The first ``batch_size`` rows of ``encoded``, behind ``prefix``; the reference is stored in ``folder``."""
+    """The first ``batch_size`` rows of ``encoded``, after ``prefix``; the reference is stored in ``folder``."""
     rows = encoded.rows[:batch_size]
     reference = build_reference(base, prefix, Encoded(encoded.prefix, tuple(rows)), folder)
     tensor = initial_tensor(Init("strided").start, StartTask(base, "bench", "kv", tokens, encoded.prefix))
@@ -129,7 +129,7 @@ def step_case(base: Base, prefix: Prefix, encoded: Encoded, folder: Path, *, tok
 
 
 def our_step(case: StepCase, repeats: int) -> Variant:
-    """Bodies behind the learned prefix, and the divergence op."""
+    """Bodies after the learned prefix, and the divergence op."""
 
     def step() -> float:
         leaf = case.tensor.clone().requires_grad_(True)
@@ -194,7 +194,7 @@ def _prepared(config: Config, base_dir: Path, folder: str) -> Run:
 
 
 def our_scores(case: ScoreCase, repeats: int = 1) -> Variant:
-    """One prefix for each context, then the bodies behind it."""
+    """One prefix for each context, then the bodies after it."""
 
     def score(context: TextContext) -> Tensor:
         return score_tokens(case.base, context, case.encoded, case.reference).kl.mean()

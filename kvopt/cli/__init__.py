@@ -140,7 +140,7 @@ def _usage(error: Any) -> None:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "kvopt"
     what = error.format_message().rstrip(".")
-    _fail(str(InputError(what, where=command, mend=f"{command} --help lists what it takes")), error.exit_code)
+    _fail(str(InputError(what, where=command, fix=f"{command} --help lists what it takes")), error.exit_code)
 
 
 def _fail(message: str, code: int) -> None:

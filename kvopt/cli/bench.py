@@ -47,7 +47,7 @@ def bench_kl(
 
     if memory + real + write_table > 1:
         given = [name for name, on in (("--memory", memory), ("--real", real), ("--write-table", write_table)) if on]
-        raise InputError("cannot be measured in one call", where=" and ".join(given), mend="give one of them")
+        raise InputError("cannot be measured in one call", where=" and ".join(given), fix="give one of them")
     if memory:
         result = run_memory(out=out)
     elif write_table:

@@ -1,4 +1,4 @@
-"""What every command shares: options, the run behind a config, one JSON document on stdout, lines on stderr."""
+"""What every command shares: options, the run of a config, one JSON document on stdout, lines on stderr."""
 
 from __future__ import annotations
 

@@ -35,12 +35,12 @@ def mutate(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json
     """
     run = open_run(config, sets, out)
     with run.opened():
-        found = run.mutations()
+        mutations = run.mutations()
     from kvopt.mutate.mutation import counts_by_reason
 
-    counts = counts_by_reason(found)
+    counts = counts_by_reason(mutations)
     if as_json:
-        print_json({"counts": counts, "accepted": [m.to_json() for m in found if m.accepted]})
+        print_json({"counts": counts, "accepted": [m.to_json() for m in mutations if m.accepted]})
         return
     for reason, count in counts.items():
         print(f"{count:6d}  {reason}")

@@ -111,7 +111,7 @@ def export(
     if push_to_hub is not None:
         check_repository(push_to_hub)
     elif public:
-        raise InputError("has no effect without an upload", where="--public", mend="add --push-to-hub")
+        raise InputError("has no effect without an upload", where="--public", fix="add --push-to-hub")
     if chosen.caution:
         say(f"note: {chosen.caution}")
     result = write(context, to, out, base=base, options=given)

@@ -35,8 +35,8 @@ def lines(
     from kvopt.train.merging.folders import check_new, scaled_student
 
     check_new(out)
-    made = scaled_student(student, _base_of([student], base), out, alpha=alpha, beta=beta)
-    _tell(made, out, as_json)
+    merge = scaled_student(student, _base_of([student], base), out, alpha=alpha, beta=beta)
+    _tell(merge, out, as_json)
 
 
 def soup(
@@ -65,14 +65,14 @@ def soup(
 
     folders.check_new(out)
     if len(students) < 2:
-        raise InputError("a soup needs two or more students", where="STUDENT", mend="name another student folder")
+        raise InputError("a soup needs two or more students", where="STUDENT", fix="name another student folder")
     loaded = _base_of(students, base)
     if greedy is None:
-        made = folders.soup(students, loaded, out, rank=rank)
+        merge = folders.soup(students, loaded, out, rank=rank)
     else:
         measure = _gold_nll_of(greedy, sets, context, loaded)
-        made = folders.best_soup(students, loaded, out, measure, rank=rank)
-    _tell(made, out, as_json)
+        merge = folders.best_soup(students, loaded, out, measure, rank=rank)
+    _tell(merge, out, as_json)
 
 
 def _base_of(students: list[Path], base: str | None) -> Base:
@@ -85,10 +85,10 @@ def _base_of(students: list[Path], base: str | None) -> Base:
     for folder in students:
         record = read_student_record(folder)
         if record is None and not folder.is_dir():
-            raise InputError("no such folder", where=str(folder), mend="give a folder from students/")
+            raise InputError("no such folder", where=str(folder), fix="give a folder from students/")
         name = name or (record.base.name if record and record.base else None)
     if name is None:
-        raise InputError("does not say what its base is", where=str(students[0]), mend="give --base")
+        raise InputError("does not say what its base is", where=str(students[0]), fix="give --base")
     return load_base(ModelConfig(base=name, dtype="float32", device="cpu"), say=say)
 
 
@@ -102,11 +102,11 @@ def _gold_nll_of(config: Path, sets: list[str] | None, context: str, base: Base)
     task = run.task()
     for what, digest in base.identity.items():
         if task.base.identity.get(what) != digest:
-            mend = "give the config that the students were trained with"
-            raise InputError(f"its base differs from the students' in its {what}", where=str(config), mend=mend)
+            fix = "give the config that the students were trained with"
+            raise InputError(f"its base differs from the students' in its {what}", where=str(config), fix=fix)
     named = run.stored_contexts(context)
     if len(named) != 1:
-        raise InputError("names more than one context", where=f"--context {context}", mend="name one")
+        raise InputError("names more than one context", where=f"--context {context}", fix="name one")
     rows = task.rows_for(named[0], "selection")
 
     def measure(folder: Path) -> float:
@@ -117,12 +117,12 @@ def _gold_nll_of(config: Path, sets: list[str] | None, context: str, base: Base)
     return measure
 
 
-def _tell(made: StudentMerge, out: Path, as_json: bool) -> None:
+def _tell(merge: StudentMerge, out: Path, as_json: bool) -> None:
     if as_json:
-        print_json({"folder": str(out), **made.to_json()})
+        print_json({"folder": str(out), **merge.to_json()})
         return
-    names = ", ".join(part.name for part in made.of)
-    lost = "" if made.lost is None else f", {made.lost:.2%} of the update's norm lost"
-    rank = "" if made.rank is None else f", rank {made.rank}{lost}"
-    value = "" if made.value is None else f", gold NLL {made.value:.4f}"
-    print(f"{out}: {made.by} of {names}{rank}{value}")
+    names = ", ".join(part.name for part in merge.of)
+    lost = "" if merge.lost is None else f", {merge.lost:.2%} of the update's norm lost"
+    rank = "" if merge.rank is None else f", rank {merge.rank}{lost}"
+    value = "" if merge.value is None else f", gold NLL {merge.value:.4f}"
+    print(f"{out}: {merge.by} of {names}{rank}{value}")

@@ -59,7 +59,7 @@ def chosen_formats(formats: str | None) -> tuple[str, ...]:
     unknown = [name for name in names if name not in FORMATS]
     if unknown or not names:
         what = f"unknown format {unknown[0]!r}" if unknown else "no format is named"
-        raise InputError(what, where="--format", mend=f"a list of {', '.join(FORMATS)}")
+        raise InputError(what, where="--format", fix=f"a list of {', '.join(FORMATS)}")
     return names
 
 

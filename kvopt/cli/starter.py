@@ -52,4 +52,4 @@ def write_inferred(prompts: Path, folder: Path, force: bool = False) -> list[Pat
 def _check_free(folder: Path, names: object, force: bool) -> None:
     for name in names:  # type: ignore[attr-defined]
         if (folder / name).exists() and not force:
-            raise InputError("already exists", where=str(folder / name), mend="choose another folder, or --force")
+            raise InputError("already exists", where=str(folder / name), fix="choose another folder, or --force")

@@ -96,8 +96,8 @@ def show_config(
     --schema alone gives the schema of config files, and --schema DOCUMENT that of a file that kvopt writes.
     """
     if document is not None and (as_reference or not schema):
-        mend = f"kvopt config --schema {document}"
-        raise InputError(f"{document} is a document, of which --schema prints the schema", mend=mend)
+        fix = f"kvopt config --schema {document}"
+        raise InputError(f"{document} is a document, of which --schema prints the schema", fix=fix)
     if as_reference:
         from kvopt.config.reference_page import reference
 

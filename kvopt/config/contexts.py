@@ -48,7 +48,7 @@ class Init:
         self.kind, _, self.argument = value.partition(":")
         wanted = _ON_TEXTS.get(self.kind, "a context's name or folder" if self.kind == "context" else "")
         if self.kind not in known_starts():
-            raise InputError(f"unknown init {value!r}", where=where, mend="one of " + ", ".join(known_starts()))
+            raise InputError(f"unknown init {value!r}", where=where, fix="one of " + ", ".join(known_starts()))
         if bool(wanted) != bool(self.argument):
             what = f"{self.kind}:… needs {wanted}" if wanted else f"{self.kind} takes no argument"
             raise InputError(f"init {value!r}: {what}", where=where)
@@ -58,10 +58,10 @@ class Init:
     @staticmethod
     def _built(tree: dict[str, Any], where: str) -> Start:
         if "kind" not in tree:
-            raise InputError(f"init {tree!r} has no kind", where=where, mend="write kind: NAME in it, or plain text")
+            raise InputError(f"init {tree!r} has no kind", where=where, fix="write kind: NAME in it, or plain text")
         kind = tree["kind"]
         if kind not in STARTS.kinds:
-            raise InputError(f"unknown init {kind!r}", where=where, mend="one of " + ", ".join(STARTS.kinds))
+            raise InputError(f"unknown init {kind!r}", where=where, fix="one of " + ", ".join(STARTS.kinds))
         return build_model(STARTS.options(str(kind)), tree, where)
 
     @property
@@ -123,7 +123,7 @@ class ContextConfig(Section):
         try:
             Init(value)
         except InputError as error:
-            raise ValueError(f"{error.what} ({error.mend})" if error.mend else error.what) from None
+            raise ValueError(f"{error.what} ({error.fix})" if error.fix else error.what) from None
         return value
 
     @property

@@ -43,13 +43,13 @@ def _input_error(error: ValidationError, where: str, model: type[BaseModel]) -> 
     if first["type"] == "extra_forbidden":
         known = list(place[-1][1])
         close = difflib.get_close_matches(str(place[-1][0]), known, n=1)
-        mend = f"did you mean {close[0]!r}?" if close else "known here: " + ", ".join(known)
-        return InputError(f"unknown key {key!r}{more}", where=where, mend=mend)
+        fix = f"did you mean {close[0]!r}?" if close else "known here: " + ", ".join(known)
+        return InputError(f"unknown key {key!r}{more}", where=where, fix=fix)
     if first["type"].startswith("union_tag"):
         context = first.get("ctx", {})
         key += "." + context.get("discriminator", "kind").strip("'")
         given = f"unknown value {context['tag']!r}" if "tag" in context else "is missing"
-        return InputError(f"{key}: {given}{more}", where=where, mend=f"one of {context.get('expected_tags', _TAGS)}")
+        return InputError(f"{key}: {given}{more}", where=where, fix=f"one of {context.get('expected_tags', _TAGS)}")
     given = (
         "" if first["type"] == "missing" or isinstance(first["input"], dict | list) else f" (given: {_short(first)})"
     )

@@ -62,11 +62,11 @@ class ContextName:
         head, colon, argument = spec.partition(":")
         if order := next((order for order in ORDERS if head == order + SUFFIX), None):
             if not argument.isdecimal() or int(argument) < 1:
-                raise InputError(f"{spec!r} needs a number", where=where, mend=f"write {head}:4")
+                raise InputError(f"{spec!r} needs a number", where=where, fix=f"write {head}:4")
             return cls(spec, "counted", order=order, count=int(argument))
         if form := next((form for form in _PREFIXED if colon and head == form), None):
             if not argument:
-                raise InputError(f"{spec!r} names nothing", where=where, mend=f"write {head}:… in full")
+                raise InputError(f"{spec!r} names nothing", where=where, fix=f"write {head}:… in full")
             return cls(spec, form, argument)
         run, mark, name = spec.rpartition("#")
         if mark and run and name:
@@ -80,4 +80,4 @@ def unknown_context(spec: str, where: str, names: Iterable[str] = (), forms: Ite
     """The one error for a context that is not there, with all that could be named: ``names`` that exist, and forms."""
     known = ", ".join(dict.fromkeys(names))
     others = ", ".join(FORMS[form] for form in forms)
-    return InputError(f"no context {spec!r}", where=where, mend=f"known: {known}; or {others}" if known else others)
+    return InputError(f"no context {spec!r}", where=where, fix=f"known: {known}; or {others}" if known else others)

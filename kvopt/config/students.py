@@ -20,7 +20,7 @@ class ContextChoice(Shorthand):
         description="original, none, best-mutations:K, diverse-mutations:K, random-mutations:K, text:FILE, a learned "
         "context, a mutation's name, or a context folder",
     )
-    weight: float = Field(1, gt=0, description="of each of these contexts; whole numbers with expand")
+    weight: float = Field(1, gt=0, description="how often each of these contexts is drawn; expand takes whole numbers")
 
     @model_validator(mode="before")
     @classmethod
@@ -31,10 +31,14 @@ class ContextChoice(Shorthand):
 class LoraSettings(Section):
     """LoRA through PEFT."""
 
-    rank: int = Field(16, ge=1, description="rank of the update")
+    rank: int = Field(16, ge=1, description="rank of the LoRA update")
     alpha: float = Field(32, gt=0, description="the update is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapters' input")
-    targets: str | list[str] = Field("all-linear", description="all-linear, or names of linear modules")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of the adapters' input that is set to zero while training"
+    )
+    targets: str | list[str] = Field(
+        "all-linear", description="modules that get an adapter: all-linear, or names of linear modules"
+    )
 
 
 if TYPE_CHECKING:
@@ -49,15 +53,15 @@ class OwnAnswersConfig(Section):
     """Gold outputs replaced by the base's own answers where these are right (S3FT)."""
 
     accept: list[CheckConfig] = Field(min_length=1, description="checks that an answer must pass, all of them")
-    max_new_tokens: int = Field(128, ge=1, description="longer answers are not taken")
+    max_new_tokens: int = Field(128, ge=1, description="most tokens of an answer; a longer one is not used")
 
 
 class StudentConfig(Section):
     """One student to train on contexts of the run."""
 
     name: str = Field(pattern=NAME, description="folder name under students/")
-    method: Literal["lora", "full"] = Field("lora", description="LoRA adapters, or all weights")
-    lora: LoraSettings = Field(LoraSettings(), description="adapters of method: lora")
+    method: Literal["lora", "full"] = Field("lora", description="train LoRA adapters, or all weights")
+    lora: LoraSettings = Field(LoraSettings(), description="the adapters that method: lora trains")
     masters: Literal["float32", "base"] = Field(
         "float32", description="dtype of the trained weights of method: full: float32, or that of the base"
     )
@@ -69,7 +73,7 @@ class StudentConfig(Section):
     )
     contexts: list[ContextChoice] = Field(
         min_length=1,
-        description="what it is trained under: original, none, best-mutations:K, diverse-mutations:K, "
+        description="the contexts that it is trained under: original, none, best-mutations:K, diverse-mutations:K, "
         "random-mutations:K, text:FILE, a mutation, a learned context, a context folder; or {context: …, weight: …}",
     )
     own_answers: OwnAnswersConfig | None = Field(
@@ -79,28 +83,53 @@ class StudentConfig(Section):
         SCHEDULES.options("expand")(kind="expand"), description="which row meets which context when; default: expand"
     )
     loss: LossConfig = Field(LOSSES.options("ce")(kind="ce"), description="on gold tokens; default: ce")
-    steps: int | None = Field(None, ge=1, description="optimizer steps; or epochs; or tokens")
-    epochs: float | None = Field(None, gt=0, description="passes over the rows, up to a whole step (default: 1)")
-    tokens: int | None = Field(None, ge=1, description="tokens through the student, up to a whole step")
-    batch_size: int = Field(8, ge=1, description="rows an optimizer step, over all micro-batches and processes")
-    accumulation: int = Field(1, ge=1, description="micro-batches a step: less memory, same result")
-    learning_rate: float | None = Field(None, gt=0, description="peak, of AdamW; default: 2e-4 (lora), 2e-5 (full)")
-    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps with a rising learning rate")
-    decay: Literal["linear", "cosine", "constant"] = Field("linear", description="of the learning rate after that")
+    steps: int | None = Field(
+        None, ge=1, description="optimizer steps to train for; give one of steps, epochs and tokens"
+    )
+    epochs: float | None = Field(
+        None, gt=0, description="passes over the rows, rounded up to a whole step (default: 1)"
+    )
+    tokens: int | None = Field(
+        None, ge=1, description="tokens that pass through the student, rounded up to a whole step"
+    )
+    batch_size: int = Field(8, ge=1, description="rows per optimizer step, over all micro-batches and processes")
+    accumulation: int = Field(
+        1, ge=1, description="micro-batches per optimizer step: more need less memory and give the same result"
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, description="highest learning rate of AdamW; default: 2e-4 (lora), 2e-5 (full)"
+    )
+    warmup: float = Field(
+        0.05, ge=0, le=1, description="share of the steps in which the learning rate rises to its peak"
+    )
+    decay: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="how the learning rate falls after the warmup"
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
-    clip: float = Field(1.0, gt=0, description="largest gradient norm")
-    seed: int | None = Field(None, ge=0, lt=2**31, description="default: the config's seed")
-    max_length: int | None = Field(None, ge=2, description="tokens of a row with its context; default: the window")
+    clip: float = Field(1.0, gt=0, description="gradients with a larger norm are scaled down to it")
+    seed: int | None = Field(
+        None, ge=0, lt=2**31, description="seed of the order of rows and of all draws; default: the config's seed"
+    )
+    max_length: int | None = Field(
+        None, ge=2, description="most tokens of a row with its context; default: the model's window"
+    )
     too_long: Literal["error", "drop"] = Field(
-        "error", description="rows over max_length: an error, or left out and counted; gold is never cut"
+        "error",
+        description="what happens to rows over max_length: an error, or they are left out and counted; "
+        "gold outputs are never cut",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="what is computed in; auto: the base's. Trained weights stay float32 (mixed precision)"
+        "auto",
+        description="dtype of the computation; auto: the base's. Trained weights stay float32 (mixed precision)",
     )
     log_every: int = Field(1, ge=1, description="steps between entries of the history")
-    checkpoint_every: int | None = Field(None, ge=1, description="steps; default: a tenth of them")
-    report_to: list[str] = Field(["tensorboard"], description="trackers of transformers.Trainer; [] for none")
+    checkpoint_every: int | None = Field(
+        None, ge=1, description="steps between checkpoints; default: a tenth of all steps"
+    )
+    report_to: list[str] = Field(
+        ["tensorboard"], description="experiment trackers, by their names in transformers.Trainer; [] for none"
+    )
 
     @model_validator(mode="before")
     @classmethod

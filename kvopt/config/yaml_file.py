@@ -17,7 +17,7 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     text = read_text(path, "kvopt init writes a starter config")
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise InputError("is not a mapping of sections", where=str(path), mend="kvopt init writes a starter config")
+        raise InputError("is not a mapping of sections", where=str(path), fix="kvopt init writes a starter config")
     for override in overrides:
         _assign(tree, override)
     return tree
@@ -57,7 +57,7 @@ def _parse_yaml(text: str, where: str) -> Any:
 def _assign(tree: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     if not equals or not path:
-        raise InputError(f"{override!r} is not an assignment", where="--set", mend="write --set a.b=value")
+        raise InputError(f"{override!r} is not an assignment", where="--set", fix="write --set a.b=value")
     node: Any = tree
     keys = path.split(".")
     while len(keys) > 1:
@@ -97,4 +97,4 @@ def _position(items: list[Any], key: str, path: str) -> int:
     for position, item in enumerate(items):
         if key == str(position) or (isinstance(item, dict) and item.get("name") == key):
             return position
-    raise InputError(f"{path}: no item {key!r}", where="--set", mend="use an item's name or its position from 0")
+    raise InputError(f"{path}: no item {key!r}", where="--set", fix="use an item's name or its position from 0")

@@ -45,7 +45,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
         raise InputError(
             "is not a context folder",
             where=str(folder),
-            mend="it has no adapter_config.json; give a folder from contexts/",
+            fix="it has no adapter_config.json; give a folder from contexts/",
         )
     config = read_json(path)
     peft_type = config.get("peft_type")
@@ -54,13 +54,13 @@ def adapter_config(folder: Path) -> dict[str, Any]:
         raise InputError(
             "is a student, not a context" if student else f"a PEFT adapter of type {peft_type} is not a context",
             where=str(folder),
-            mend="CARTRIDGE, PREFIX_TUNING or PROMPT_TUNING is",
+            fix="CARTRIDGE, PREFIX_TUNING or PROMPT_TUNING is",
         )
     if config.get("prefix_projection"):
         raise InputError(
             "PREFIX_TUNING with a projection (prefix_projection: true) is not a KV cache",
             where=str(folder),
-            mend="train it without a projection",
+            fix="train it without a projection",
         )
     _check_decoder(config, folder)
     _check_types(config, path)
@@ -72,7 +72,7 @@ def _check_decoder(config: dict[str, Any], folder: Path) -> None:
         raise InputError("an adapter of an encoder-decoder model is not a context", where=str(folder))
     if config.get("task_type") not in _TEXT_TASKS:
         raise InputError(
-            f"an adapter for {config['task_type']} is not a context", where=str(folder), mend="CAUSAL_LM adapters are"
+            f"an adapter for {config['task_type']} is not a context", where=str(folder), fix="CAUSAL_LM adapters are"
         )
 
 
@@ -108,7 +108,7 @@ def _read_safetensors(path: Path) -> Tensor:
             _check_names(list(file.keys()), path)
             return file.get_tensor(TENSOR)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"is damaged or truncated: {error}", where=str(path), mend="restore or rebuild it") from None
+        raise InputError(f"is damaged or truncated: {error}", where=str(path), fix="restore or rebuild it") from None
 
 
 def _read_pickle(path: Path) -> Tensor:
@@ -118,11 +118,11 @@ def _read_pickle(path: Path) -> Tensor:
         raise InputError(
             "is a pickle that holds more than tensors; it is not opened, because that would run code from the file",
             where=str(path),
-            mend="have its author save it as safetensors",
+            fix="have its author save it as safetensors",
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"is damaged or truncated: {reason}", where=str(path), mend="restore or rebuild it") from None
+        raise InputError(f"is damaged or truncated: {reason}", where=str(path), fix="restore or rebuild it") from None
     if not isinstance(tensors, dict):
         raise InputError("is not a file of named tensors", where=str(path))
     _check_names(list(tensors), path)
@@ -141,4 +141,4 @@ def check_finite(tensor: Tensor, folder: Path) -> None:
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"{TENSOR} is {tensor.dtype}, not a float tensor", where=str(folder))
     if not torch.isfinite(tensor).all():
-        raise InputError(f"{TENSOR} has values that are not finite", where=str(folder), mend="rebuild it")
+        raise InputError(f"{TENSOR} has values that are not finite", where=str(folder), fix="rebuild it")

@@ -35,7 +35,7 @@ class Context:
         raise NotImplementedError
 
     def bodies(self, original: Encoded) -> Encoded:
-        """The rows to run behind this context, given those of the original template."""
+        """The rows to run after this context, given those of the original template."""
         return original
 
     def prefix(self, base: Base) -> Prefix:
@@ -73,7 +73,7 @@ class TextContext(Context):
 
 @dataclass(frozen=True)
 class NoContext(Context):
-    """No template at all: the original's bodies behind nothing but the tokenizer's BOS, where it has one."""
+    """No template at all: the original's bodies after nothing but the tokenizer's BOS, where it has one."""
 
     bos: Sequence[int] = ()
     kind: ClassVar[ContextKind] = "text"

@@ -140,7 +140,7 @@ def load_context(folder: Path, base: Base, *, name: str | None = None) -> Tensor
     name = name or (record.name if record else folder.resolve().name)
     if record is not None and tensor.dtype != torch.float32:
         raise InputError(
-            f"{TENSOR} is {tensor.dtype}, kvopt writes float32", where=str(folder), mend="restore or rebuild it"
+            f"{TENSOR} is {tensor.dtype}, kvopt writes float32", where=str(folder), fix="restore or rebuild it"
         )
     tensor = tensor.float()
     context: TensorContext
@@ -151,7 +151,7 @@ def load_context(folder: Path, base: Base, *, name: str | None = None) -> Tensor
         context = SoftContext(name, tensor)
     if record is not None and record.content_sha256 != context.sha256():
         raise InputError(
-            "the tensor is not the one that kvopt.json describes", where=str(folder), mend="restore or rebuild it"
+            "the tensor is not the one that kvopt.json describes", where=str(folder), fix="restore or rebuild it"
         )
     first = record.first_position if record else 0
     if first and isinstance(context, KVContext):
@@ -177,7 +177,7 @@ def _check_tensor(tensor: Tensor, width: int, config: dict[str, Any], folder: Pa
         raise InputError(
             f"{TENSOR} has shape {list(tensor.shape)}, this base and adapter_config.json need [{slots}, {width}]",
             where=str(folder / "adapter_model.safetensors"),
-            mend="use the base that it was made for",
+            fix="use the base that it was made for",
         )
     check_finite(tensor, folder / "adapter_model.safetensors")
 
@@ -192,5 +192,5 @@ def _check_heads(config: dict[str, Any], base: Base, folder: Path) -> None:
             raise InputError(
                 f"adapter_config.json says {field}: {config[field]}, {base.name!r} has {count}",
                 where=str(folder),
-                mend="use the base that it was made for",
+                fix="use the base that it was made for",
             )

@@ -52,14 +52,14 @@ def check_positions(base: Base, offset: int, tokens: int, name: str) -> None:
     """
     window = base.geometry.window
     if offset < 0:
-        raise InputError(f"position {offset} is before the start", where=name, mend="give an offset of 0 or more")
+        raise InputError(f"position {offset} is before the start", where=name, fix="give an offset of 0 or more")
     if offset + tokens >= window:
         kind = rope_type(base)
         reason = f" and its RoPE is {kind!r}: {_CHANGING[kind]} beyond it" if kind in _CHANGING else ""
         raise InputError(
             f"slots at {offset} to {offset + tokens - 1} leave no room in the window of {window} positions{reason}",
             where=name,
-            mend=f"an offset of at most {max(0, window - tokens - 1)} fits",
+            fix=f"an offset of at most {max(0, window - tokens - 1)} fits",
         )
 
 
@@ -73,7 +73,7 @@ def rope_type(base: Base) -> str:
 
 
 def joined(first: TensorContext, second: TensorContext, base: Base, name: str) -> TensorContext:
-    """``first``, then ``second`` behind it, as one context.
+    """``first``, then ``second`` after it, as one context.
 
     Two soft prompts are put end to end, and the second will see the first. Otherwise both become KV caches (a soft
     prompt by a prefill) and the second's keys move on by the first's length; its slots were computed without the
@@ -114,7 +114,7 @@ def shortened(
     name = name or f"{context.name}-{tokens}"
     if not 1 <= tokens < context.tokens:
         raise InputError(
-            f"{tokens} of {context.tokens} slots wanted", where=context.name, mend=f"give 1 to {context.tokens - 1}"
+            f"{tokens} of {context.tokens} slots wanted", where=context.name, fix=f"give 1 to {context.tokens - 1}"
         )
     if way in WITH_ROWS:
         prefix = Prefix.unstack(context.states.to(base.device), torch.float32)

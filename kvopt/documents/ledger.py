@@ -56,5 +56,5 @@ def read_ledger(path: Path) -> list[LedgerEntry]:
         try:
             entries.append(LedgerEntry.model_validate(json.loads(line)))
         except ValueError:
-            raise InputError("the line is damaged", where=f"{path}:{number}", mend="delete that line") from None
+            raise InputError("the line is damaged", where=f"{path}:{number}", fix="delete that line") from None
     return entries

@@ -41,6 +41,6 @@ def schema_of(name: str) -> dict[str, Any]:
     if name not in DOCUMENTS:
         close = difflib.get_close_matches(name, DOCUMENTS, n=1)
         known = f"known: {', '.join(DOCUMENTS)}"
-        mend = f"did you mean {close[0]!r}? {known}" if close else known
-        raise InputError(f"no document {name!r}", where="--schema", mend=mend)
+        fix = f"did you mean {close[0]!r}? {known}" if close else known
+        raise InputError(f"no document {name!r}", where="--schema", fix=fix)
     return {"$schema": DIALECT, **DOCUMENTS[name].model_json_schema()}

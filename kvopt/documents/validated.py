@@ -53,7 +53,7 @@ def validated_record(model: type[Document], value: dict[str, Any], path: Path) -
     except ValidationError as error:
         place, message = first_fault(error)
         message = "must be a plain file name" if place == "name" else message
-        raise InputError(f"is damaged: {place}: {message}", where=str(path), mend="restore or rebuild it") from None
+        raise InputError(f"is damaged: {place}: {message}", where=str(path), fix="restore or rebuild it") from None
 
 
 def read_leaderboard(path: Path) -> LeaderboardDocument:
@@ -66,7 +66,7 @@ def json_value(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot be read: {reason_of(error)}", where=str(path), mend=RUN_AGAIN) from None
+        raise InputError(f"cannot be read: {reason_of(error)}", where=str(path), fix=RUN_AGAIN) from None
 
 
 def first_fault(error: ValidationError) -> tuple[str, str]:

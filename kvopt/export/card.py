@@ -72,7 +72,7 @@ def _metrics(source: Source) -> str:
         lines.append(f"Gold NLL {metrics.gold_nll:.4f}, top-1 agreement {metrics.top1_agreement:.1%}")
         lines[-1] += f", {metrics.examples} examples." if metrics.examples is not None else "."
     lines.append(
-        "Forward KL is from the base under the original template to the base behind this context; 0 is no difference."
+        "Forward KL is from the base under the original template to the base after this context; 0 is no difference."
     )
     if source.run is not None and source.run.board is not None:
         floor = source.run.board.noise_floor.kl_forward
@@ -89,4 +89,4 @@ def _behind(source: Source) -> str:
             f" Exactly, whatever the tokenizer does at the seam: tokenize the whole prompt as under the original"
             f" template and drop its first {source.template_tokens} ids."
         )
-    return f"`body` is what stands behind the context: the prompt from its first slot on, chat marks included.{exact}"
+    return f"`body` is what stands after the context: the prompt from its first slot on, chat marks included.{exact}"

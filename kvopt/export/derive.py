@@ -60,11 +60,9 @@ def compose(
     name: str | None = None,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Write ``second`` behind ``first`` as one context; with a config, measure all three. Raises InputError."""
+    """Write ``second`` after ``first`` as one context; with a config, measure all three. Raises InputError."""
     if name is not None and not re.fullmatch(FILE_NAME, name):
-        raise InputError(
-            f"{name!r} is no name", where="--name", mend="give a plain file name; --out says where it goes"
-        )
+        raise InputError(f"{name!r} is no name", where="--name", fix="give a plain file name; --out says where it goes")
     sources = [_learned_source(spec, base) for spec in (first, second)]
     name = name or "+".join(source.name for source in sources)
     folder = _place(out or Path(name), *sources)
@@ -103,10 +101,10 @@ def truncate(
     reported is that of the validation rows. Raises InputError.
     """
     if by not in ("auto", *get_args(Way)):
-        raise InputError(f"no way {by!r}", where="--by", mend="one of auto, " + ", ".join(WAYS))
+        raise InputError(f"no way {by!r}", where="--by", fix="one of auto, " + ", ".join(WAYS))
     if config is None and (by == "auto" or by in WITH_ROWS):
         raise InputError(
-            f"--by {by} needs a task's rows", where="--config", mend="give the config, or --by first or --by last"
+            f"--by {by} needs a task's rows", where="--config", fix="give the config, or --by first or --by last"
         )
     source = _learned_source(context, base)
     name = f"{source.name}-{tokens}"
@@ -175,7 +173,7 @@ def _learned_source(spec: str, base: str | None) -> Source:
 
 
 def _not_kv(source: Source, why: str) -> InputError:
-    return InputError(f"a {source.kind} context cannot be {why}", where=source.name, mend="give a KV context")
+    return InputError(f"a {source.kind} context cannot be {why}", where=source.name, fix="give a KV context")
 
 
 def _load(source: Source, base: Base) -> TensorContext:
@@ -208,13 +206,13 @@ def _record(origin: ContextOrigin, sources: Sequence[Source], measured: Sequence
 def _place(folder: Path, *sources: Source) -> Path:
     """Refuse to write over the sources, or over anything but what one of these commands made."""
     if any(s.folder is not None and folder.resolve() == s.folder.resolve() for s in sources):
-        raise InputError("is the context itself", where=str(folder), mend="choose another --out folder")
+        raise InputError("is the context itself", where=str(folder), fix="choose another --out folder")
     record = read_record(folder) if folder.is_dir() else None
     ours = folder.is_dir() and (not any(folder.iterdir()) or (record is not None and record.origin is not None))
     if folder.exists() and not ours:
         raise InputError(
             "is there already and was not made by move, compose or truncate",
             where=str(folder),
-            mend="choose another --out folder",
+            fix="choose another --out folder",
         )
     return folder

@@ -93,14 +93,14 @@ def chosen_format(to: str, given: Mapping[str, Any]) -> ExportFormat:
     """
     for name in given:
         if (of := takers(name)) and to not in of:
-            raise InputError(f"is of --to {' and '.join(of)} alone", where=flag(name), mend="leave it out")
+            raise InputError(f"is of --to {' and '.join(of)} alone", where=flag(name), fix="leave it out")
     if to not in export_formats():
-        raise InputError(f"no format {to!r}", where="--to", mend="one of " + ", ".join(export_formats()))
+        raise InputError(f"no format {to!r}", where="--to", fix="one of " + ", ".join(export_formats()))
     for name in given:
         if name not in (known := options_of(to)):
             close = difflib.get_close_matches(name, known, n=1)
-            mend = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known) or 'no options'}"
-            raise InputError(f"no option {name!r}", where=f"--to {to}", mend=mend)
+            fix = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known) or 'no options'}"
+            raise InputError(f"no option {name!r}", where=f"--to {to}", fix=fix)
     return build_model(export_formats()[to], dict(given), f"--to {to}")
 
 
@@ -124,6 +124,4 @@ def body_line(source: Source) -> str:
 def refuse_kind(source: Source, to: str) -> InputError:
     """The error for a kind of context that a format has no place for; it names the formats that have."""
     able = [name for name, other in export_formats().items() if source.kind in other.takes]
-    return InputError(
-        f"{to} cannot hold a {source.kind} context", where=source.name, mend=f"use --to {', '.join(able)}"
-    )
+    return InputError(f"{to} cannot hold a {source.kind} context", where=source.name, fix=f"use --to {', '.join(able)}")

@@ -29,7 +29,7 @@ def describe(folder: Path) -> dict[str, Any]:
         return _export(folder)
     if (folder / "manifest.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise InputError(
-            "is a run directory", where=str(folder), mend=f"kvopt compare {folder}, or give a folder in contexts/"
+            "is a run directory", where=str(folder), fix=f"kvopt compare {folder}, or give a folder in contexts/"
         )
     return _context(folder)
 
@@ -39,7 +39,7 @@ def _folder_of(spec: str) -> Path:
     source = open_source(spec, base="unknown")
     if source.folder is None:
         raise InputError(
-            "is a text context, which has no folder", where=spec, mend=f"kvopt export {spec} --to text writes it"
+            "is a text context, which has no folder", where=spec, fix=f"kvopt export {spec} --to text writes it"
         )
     return source.folder
 
@@ -77,7 +77,7 @@ def _export(folder: Path) -> dict[str, Any]:
     path = folder / EXPORT
     facts = read_json(path)
     if missing := [key for key in ("to", "name", "kind", "base", "summary", "snippet") if key not in facts]:
-        raise InputError(f"has no {missing[0]!r}", where=str(path), mend="export it again")
+        raise InputError(f"has no {missing[0]!r}", where=str(path), fix="export it again")
     return {"what": "export", "folder": str(folder), **validated_record(ExportRecord, facts, path).to_json()}
 
 

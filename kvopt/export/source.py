@@ -92,7 +92,7 @@ class Source:
         tensor = read_tensor(folder)
         check_finite(tensor, folder)
         if tensor.ndim != 2 or tensor.shape[0] != self.config.get("num_virtual_tokens"):
-            raise InputError(f"its tensor has shape {list(tensor.shape)}", where=str(folder), mend="rebuild it")
+            raise InputError(f"its tensor has shape {list(tensor.shape)}", where=str(folder), fix="rebuild it")
         return tensor.float()
 
     @property
@@ -152,14 +152,14 @@ class Source:
             return
         model = ModelConfig(base=self.base_name)
         tokenizer, _ = load_tokenizer(model)
-        found = {
+        loaded = {
             "config": config_sha256(locate(self.base_name, None, lambda line: None)),
             "tokenizer": tokenizer_sha256(tokenizer),
         }
-        check_base(self.record.base, self.base_name, found, self._folder())
+        check_base(self.record.base, self.base_name, loaded, self._folder())
 
     def body_example(self) -> str | None:
-        """The prompt's text behind the context, slots left as ``{{name}}``; None where the template is not known."""
+        """The prompt's text after the context, slots left as ``{{name}}``; None where the template is not known."""
         if self.run is None or self.kind == "text":
             return None
         template = self.run.template
@@ -217,9 +217,9 @@ def open_source(spec: str, *, base: str | None = None) -> Source:
         folder, _, name = spec.rpartition("#")
         return _of_run(Path(folder), name, base)
     if not path.exists():
-        raise InputError("no such context", where=spec, mend="give a context's folder, or RUN#NAME")
+        raise InputError("no such context", where=spec, fix="give a context's folder, or RUN#NAME")
     if (path / "manifest.json").is_file() and not (path / "adapter_config.json").is_file():
-        raise InputError("is a run directory", where=spec, mend=f"name one of its contexts: {spec}#NAME")
+        raise InputError("is a run directory", where=spec, fix=f"name one of its contexts: {spec}#NAME")
     return _learned(path, None, base)
 
 
@@ -233,7 +233,7 @@ def _learned(folder: Path, run: RunFacts | None, base: str | None) -> Source:
     recorded = record.base.name if record and record.base else None
     chosen = base or recorded or config.get("base_model_name_or_path")
     if not chosen:
-        raise InputError("does not name its base", where=str(folder), mend="give it with --base")
+        raise InputError("does not name its base", where=str(folder), fix="give it with --base")
     return Source(name, kind_of(config), chosen, folder=folder, config=config, record=record, run=run)
 
 
@@ -252,7 +252,7 @@ def _of_run(folder: Path, name: str, base: str | None) -> Source:
     names = sorted(p.name for p in (folder / "contexts").glob("*") if p.is_dir() and not p.name.startswith("."))
     names += [str(m.name) for m in mutations]
     shown = ", ".join(["original", *names][:12]) + (", …" if len(names) > 11 else "")
-    raise InputError(f"no context {name!r}", where=str(folder), mend=f"there are {shown}")
+    raise InputError(f"no context {name!r}", where=str(folder), fix=f"there are {shown}")
 
 
 def read_run(folder: Path) -> RunFacts:
@@ -263,7 +263,7 @@ def read_run(folder: Path) -> RunFacts:
 
     path = folder / "config.yaml"
     if not path.is_file():
-        raise InputError("is not a run directory", where=str(folder), mend="it has no config.yaml")
+        raise InputError("is not a run directory", where=str(folder), fix="it has no config.yaml")
     config, base_dir = load_config(path)
     place = folder / "leaderboard.json"
     board = read_leaderboard(place) if place.is_file() else None

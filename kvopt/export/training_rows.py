@@ -41,10 +41,10 @@ def export_rows(
             that is plain text.
     """
     if format not in FORMATS:
-        raise InputError(f"no format {format!r}", where="--format", mend=" or ".join(FORMATS))
+        raise InputError(f"no format {format!r}", where="--format", fix=" or ".join(FORMATS))
     if format == "messages" and not inputs.template.is_chat:
-        mend = "use --format prompt-completion"
-        raise InputError("a template of plain text has no messages", where="--format messages", mend=mend)
+        fix = "use --format prompt-completion"
+        raise InputError("a template of plain text has no messages", where="--format messages", fix=fix)
     templates = text_templates(inputs, run, choices, seed)
     for name, template, copies in templates:
         for _ in range(copies):
@@ -66,16 +66,16 @@ def text_templates(
     inputs: Inputs, run: Path, choices: Sequence[ContextChoice], seed: int
 ) -> list[tuple[str, Template, int]]:
     """(name, template, copies) of each context that the choices name. Raises InputError."""
-    found: list[tuple[str, Template, int]] = []
+    wordings: list[tuple[str, Template, int]] = []
     for choice in choices:
         if choice.weight != int(choice.weight):
             raise InputError(f"weight {choice.weight} is no whole number", where=choice.context)
-        taken = {name for name, _, _ in found}
+        taken = {name for name, _, _ in wordings}
         for name, template in _named(inputs, run, choice.context, seed, taken):
             if name in taken:
-                raise InputError(f"{name!r} is given twice", where=choice.context, mend="give it once, with a weight")
-            found.append((name, template, int(choice.weight)))
-    return found
+                raise InputError(f"{name!r} is given twice", where=choice.context, fix="give it once, with a weight")
+            wordings.append((name, template, int(choice.weight)))
+    return wordings
 
 
 def _named(inputs: Inputs, run: Path, spec: str, seed: int, taken: set[str]) -> list[tuple[str, Template]]:
@@ -83,13 +83,13 @@ def _named(inputs: Inputs, run: Path, spec: str, seed: int, taken: set[str]) -> 
     if name.form == "original":
         return [(spec, inputs.template)]
     if name.form == "none":
-        raise InputError("has no prompt to write", where=spec, mend="kvopt train trains under it")
+        raise InputError("has no prompt to write", where=spec, fix="kvopt train trains under it")
     if name.form == "text":
         path = inputs.base_dir / name.argument
         return [(Path(name.argument).stem, template_from_file(path, inputs.template))]
     if name.argument in inputs.context_names or (name.argument and (inputs.base_dir / name.argument).is_dir()):
-        mend = "kvopt train trains under it; text contexts can be exported"
-        raise InputError("a learned context has no text", where=spec, mend=mend)
+        fix = "kvopt train trains under it; text contexts can be exported"
+        raise InputError("a learned context has no text", where=spec, fix=fix)
     mutations = _mutations(inputs, run)
     if name.form == "counted":
         names = first_mutations(
@@ -122,16 +122,16 @@ def _ranked(run: Path, known: Collection[str]) -> list[str]:
         rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         scored = [(r["kl_forward"]["mean"], r["context"]) for r in rows if r["split"] == "selection"]
     except FileNotFoundError:
-        raise InputError("mutations are not ranked yet", where=str(path), mend=RUN_FIRST) from None
+        raise InputError("mutations are not ranked yet", where=str(path), fix=RUN_FIRST) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"is damaged: {error}", where=str(path), mend="run kvopt run again") from None
+        raise InputError(f"is damaged: {error}", where=str(path), fix="run kvopt run again") from None
     return [name for _, name in sorted(scored) if name in known]
 
 
 def _check_same_task(inputs: Inputs, run: Path) -> None:
     path = run / "manifest.json"
     if not path.exists():
-        raise InputError("there is no run with mutations", where=str(run), mend=RUN_FIRST)
+        raise InputError("there is no run with mutations", where=str(run), fix=RUN_FIRST)
     manifest = read_document(RunManifest, path)
     wanted = {
         "another template": (manifest.template_sha256, inputs.template.sha256),
@@ -140,7 +140,7 @@ def _check_same_task(inputs: Inputs, run: Path) -> None:
     for difference, (recorded, digest) in wanted.items():
         if recorded != digest:
             what = f"the run was made with {difference} than the config's"
-            raise InputError(what, where=str(run), mend="give its own config, or run kvopt run again")
+            raise InputError(what, where=str(run), fix="give its own config, or run kvopt run again")
 
 
 def choices_of(inputs: Inputs, student: str | None, contexts: Sequence[str]) -> tuple[list[ContextChoice], int]:
@@ -149,13 +149,13 @@ def choices_of(inputs: Inputs, student: str | None, contexts: Sequence[str]) -> 
     """
     students: dict[str, StudentConfig] = {config.name: config for config in inputs.config.students}
     if student is not None and student not in students:
-        raise InputError(f"no student {student!r}", where="--student", mend="known: " + (", ".join(students) or "none"))
+        raise InputError(f"no student {student!r}", where="--student", fix="known: " + (", ".join(students) or "none"))
     if contexts and student is not None:
         raise InputError("give --student or --context, not both", where="export-data")
     if contexts:
         return [ContextChoice(context=_from_here(spec)) for spec in contexts], inputs.config.seed
     if student is None and len(students) > 1:
-        raise InputError("the config has several students", where="export-data", mend="choose one with --student")
+        raise InputError("the config has several students", where="export-data", fix="choose one with --student")
     chosen = students[student] if student else next(iter(students.values()), None)
     if chosen is None:
         return [ContextChoice(context="original")], inputs.config.seed

@@ -18,7 +18,7 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 def check_repository(name: str) -> None:
     """Raise InputError, before any work, for a name that is no USER/REPOSITORY."""
     if not REPOSITORY.fullmatch(name):
-        raise InputError(f"{name!r} is no repository", where="--push-to-hub", mend="give USER/NAME")
+        raise InputError(f"{name!r} is no repository", where="--push-to-hub", fix="give USER/NAME")
 
 
 def push(folder: Path, repository: str, *, private: bool) -> str:
@@ -32,7 +32,7 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
         created = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message=f"kvopt export: {folder.name}")
     except LocalTokenNotFoundError as error:
-        raise InputError("no token for the hub", where="--push-to-hub", mend="run: hf auth login") from error
+        raise InputError("no token for the hub", where="--push-to-hub", fix="run: hf auth login") from error
     except PUSH_FAILURES as error:
         reason = " ".join(str(error).split())[:300]
         raise KvoptError(f"{repository}: cannot be pushed: {reason}; the export stays in {folder}") from error

@@ -65,7 +65,7 @@ class StoredContext:
         return context
 
     def asked_for(self, prompt: Sequence[int] | None) -> bool:
-        """Whether a prompt begins with the placeholder ids and goes on behind them (something must be computed)."""
+        """Whether a prompt begins with the placeholder ids and goes on after them (something must be computed)."""
         return prompt is not None and len(prompt) > self.tokens and tuple(prompt[: self.tokens]) == self.placeholder_ids
 
     def layer(self, index: int, heads: slice) -> tuple[Tensor, Tensor]:
@@ -103,9 +103,9 @@ def check_blocks(name: str, tokens: int, block_size: int, allow_partial: bool = 
     """Raise ValueError unless the context fills whole blocks. No slot can be padded: every slot takes attention."""
     rest = tokens % block_size
     if rest and not allow_partial:
-        mend = f"shorten it to {tokens - rest} slots (kvopt truncate), " if tokens > rest else ""
+        fix = f"shorten it to {tokens - rest} slots (kvopt truncate), " if tokens > rest else ""
         raise ValueError(
-            f"{name} has {tokens} slots, which do not fill blocks of {block_size}: {mend}learn it with a multiple, or"
+            f"{name} has {tokens} slots, which do not fill blocks of {block_size}: {fix}learn it with a multiple, or"
             f" allow a partial block"
         )
 
@@ -151,10 +151,10 @@ def write_slots(cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> N
 
 def layer_index(name: str) -> int:
     """The number of a layer in vLLM's name for it, e.g. 12 in ``model.layers.12.self_attn.attn``."""
-    found = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{name}.")
-    if found is None:
+    layer = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{name}.")
+    if layer is None:
         raise ValueError(f"no layer number in {name!r}")
-    return int(found[1])
+    return int(layer[1])
 
 
 class Server:
@@ -277,8 +277,8 @@ def _classes() -> dict[str, Any]:
         def wait_for_save(self) -> None:
             return
 
-    for made in (KvoptMetadata, KvoptConnector):
-        made.__qualname__, made.__module__ = made.__name__, __name__  # so that pickle finds them
+    for cls in (KvoptMetadata, KvoptConnector):
+        cls.__qualname__, cls.__module__ = cls.__name__, __name__  # so that pickle finds them
     return {"KvoptMetadata": KvoptMetadata, "KvoptConnector": KvoptConnector}
 
 

@@ -85,8 +85,8 @@ def _record(source: Source, to: str, written: Written) -> ExportRecord:
 def _check_place(folder: Path, source: Source) -> None:
     """An export replaces an earlier export and nothing else."""
     if source.folder is not None and folder.resolve() == source.folder.resolve():
-        raise InputError("is the context itself", where=str(folder), mend="choose another --out folder")
+        raise InputError("is the context itself", where=str(folder), fix="choose another --out folder")
     if not folder.exists():
         return
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / RECORD).is_file()):
-        raise InputError("is there already and is no export", where=str(folder), mend="choose another --out folder")
+        raise InputError("is there already and is no export", where=str(folder), fix="choose another --out folder")

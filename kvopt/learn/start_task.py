@@ -50,7 +50,7 @@ class StartTask:
             raise InputError(
                 f"{self.tokens} slots wanted, the text to start from has {len(self.ids)} tokens",
                 where=f"contexts.{self.name}.tokens",
-                mend="lower tokens, start from a longer text, or use init: random-text",
+                fix="lower tokens, start from a longer text, or use init: random-text",
             )
         return torch.tensor(list(self.ids), dtype=torch.int64, device=self.base.device)
 

@@ -76,7 +76,7 @@ class StoredMoments:
                 raise InputError(
                     "the stored moments are missing, damaged or another's",
                     where=str(self._path(number)),
-                    mend="kvopt run makes them again",
+                    fix="kvopt run makes them again",
                 )
             moments = Moments(**read_tensors(self._path(number)))
             ends = torch.tensor([0, *self.reference.counts(self._groups()[number])]).cumsum(0).tolist()
@@ -90,7 +90,7 @@ def check_head(head: Head) -> None:
         raise InputError(
             "the base caps its logits (softcap), which moments cannot represent",
             where="reference.storage: moments",
-            mend="use storage: hidden",
+            fix="use storage: hidden",
         )
 
 

@@ -141,14 +141,12 @@ def open_reference(folder: Path, key: str) -> Reference:
     try:
         stored = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"the reference cannot be read: {error}", where=str(path), mend="run kvopt run again"
-        ) from None
+        raise InputError(f"the reference cannot be read: {error}", where=str(path), fix="run kvopt run again") from None
     if not isinstance(stored, dict) or {"key", "rows", "rows_per_shard", "hidden_size"} - stored.keys():
-        raise InputError("is no index of a reference", where=str(path), mend="delete it and run kvopt run again")
+        raise InputError("is no index of a reference", where=str(path), fix="delete it and run kvopt run again")
     if stored["key"] != key:
         raise InputError(
-            "the reference belongs to another base, template or data set", where=str(folder), mend="run kvopt run again"
+            "the reference belongs to another base, template or data set", where=str(folder), fix="run kvopt run again"
         )
     index: dict[str, tuple[int, int, int]] = {}
     position = 0

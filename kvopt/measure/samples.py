@@ -1,7 +1,7 @@
 """What single examples show: per-token KL over the gold output, the tokens each context would rather say, and greedy
 answers, for the worst, the median and the best validation example. The report needs no model because of it.
 
-Symbols: p the base under the original template, q the base behind another context, G gold tokens of one example.
+Symbols: p the base under the original template, q the base after another context, G gold tokens of one example.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def likely_tokens(base: Base, row: Top) -> list[LikelyToken]:
 
 
 def token_text(base: Base, token: int) -> str:
-    """The text that a token adds behind another, its leading space kept; control tokens by their name."""
+    """The text that a token adds after another, its leading space kept; control tokens by their name."""
     tokenizer = base.tokenizer
     if token in set(tokenizer.all_special_ids):
         return str(tokenizer.convert_ids_to_tokens(token))

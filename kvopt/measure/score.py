@@ -1,4 +1,4 @@
-"""Scores of a context: how far the base behind it is from the base behind the original template, on gold tokens.
+"""Scores of a context: how far the base after it is from the base after the original template, on gold tokens.
 
 Forward KL is KL[p(·|V,C) ‖ p(·|V,C')] in nats per gold token; gold NLL is −log p(Y|V,C') in nats per gold token,
 SAPO's pre-update loss. The same code scores text, soft and KV contexts: one prefix, then bodies in length-bucketed

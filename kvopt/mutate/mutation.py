@@ -122,7 +122,7 @@ def _parse(path: Path) -> tuple[list[Mutation], int]:
         except (ValueError, InputError):
             if i == len(lines) - 2 and not lines[-1]:
                 break
-            raise InputError("the line is damaged", where=where, mend="delete the file to start over") from None
+            raise InputError("the line is damaged", where=where, fix="delete the file to start over") from None
         mutations.append(mutation)
         good += len(line) + 1
     return mutations, good
@@ -145,7 +145,7 @@ class Journal:
             self._file.seek(good)
         except PermissionError:
             raise InputError(
-                "no permission to write", where=str(self.path), mend="choose another --out folder"
+                "no permission to write", where=str(self.path), fix="choose another --out folder"
             ) from None
 
     def keep(self, count: int) -> None:

@@ -54,7 +54,7 @@ def first_mutations(
         names = list(ranked())
     if len(names) < count:
         what = f"{count} mutations are wanted, but there are only {len(names)}"
-        raise InputError(what, where=where, mend="raise mutations.count and run again")
+        raise InputError(what, where=where, fix="raise mutations.count and run again")
     return names[:count]
 
 

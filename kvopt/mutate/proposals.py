@@ -99,7 +99,7 @@ class Marked:
 
 
 def marked(masked: str) -> Marked:
-    """Put markers in the place of marks. Digits are always behind marks, so the text itself holds no such marker."""
+    """Put markers in the place of marks. Digits are always masked, so the text itself holds no such marker."""
     markers = {f"[K{i + 1}]": mark for i, mark in enumerate(re.findall(MARK, masked))}
     text = masked
     for marker, mark in markers.items():

@@ -2,8 +2,8 @@
 on.
 
 A field is masked by putting one private-use character (a *mark*) in the place of each protected span. Operators see and
-rearrange marks but never what is behind them; :meth:`Field.unmask` refuses a text in which a mark was lost, doubled or
-invented.
+rearrange marks but never what they stand for; :meth:`Field.unmask` refuses a text in which a mark was lost, doubled
+or invented.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def compile_protect(protect: Sequence[str]) -> tuple[re.Pattern[str], ...]:
     try:
         return tuple(protected_pattern(entry) for entry in protect)
     except ValueError as error:
-        raise InputError(str(error), where="mutations.protect", mend="name the text that must not change") from None
+        raise InputError(str(error), where="mutations.protect", fix="name the text that must not change") from None
 
 
 def numbering(source: str) -> list[tuple[int, int]]:
@@ -175,8 +175,8 @@ class Field:
 
     Attributes:
         text: the source, each protected span one mark; from the first slot on a single mark under ``scope: leading``.
-        literals: ``literals[i]`` is the source behind mark ``chr(FIRST_MARK + i)``.
-        slots: the marks with a slot behind them.
+        literals: ``literals[i]`` is the source that mark ``chr(FIRST_MARK + i)`` stands for.
+        slots: the marks that stand for slots.
         fixed_end: the last mark must stay the last character.
     """
 
@@ -200,11 +200,11 @@ class Field:
         return any(mark in text for mark in self.slots)
 
     def unmasked(self, mark: str) -> str:
-        """The literal behind one mark."""
+        """The literal that one mark stands for."""
         return self.literals[ord(mark) - FIRST_MARK]
 
     def ends_sentence(self, text: str) -> bool:
-        """Whether masked ``text``, quotes and what is behind its marks included, ends with a full stop or the like."""
+        """Whether masked ``text``, quotes and what its marks stand for included, ends with a full stop or the like."""
         plain = re.sub(MARK, lambda match: self.unmasked(match[0]), text)
         return plain.rstrip().rstrip("\"'”’»)*`").endswith((".", "!", "?"))
 
@@ -216,7 +216,7 @@ class Field:
         if marks != Counter(chr(FIRST_MARK + i) for i in range(len(self.literals))):
             raise MarkError("a protected span was lost, doubled or invented")
         if self.fixed_end and not text.endswith(chr(FIRST_MARK + len(self.literals) - 1)):
-            raise MarkError("text was put behind the first slot")
+            raise MarkError("text was put after the first slot")
         return re.sub(MARK, lambda match: self.literals[ord(match[0]) - FIRST_MARK], text)
 
 

@@ -7,7 +7,7 @@ repaired.
 | ``not-applicable`` | no operator found anything to change |
 | ``empty`` | a field, or the whole static text, is blank |
 | ``lost-slot``, ``duplicated-slot``, ``invented-slot``, ``renamed-slot``, ``slot-order`` | not its slots in order |
-| ``changed-outside-scope`` | text behind the first slot changed under ``scope: leading`` |
+| ``changed-outside-scope`` | text after the first slot changed under ``scope: leading`` |
 | ``changed-literal`` | a protected literal was lost, changed, repeated or invented |
 | ``rendering`` | rendered with probe values, a value is not there exactly as often as before |
 | ``equal-to-original``, ``duplicate``, ``duplicate-tokens`` | nothing new, in text or in token ids |
@@ -161,7 +161,7 @@ class Checker:
         theirs = editable_lengths(candidate, self.scope)
         for i, (source, other) in enumerate(zip(self.original.fields, candidate.fields, strict=True)):
             if source[self._editable[i] :] != other[theirs[i] :]:
-                return Rejection("changed-outside-scope", f"field {i}, behind the first slot")
+                return Rejection("changed-outside-scope", f"field {i}, after the first slot")
         return None
 
     def _literals(self, candidate: Template) -> Rejection | None:

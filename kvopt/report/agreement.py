@@ -39,8 +39,8 @@ def _agreement(over: str, split: str, scored: Sequence[tuple[str, SplitScores]])
         kl, nll = [p["kl_forward"] for p in points], [p["gold_nll"] for p in points]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConstantInputWarning)
-            found = {"spearman": spearmanr(kl, nll), "kendall": kendalltau(kl, nll)}
-        for name, result in found.items():
+            correlations = {"spearman": spearmanr(kl, nll), "kendall": kendalltau(kl, nll)}
+        for name, result in correlations.items():
             values |= {name: _finite(result.statistic), f"{name}_p": _finite(result.pvalue)}
     words = in_words(values["spearman"], values["spearman_p"])
     return {"over": over, "split": split, "n": len(points), "points": points, **values, "in_words": words}

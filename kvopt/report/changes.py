@@ -113,13 +113,13 @@ def _results(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
     """
     rows = [{(row.name, row.lineage.id): row for row in run.board.contexts} for run in runs]
     keys = dict.fromkeys(key for one in rows for key in one)
-    found = []
+    changes = []
     for key in keys:
         mine = [one.get(key) for one in rows]
         there = [row for row in mine if row is not None]
         if len(there) < 2:
             continue
-        found.append(
+        changes.append(
             {
                 "name": key[0],
                 "kl_forward": [row.kl_forward.mean if row else None for row in mine],
@@ -127,7 +127,7 @@ def _results(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
                 "apart": _apart(there),
             }
         )
-    return found
+    return changes
 
 
 def _apart(rows: Sequence[LeaderboardRow]) -> bool | None:

@@ -23,12 +23,12 @@ REJECTED_SHOWN = 4  # rejected candidates of each reason
 
 def document(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """``report.json``: ``runs``, and ``changes`` where there are several."""
-    found: dict[str, Any] = {
+    parts: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "kvopt_version": VERSION,
         "runs": [run_document(run) for run in runs],
     }
-    return found | ({"changes": compare_runs(runs)} if len(runs) > 1 else {})
+    return parts | ({"changes": compare_runs(runs)} if len(runs) > 1 else {})
 
 
 def run_document(run: RunFiles) -> dict[str, Any]:
@@ -93,14 +93,14 @@ def _curve(record: ContextRecord) -> dict[str, Any]:
 
 def _of_students(run: RunFiles, context: str) -> dict[str, dict[str, Any]]:
     """By student (and the base): its first headline under this context, where it was evaluated there."""
-    found = {}
+    values = {}
     for evaluation in run.students:
         headline = evaluation.headline()
         for condition in evaluation.contexts:
             value = condition.quantities.get(headline or "")
             if condition.name == context and value is not None:
-                found[evaluation.name] = {"quantity": headline, "mean": value.mean, "ci95": value.ci95}
-    return found
+                values[evaluation.name] = {"quantity": headline, "mean": value.mean, "ci95": value.ci95}
+    return values
 
 
 def _chosen(run: RunFiles) -> list[dict[str, Any]]:
@@ -110,8 +110,8 @@ def _chosen(run: RunFiles) -> list[dict[str, Any]]:
     for row in rivals(run.board):
         if row.selection is not None:
             how, mean, interval = "mutation", row.selection.kl_forward.mean, row.selection.kl_forward.ci95
-        elif (found := kept.get(row.name)) is not None:
-            how, mean, interval = "checkpoint", found, None
+        elif (checkpoint_kl := kept.get(row.name)) is not None:
+            how, mean, interval = "checkpoint", checkpoint_kl, None
         else:
             continue
         rows.append(
@@ -166,12 +166,12 @@ def _mutations(run: RunFiles) -> dict[str, Any]:
 
 
 def _rejected(reason: str, mutations: Sequence[Mutation]) -> dict[str, Any]:
-    found = [m for m in mutations if not m.accepted and (m.reason or "unknown") == reason]
+    rejected = [m for m in mutations if not m.accepted and (m.reason or "unknown") == reason]
     return {
         "reason": reason,
-        "count": len(found),
+        "count": len(rejected),
         "examples": [
             {"attempt": m.attempt, "family": m.family, "operators": list(m.operators), "detail": m.detail}
-            for m in found[:REJECTED_SHOWN]
+            for m in rejected[:REJECTED_SHOWN]
         ],
     }

@@ -54,7 +54,7 @@ def _selection_scores(run: RunFiles) -> list[LedgerEntry]:
 
 
 def _latest(ledger: Sequence[LedgerEntry], stage: str) -> list[LedgerEntry]:
-    """The entries of a stage from behind its last but one "done" to its last."""
+    """The entries of a stage from after its last but one "done" to its last."""
     entries = [entry for entry in ledger if entry.stage == stage]
     done = [i for i, entry in enumerate(entries) if entry.outcome == "done"]
     first = done[-2] + 1 if len(done) > 1 else 0

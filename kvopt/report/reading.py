@@ -77,14 +77,14 @@ def read_run(folder: Path, label: str | None = None) -> RunFiles:
         InputError: not a run directory, the run has not come to its end, or a file in it is damaged.
     """
     if not folder.is_dir():
-        raise InputError("no such run directory", where=str(folder), mend="kvopt run writes one, runs/NAME by default")
+        raise InputError("no such run directory", where=str(folder), fix="kvopt run writes one, runs/NAME by default")
     path = folder / "leaderboard.json"
     if not path.is_file():
         unfinished = any((folder / name).exists() for name in ("manifest.json", ".lock"))
         what = (
             "the run has not come to its end: it has no leaderboard.json" if unfinished else "has no leaderboard.json"
         )
-        raise InputError(what, where=str(folder), mend="give a run directory in which kvopt run has finished")
+        raise InputError(what, where=str(folder), fix="give a run directory in which kvopt run has finished")
     board = read_leaderboard(path)
     config = _yaml(folder / "config.yaml")
     samples, study = folder / "samples.json", folder / "study.json"
@@ -112,7 +112,7 @@ def read_runs(folders: list[Path]) -> list[RunFiles]:
     resolved = [folder.resolve() for folder in folders]
     for folder in resolved:
         if resolved.count(folder) > 1:
-            raise InputError("is given twice", where=str(folder), mend="give each run directory once")
+            raise InputError("is given twice", where=str(folder), fix="give each run directory once")
     runs = [read_run(folder) for folder in folders]
     names = [run.board.name for run in runs]
     labels = names if len(set(names)) == len(names) else [folder.name for folder in resolved]
@@ -143,7 +143,7 @@ def _mapping(path: Path) -> dict[str, Any]:
         return {}
     value = json_value(path)
     if not isinstance(value, dict):
-        raise InputError("is damaged: not a JSON object", where=str(path), mend=RUN_AGAIN)
+        raise InputError("is damaged: not a JSON object", where=str(path), fix=RUN_AGAIN)
     return value
 
 
@@ -153,7 +153,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     try:
         value = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"cannot be read: {reason_of(error)}", where=str(path), mend=RUN_AGAIN) from None
+        raise InputError(f"cannot be read: {reason_of(error)}", where=str(path), fix=RUN_AGAIN) from None
     if not isinstance(value, dict):
-        raise InputError("is damaged: not a mapping", where=str(path), mend=RUN_AGAIN)
+        raise InputError("is damaged: not a mapping", where=str(path), fix=RUN_AGAIN)
     return value

@@ -95,12 +95,14 @@ def _robustness(evaluations: Sequence[EvaluationDocument], quantity: str, id: st
 
 
 def _forgetting(evaluations: Sequence[EvaluationDocument], name: str, words: str) -> Markup | None:
-    found = [
+    strips = [
         mark
         for one in evaluations
         if one.forgetting and one.name != BASE and (mark := _mark(one.name, getattr(one.forgetting, name), ()))
     ]
-    return interval_strips(found, f"Forgetting: {words}", words, id=f"forgetting-{name}", zero=True) if found else None
+    if not strips:
+        return None
+    return interval_strips(strips, f"Forgetting: {words}", words, id=f"forgetting-{name}", zero=True)
 
 
 def _mark(label: str, value: Estimate | GroupEstimate | None, dots: tuple[float, ...]) -> Mark | None:

@@ -53,7 +53,7 @@ def study_view(study: StudyDocument) -> StudyView:
         [(arm, [_cell(arm, path) for path in paths]) for arm in study.arms],
         compared,
         [
-            (arm, [found.difference if (found := arm.against_reference.get(path)) else None for path in compared])
+            (arm, [against.difference if (against := arm.against_reference.get(path)) else None for path in compared])
             for arm in study.arms
             if arm.against_reference
         ],
@@ -70,7 +70,7 @@ def study_view(study: StudyDocument) -> StudyView:
             for position, (path, curve) in enumerate((study.curve or {}).items())
             if curve.values
         ],
-        [(name, found) for name, found in study.sweep.items() if found is not None],
+        [(name, fit) for name, fit in study.sweep.items() if fit is not None],
     )
 
 
@@ -81,7 +81,7 @@ def _cell(arm: ArmResult, path: str) -> tuple[OverSeeds | None, bool | None]:
 
 
 def _pictures(study: StudyDocument, paths: Sequence[str], id: str, *, zero: bool) -> list[tuple[str, Markup]]:
-    found = []
+    pictures = []
     for position, path in enumerate(paths):
         marks = [mark for arm in study.arms if (mark := _mark(arm, path))]
         base = study.base_values.get(path)
@@ -89,8 +89,8 @@ def _pictures(study: StudyDocument, paths: Sequence[str], id: str, *, zero: bool
             marks.insert(0, Mark("base", base, accent="text"))
         if marks:
             picture = interval_strips(marks, f"{path} by arm", path, id=f"{id}-{position}", zero=zero)
-            found.append((path, picture))
-    return found
+            pictures.append((path, picture))
+    return pictures
 
 
 def _mark(arm: ArmResult, path: str) -> Mark | None:

@@ -77,11 +77,11 @@ def _inner(a: list[str], b: list[str]) -> list[Stretch]:
     lines, others = _lines(a), _lines(b)
     common = set(lines) & set(others)
     if common and len(lines) * len(others) <= EXACT:
-        found: list[Stretch] = []
+        stretches: list[Stretch] = []
         for same, gone, come in _compared(lines, others, all_words=True):
             old, new = [w for line in gone for w in line], [w for line in come for w in line]
-            found += [(True, old, new)] if same else _stretches(old, new)
-        return found
+            stretches += [(True, old, new)] if same else _stretches(old, new)
+        return stretches
     return _compared(a, b, all_words=False) if size <= MOST else [(False, a, b)]
 
 
@@ -98,15 +98,15 @@ def _lines(words: list[str]) -> list[tuple[str, ...]]:
 
 def _merged(stretches: list[Stretch]) -> list[Stretch]:
     """The same without empty ones, and with neighbours of one sort as one."""
-    found: list[Stretch] = []
+    merged: list[Stretch] = []
     for same, old, new in stretches:
         if not old and not new:
             continue
-        if found and found[-1][0] == same:
-            found[-1] = (same, found[-1][1] + old, found[-1][2] + new)
+        if merged and merged[-1][0] == same:
+            merged[-1] = (same, merged[-1][1] + old, merged[-1][2] + new)
         else:
-            found.append((same, old, new))
-    return found
+            merged.append((same, old, new))
+    return merged
 
 
 def _cut(words: list[str], after: bool, before: bool) -> list[Piece]:

@@ -93,7 +93,7 @@ class Catalogue:
 
     def _of_journal(self, path: Path) -> list[TextContext]:
         if not path.is_file():
-            raise InputError("no such file", where=str(path), mend="give a mutations.jsonl")
+            raise InputError("no such file", where=str(path), fix="give a mutations.jsonl")
         contexts = [self.task.mutation_context(m) for m in read_mutations(path) if m.accepted]
         if not contexts:
             raise InputError("holds no accepted mutation", where=str(path))
@@ -102,7 +102,7 @@ class Catalogue:
     def _mutation(self, name: ContextName, where: str) -> TextContext:
         if name.argument in self.mutations:
             return self.mutations[name.argument]
-        raise InputError(f"no accepted mutation {name.argument!r}", where=where, mend="see mutations.jsonl for names")
+        raise InputError(f"no accepted mutation {name.argument!r}", where=where, fix="see mutations.jsonl for names")
 
     def _of_run(self, run: Path, name: ContextName, where: str) -> Context:
         folder = run / "contexts" / name.argument
@@ -126,7 +126,7 @@ class Catalogue:
             return context
         names = self.task.inputs.context_names
         if name.argument in names:
-            raise InputError("is not learned yet", where=name.argument, mend="kvopt run or kvopt optimize learns it")
+            raise InputError("is not learned yet", where=name.argument, fix="kvopt run or kvopt optimize learns it")
         raise unknown_context(name.spec, where, ["original", "none", *names])
 
 

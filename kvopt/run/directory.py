@@ -55,7 +55,7 @@ class RunDirectory:
             raise InputError(
                 "another kvopt is working in this run directory",
                 where=str(self.path),
-                mend="wait for it, or choose another --out",
+                fix="wait for it, or choose another --out",
             ) from None
         except OSError as error:
             raise write_error(error, self.path) from None
@@ -71,7 +71,7 @@ class RunDirectory:
             raise InputError(
                 "contains other files and is not a run directory",
                 where=str(self.path),
-                mend="choose an empty --out folder",
+                fix="choose an empty --out folder",
             )
 
     def _mend_ledger(self) -> None:
@@ -90,7 +90,7 @@ class RunDirectory:
             raise _damaged(path, str(error)) from None
         if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
             raise InputError(
-                "was not written by this version of kvopt", where=str(path), mend="choose another --out folder"
+                "was not written by this version of kvopt", where=str(path), fix="choose another --out folder"
             )
         try:
             self.manifest = RunManifest.model_validate(manifest)
@@ -174,4 +174,4 @@ class Workspace:
 
 
 def _damaged(path: Path, what: str) -> InputError:
-    return InputError(f"is damaged: {what}", where=str(path), mend="delete it; what depends on it is computed again")
+    return InputError(f"is damaged: {what}", where=str(path), fix="delete it; what depends on it is computed again")

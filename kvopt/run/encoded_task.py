@@ -81,7 +81,7 @@ class EncodedTask:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row behind a learned context."""
+        """Tokens of the longest row after a learned context."""
         return max(len(row) for row in self._bare.rows)
 
     def check_window(self, name: str, tokens: int) -> None:
@@ -91,7 +91,7 @@ class EncodedTask:
             raise InputError(
                 f"{tokens} slots and the longest row ({longest} tokens) do not fit the window of {window} tokens",
                 where=f"contexts.{name}.tokens",
-                mend=f"at most {window - longest} fit",
+                fix=f"at most {window - longest} fit",
             )
 
     @cached_property

@@ -189,7 +189,7 @@ class Run:
         known = {context.name: context for context in self.config.contexts}
         for name in only:
             if name not in known:
-                raise InputError(f"no context {name!r} in the config", mend="known: " + (", ".join(known) or "none"))
+                raise InputError(f"no context {name!r} in the config", fix="known: " + (", ".join(known) or "none"))
         return [self._learn(known[name]) for name in only or known]
 
     def _learn(self, config: ContextConfig) -> TensorContext:
@@ -206,7 +206,7 @@ class Run:
         if name is None:
             return self.task().encoded.prefix, None
         if name.form == "counted" and not self.ranked_mutations():
-            raise InputError("no mutation was accepted", where="init: best-mutation", mend="raise mutations.count")
+            raise InputError("no mutation was accepted", where="init: best-mutation", fix="raise mutations.count")
         [context] = self.catalogue([name]).named(name, "init")
         if isinstance(context, TextContext):
             return context.encoded.prefix, None

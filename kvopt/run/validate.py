@@ -58,14 +58,14 @@ class _Starts:
             raise InputError(
                 f"{slots} slots wanted, the text to start from has {available} tokens",
                 where=f"{where}.tokens",
-                mend="lower tokens, start from a longer text, or use init: random-text",
+                fix="lower tokens, start from a longer text, or use init: random-text",
             )
         longest = max(len(row) for row in self.encoded.rows)
         if slots + longest > self.window:
             raise InputError(
                 f"{slots} slots and the longest row ({longest} tokens) do not fit the window of {self.window} tokens",
                 where=f"{where}.tokens",
-                mend=f"at most {self.window - longest} fit",
+                fix=f"at most {self.window - longest} fit",
             )
 
     def _tokens_of(self, context: ContextConfig, where: str) -> int | None:
@@ -76,7 +76,7 @@ class _Starts:
                 raise InputError(f"init {context.init!r}: no such context or folder", where=where)
             return None
         if kind in ("best-mutation", "mutation") and self.inputs.config.mutations.count == 0:
-            raise InputError(f"init {context.init!r} needs mutations", where=where, mend="raise mutations.count")
+            raise InputError(f"init {context.init!r} needs mutations", where=where, fix="raise mutations.count")
         if kind == "text":
             template = template_from_file(self.inputs.base_dir / argument, self.inputs.template)
             probes = self.inputs.dataset.selection[:4] or self.inputs.dataset.train[:4]

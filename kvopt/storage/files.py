@@ -27,14 +27,14 @@ _PLACE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.E
 RELATIVE = "paths are relative to the config file"
 
 
-def read_text(path: Path, mend: str | None = None) -> str:
-    """A UTF-8 file, with or without a byte order mark, line endings kept. Raises InputError; ``mend`` is for a file
+def read_text(path: Path, fix: str | None = None) -> str:
+    """A UTF-8 file, with or without a byte order mark, line endings kept. Raises InputError; ``fix`` is for a file
     that is not there.
     """
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise InputError("no such file", where=str(path), mend=mend) from None
+        raise InputError("no such file", where=str(path), fix=fix) from None
     except UnicodeDecodeError as error:
         raise InputError(f"is not UTF-8 text (at byte {error.start})", where=str(path)) from None
     except OSError as error:
@@ -61,7 +61,7 @@ def read_record_file(path: Path, version: int) -> dict[str, Any] | None:
     record = read_json(path)
     if (recorded := record.get("format_version")) != version:
         what = f"format version {recorded!r}, this kvopt reads {version}"
-        raise InputError(what, where=str(path), mend="update kvopt")
+        raise InputError(what, where=str(path), fix="update kvopt")
     return record
 
 
@@ -77,10 +77,10 @@ def write_error(error: OSError, path: Path | str) -> KvoptError:
             f"{path}: {_FULL[error.errno]}; nothing half-written was kept; free space and run the same command again"
         )
     if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-        return InputError("no permission to write", where=str(path), mend="choose another folder")
+        return InputError("no permission to write", where=str(path), fix="choose another folder")
     reason = error.strerror or str(error)
     if error.errno in _PLACE:
-        return InputError(f"cannot be written: {reason}", where=str(path), mend="choose another folder")
+        return InputError(f"cannot be written: {reason}", where=str(path), fix="choose another folder")
     return KvoptError(f"{path}: cannot be written: {reason}")
 
 

@@ -47,4 +47,4 @@ def acquire_lock(path: Path, *, wait: bool = True) -> AbstractContextManager[obj
         if error.errno not in _NO_LOCKS:
             raise
         what = f"this file system cannot lock files: {error.strerror}"
-        raise InputError(what, where=str(path), mend="choose a folder on another file system") from error
+        raise InputError(what, where=str(path), fix="choose a folder on another file system") from error

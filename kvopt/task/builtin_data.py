@@ -74,7 +74,7 @@ def stdlib_docstrings(part: str, root: Path | None = None) -> list[StdlibFunctio
     root = root or Path(sysconfig.get_path("stdlib"))
     functions = [f for is_validation, f in _chosen(root) if is_validation == (part == "validation")]
     if not functions:
-        raise InputError("this Python has no library sources", where=str(root), mend="use data files of your own")
+        raise InputError("this Python has no library sources", where=str(root), fix="use data files of your own")
     return functions
 
 

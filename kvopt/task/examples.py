@@ -105,8 +105,8 @@ def _columns(config: DataConfig, template: Template) -> Columns:
     for name in config.columns:
         if name not in template.slots:
             near = difflib.get_close_matches(name, template.slots, 1)
-            mend = f"did you mean {near[0]!r}?" if near else f"the slots are: {', '.join(template.slots)}"
-            raise InputError(f"{name!r} is not a slot of the template", where="data.columns", mend=mend)
+            fix = f"did you mean {near[0]!r}?" if near else f"the slots are: {', '.join(template.slots)}"
+            raise InputError(f"{name!r} is not a slot of the template", where="data.columns", fix=fix)
     return Columns(template.slots, config.columns, config.output)
 
 
@@ -171,9 +171,9 @@ def _read(
     if faults:
         raise _faulty(faults)
     if not examples and wanted and seen:
-        raise InputError("data.only leaves no row", where=source, mend="change the pattern")
+        raise InputError("data.only leaves no row", where=source, fix="change the pattern")
     if not examples:
-        raise InputError("the data set is empty", where=source, mend="it needs at least one row")
+        raise InputError("the data set is empty", where=source, fix="it needs at least one row")
     unused = [name for name in seen if name not in used]
     if unused:
         warnings.append(f"{source}: columns that no slot uses: {', '.join(unused)}")
@@ -188,13 +188,13 @@ def _faulty(faults: dict[str, list[str]]) -> InputError:
     """The first kind of fault, its places, and how many rows have other faults."""
     what, sources = next(iter(faults.items()))
     others = sum(map(len, faults.values())) - len(sources)
-    mend = None
+    fix = None
     if "has no column" in what:
-        mend = "rename the column, or map it in data.columns; data.output names the output's"
+        fix = "rename the column, or map it in data.columns; data.output names the output's"
     elif "is null" in what or "is empty" in what:
-        mend = "fill it in or remove the row"
+        fix = "fill it in or remove the row"
     return InputError(
-        what + (f"; {others} more rows have other faults" if others else ""), where=_places(sources), mend=mend
+        what + (f"; {others} more rows have other faults" if others else ""), where=_places(sources), fix=fix
     )
 
 
@@ -205,7 +205,7 @@ def _set_aside(examples: list[Example], fraction: float, seed: int) -> tuple[lis
     aside = [example for example in examples if ranks[example.key] <= threshold]
     kept = [example for example in examples if ranks[example.key] > threshold]
     if not kept:
-        raise InputError("all rows have the same values", where=examples[0].source, mend="give a validation file")
+        raise InputError("all rows have the same values", where=examples[0].source, fix="give a validation file")
     return kept, aside
 
 
@@ -227,27 +227,27 @@ def _without_repeats(rows: list[Example], limit: int | None, policy: Policy, war
             kept.append(example)
         else:
             (same if before.output == example.output else contrary).append((before, example))
-    mend = "remove them, or set data.duplicates"
-    _tell(same, "repeats {}", mend, policy, warnings)
-    _tell(contrary, "repeats {} with another output", mend, policy, warnings)
+    fix = "remove them, or set data.duplicates"
+    _tell(same, "repeats {}", fix, policy, warnings)
+    _tell(contrary, "repeats {} with another output", fix, policy, warnings)
     return kept[:limit] if policy == "drop" else used
 
 
 def _check_leakage(train: Iterable[Example], validation: list[Example], policy: Policy, warnings: list[str]) -> None:
     held_out = {example.key: example for example in reversed(validation)}
     leaks = [(held_out[example.key], example) for example in train if example.key in held_out]
-    mend = "remove them from one of the two, or set data.leakage"
-    _tell(leaks, "has the same values as the validation row {}", mend, policy, warnings)
+    fix = "remove them from one of the two, or set data.leakage"
+    _tell(leaks, "has the same values as the validation row {}", fix, policy, warnings)
 
 
-def _tell(pairs: list[tuple[Example, Example]], verb: str, mend: str, policy: Policy, warnings: list[str]) -> None:
+def _tell(pairs: list[tuple[Example, Example]], verb: str, fix: str, policy: Policy, warnings: list[str]) -> None:
     """Raise or warn about rows that should not be there, each beside the row it goes with."""
     if not pairs:
         return
     what = f"{'the first ' if len(pairs) > 1 else ''}{verb.format(pairs[0][0].source)}"
     where = _places([example.source for _, example in pairs])
     if policy == "error":
-        raise InputError(what, where=where, mend=mend)
+        raise InputError(what, where=where, fix=fix)
     warnings.append(f"{where}: {what}{' (dropped)' if policy == 'drop' else ''}")
 
 
@@ -278,9 +278,7 @@ def _select(
         return train, selection
     keys = sorted({example.key for example in train}, key=lambda key: _rank(key, "selection", seed))
     if len(keys) < 2 and not selection:
-        raise InputError(
-            "too few different rows to train on and to select with", where=source, mend="give at least two"
-        )
+        raise InputError("too few different rows to train on and to select with", where=source, fix="give at least two")
     carved = set(keys[: min(count - len(selection), max(len(keys) // 4, 0 if selection else 1))])
     chosen = {example.key: example for example in reversed(train) if example.key in carved}
     selection = sorted([*chosen.values(), *selection], key=_row_number)

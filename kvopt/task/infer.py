@@ -72,7 +72,7 @@ def infer_template(prompts: Sequence[Prompt], names: Sequence[str] | None = None
     names = names or [f"row {i}" for i in range(1, len(prompts) + 1)]
     if len(prompts) < MIN_ROWS:
         raise InputError(
-            f"{len(prompts)} prompts are too few to tell the template from the inputs", mend="give three or more"
+            f"{len(prompts)} prompts are too few to tell the template from the inputs", fix="give three or more"
         )
     roles = _roles(prompts, names)
     texts = [[p] if isinstance(p, str) else [m["content"] for m in p] for p in prompts]
@@ -84,7 +84,7 @@ def infer_template(prompts: Sequence[Prompt], names: Sequence[str] | None = None
         raise InputError(
             f"no text is common to all prompts: {_residue(texts[0][-1])} and {_residue(texts[1][-1])}",
             where=f"{names[0]}, {names[1]}",
-            mend="give prompts that were rendered from one template",
+            fix="give prompts that were rendered from one template",
         )
     inferred = _assemble(columns, roles, len(prompts))
     _verify(inferred, prompts, names)
@@ -108,7 +108,7 @@ def _roles(prompts: Sequence[Prompt], names: Sequence[str]) -> tuple[str, ...] |
         raise InputError(
             f"{_described(first)} where the others are {_described(usual)}",
             where=_named(strangers, names),
-            mend="use only rows of one form",
+            fix="use only rows of one form",
         )
     return usual
 
@@ -146,7 +146,7 @@ def _infer_text(texts: list[str], names: Sequence[str]) -> Split:
                 f"does not fit the template of the other {len(fitting)} prompts, which share {_residue(segment)}: "
                 f"left over is {_residue(values[strangers[0]])}",
                 where=_named(strangers, names),
-                mend="remove these rows, or recover their template separately",
+                fix="remove these rows, or recover their template separately",
             )
         notes.append(
             f"most rows have {_residue(segment)} once in slot {number}, but not {_named(strangers, names)}; "

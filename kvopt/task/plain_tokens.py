@@ -32,7 +32,7 @@ class PlainTokens:
             raise InputError(
                 f"{type(self.tokenizer).__name__} gives no character offsets",
                 where="model.base",
-                mend="use a base with a fast tokenizer",
+                fix="use a base with a fast tokenizer",
             )
         self.control = control_tokens(self.tokenizer)
 

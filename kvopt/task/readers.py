@@ -48,7 +48,7 @@ def read_records(source: str, base_dir: Path, part: str) -> Iterator[Record]:
     """
     if source.startswith("builtin:"):
         if source != BUILTIN:
-            raise InputError("no such built-in data", where=source, mend=f"there is {BUILTIN}")
+            raise InputError("no such built-in data", where=source, fix=f"there is {BUILTIN}")
         for example in stdlib_docstrings(part):
             yield Record({"code": example.code, "docstring": example.docstring}, example.where)
         return
@@ -59,7 +59,7 @@ def read_records(source: str, base_dir: Path, part: str) -> Iterator[Record]:
     if path.is_dir():
         yield from _hugging_face(HF + source, base_dir, part)
     elif not path.exists():
-        raise InputError("no such file", where=source, mend="paths are relative to the config file")
+        raise InputError("no such file", where=source, fix="paths are relative to the config file")
     else:
         yield from _reader(source, path)(source, path)
 
@@ -74,7 +74,7 @@ def _reader(source: str, path: Path) -> Any:
         with _reading(source), path.open("rb") as file:
             start = file.read(4096).removeprefix(BOM).lstrip()
         return _json_array if start.startswith(b"[") else _jsonl
-    raise InputError(f"unknown data format {suffix!r}", where=source, mend="use .jsonl, .json, .csv, .tsv or hf:NAME")
+    raise InputError(f"unknown data format {suffix!r}", where=source, fix="use .jsonl, .json, .csv, .tsv or hf:NAME")
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def _reading(source: str) -> Iterator[None]:
 
 def _not_utf8(error: UnicodeDecodeError, where: str) -> InputError:
     byte = error.object[error.start]
-    return InputError(f"not UTF-8 text (byte 0x{byte:02x})", where=where, mend="save the file as UTF-8")
+    return InputError(f"not UTF-8 text (byte 0x{byte:02x})", where=where, fix="save the file as UTF-8")
 
 
 # JSON
@@ -126,11 +126,11 @@ def _parsing(where: str, line_offset: int | None = None) -> Iterator[None]:
     try:
         yield
     except _RepeatedKey as error:
-        raise InputError(f"the column {error.args[0]!r} is named twice", where=where, mend="keep one of them") from None
+        raise InputError(f"the column {error.args[0]!r} is named twice", where=where, fix="keep one of them") from None
     except json.JSONDecodeError as error:
-        mend = "one JSON object a line" if line_offset is None else None
+        fix = "one JSON object a line" if line_offset is None else None
         place = where if line_offset is None else f"{where.rsplit(':', 1)[0]}:{error.lineno}"
-        raise InputError(f"broken JSON at column {error.colno}: {error.msg}", where=place, mend=mend) from None
+        raise InputError(f"broken JSON at column {error.colno}: {error.msg}", where=place, fix=fix) from None
     except RecursionError:
         raise InputError("broken JSON: nested too deeply", where=where) from None
     except ValueError as error:
@@ -140,7 +140,7 @@ def _parsing(where: str, line_offset: int | None = None) -> Iterator[None]:
 def _record(row: Any, where: str) -> Record:
     if not isinstance(row, dict):
         kind = {list: "a list", str: "text or a number", bool: "a boolean"}.get(type(row), "null")
-        raise InputError(f"the row is {kind}, not an object", where=where, mend='write {"column": "value", …}')
+        raise InputError(f"the row is {kind}, not an object", where=where, fix='write {"column": "value", …}')
     return Record(row, where)
 
 
@@ -218,7 +218,7 @@ def _csv(source: str, path: Path) -> Iterator[Record]:
                 raise InputError(
                     f"{len(row)} fields for {len(names)} columns",
                     where=where,
-                    mend="quote fields that hold a separator, a quote or a line break",
+                    fix="quote fields that hold a separator, a quote or a line break",
                 )
             yield Record(dict(zip(names, row, strict=True)), where)
 
@@ -242,9 +242,9 @@ def _csv_rows(reader: Any, source: str) -> Iterator[tuple[list[str], str]]:
 def _check_header(names: list[str], where: str) -> None:
     for name in names:
         if not name.strip():
-            raise InputError("a column has no name", where=where, mend="the first row names the columns")
+            raise InputError("a column has no name", where=where, fix="the first row names the columns")
         if names.count(name) > 1:
-            raise InputError(f"the column {name!r} is named twice", where=where, mend="rename one of them")
+            raise InputError(f"the column {name!r} is named twice", where=where, fix="rename one of them")
 
 
 # Hugging Face data sets
@@ -275,7 +275,7 @@ def _hugging_face_name(source: str) -> tuple[str, str | None, str | None]:
     name, *qualifiers = source.removeprefix(HF).split(":")
     if not name or len(qualifiers) > 2:
         raise InputError(
-            "not a data set name", where=source, mend="write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"
+            "not a data set name", where=source, fix="write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"
         )
     if len(qualifiers) == 1:
         qualifiers = ["", qualifiers[0]] if qualifiers[0].split("[")[0] in SPLIT_NAMES else [qualifiers[0], ""]
@@ -289,7 +289,7 @@ def _choose_split(loaded: Any, split: str | None, part: str, source: str) -> tup
         if name in loaded:
             return name, loaded[name]
     there = ", ".join(loaded.keys())
-    raise InputError(f"no split {wanted[0]!r} (there are: {there})", where=source, mend="add :SPLIT to the name")
+    raise InputError(f"no split {wanted[0]!r} (there are: {there})", where=source, fix="add :SPLIT to the name")
 
 
 def _plain(value: Any) -> Any:

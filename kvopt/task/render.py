@@ -87,7 +87,7 @@ class Renderer:
             raise InputError(
                 "this base's tokenizer has no chat template",
                 where="template.messages",
-                mend="use template.text, or an instruction-tuned base",
+                fix="use template.text, or an instruction-tuned base",
             )
         try:
             return self.tokenizer.apply_chat_template(
@@ -154,6 +154,6 @@ def _locate(text: str, statics: list[str], values: list[str], where: str) -> Ren
         raise InputError(
             "the base's chat template changes a slot value, so kvopt cannot tell where the value begins and ends",
             where=where,
-            mend="use template.text with the chat markup written out",
+            fix="use template.text with the chat markup written out",
         )
     return Rendered(text, tuple(match.span(i + 1) for i in range(len(values))))

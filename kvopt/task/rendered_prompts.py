@@ -79,7 +79,7 @@ def _prompt(record: Record) -> tuple[Prompt, str | None, str]:
         if prompt and prompt[-1].get("role") == "assistant" and output is None:
             output, prompt = prompt[-1].get("content"), prompt[:-1]
     elif not isinstance(prompt, str):
-        raise InputError("the row has no prompt", where=where, mend="give prompt (text or messages) or messages")
+        raise InputError("the row has no prompt", where=where, fix="give prompt (text or messages) or messages")
     if isinstance(output, list) and output and isinstance(output[-1], dict):
         output = output[-1].get("content")
     try:

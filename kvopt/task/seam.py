@@ -88,9 +88,9 @@ class Encoder:
 
     def prompt_and_gold(self, template: Template, example: Example) -> tuple[list[int], int, tuple[int, ...]]:
         """The prompt's ids, how many of them end before the first slot character, and the ids of the output (with its
-        end token) behind them.
+        end token) after them.
 
-        Raises SeamError when the prompt's ids change with the output behind them.
+        Raises SeamError when the prompt's ids change with the output after them.
         """
         rendered = self.renderer.render(template, example.values, where=example.source)
         prompt, offsets = self._tokenize(template, rendered.text, rendered.slots)
@@ -103,7 +103,7 @@ class Encoder:
             raise SeamError(
                 "the prompt's last token merges with the output's first characters",
                 where=example.source,
-                mend="end the template with a newline or use chat messages; start no output with a space or newline",
+                fix="end the template with a newline or use chat messages; start no output with a space or newline",
             )
         return prompt, leading, tuple(full[len(prompt) :])
 
@@ -188,7 +188,7 @@ def _check_window(rows: Sequence[Row], prefix: int, examples: Sequence[Example],
         raise InputError(
             f"{too_long[0][1]} tokens with the template, more than the context window of {window}{more}",
             where=too_long[0][0],
-            mend="shorten or drop these rows",
+            fix="shorten or drop these rows",
         )
 
 

@@ -112,7 +112,7 @@ class Template:
     def from_messages(cls, messages: Sequence[Mapping[str, str]], *, where: str = "template.messages") -> Template:
         """A chat template from ``{"role", "content"}`` mappings, checked."""
         if not messages:
-            raise InputError("no messages", where=where, mend="give at least one user message with a slot")
+            raise InputError("no messages", where=where, fix="give at least one user message with a slot")
         for i, m in enumerate(messages):
             if not (isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)):
                 raise InputError("a message needs a role and a content, both text", where=f"{where}[{i}]")
@@ -126,12 +126,12 @@ class Template:
 
     def _checked(self, where: str) -> Template:
         if not self.slots:
-            raise InputError("the template has no slots", where=where, mend="mark the variable input as {{name}}")
+            raise InputError("the template has no slots", where=where, fix="mark the variable input as {{name}}")
         if self.messages and self.messages[-1].role == "assistant":
             raise InputError(
                 "the last message is the assistant's",
                 where=where,
-                mend="end with the user's message; the answer comes from the data",
+                fix="end with the user's message; the answer comes from the data",
             )
         return self
 
@@ -169,7 +169,7 @@ class Template:
         return fill_source(self.text or "", values)
 
     def without_trailing_static(self) -> Template:
-        """Without the static text behind the first slot: later slots follow it, each on its own line."""
+        """Without the static text after the first slot: later slots follow it, each on its own line."""
         fields, slot_seen = [], False
         for field in self.fields:
             parts = parse(field)

@@ -29,7 +29,7 @@ def take_marks(template: Template, *, where: str = "template") -> tuple[Template
     """
     kept = [literal for field in template.fields for literal in MARK.findall(field)]
     if any(not literal.strip() for literal in kept):
-        raise InputError("{{keep:}} marks nothing", where=where, mend="write {{keep:the words to keep}}")
+        raise InputError("{{keep:}} marks nothing", where=where, fix="write {{keep:the words to keep}}")
     if not kept:
         return template, ()
     fields = [MARK.sub(lambda match: match[1], field) for field in template.fields]
@@ -116,7 +116,7 @@ def _with_leading(original: Template, text: str, where: str) -> Template:
         raise InputError(
             "has no slots, and the template's first message holds one",
             where=where,
-            mend="write the slots into the text",
+            fix="write the slots into the text",
         )
     kept = [{"role": m.role, "content": m.content} for m in original.messages[first:]]
     return Template.from_messages(

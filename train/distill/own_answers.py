@@ -58,14 +58,14 @@ def _accepted(task: EncodedTask, settings: OwnAnswersConfig, at: Workspace) -> d
     """Ids of the answers that pass every check, end token included, by example."""
     checks = [check.prepared(task.inputs.base_dir) for check in settings.accept]
     examples = {example.id: example for example in task.dataset.train}
-    found = {}
+    answers = {}
     for example_id, ids in _answers(task, settings.max_new_tokens, at).items():
         example = examples[example_id]
         text = answer_text(task.base, ids)
         item = Item(example_id, example.values, example.output, text)
         if len(ids) > 1 and ids[-1] in task.answer_ends and all(check.passed(item) for check in checks):
-            found[example_id] = ids
-    return found
+            answers[example_id] = ids
+    return answers
 
 
 def _answers(task: EncodedTask, max_new_tokens: int, at: Workspace) -> dict[str, tuple[int, ...]]:
@@ -83,6 +83,6 @@ def _answers(task: EncodedTask, max_new_tokens: int, at: Workspace) -> dict[str,
                 stop=task.answer_ends, batch_size=batch_size, keep_stop=True, progress=advance(bar),
             )  # fmt: skip
             entry.tokens_in, entry.tokens_out = sum(len(row.body) for row in rows), sum(map(len, answers))
-        found = [{"example_id": row.example_id, "ids": list(ids)} for row, ids in zip(rows, answers, strict=True)]
-        stored = write_rows(path, key, found)
+        entries = [{"example_id": row.example_id, "ids": list(ids)} for row, ids in zip(rows, answers, strict=True)]
+        stored = write_rows(path, key, entries)
     return {row["example_id"]: tuple(row["ids"]) for row in stored}

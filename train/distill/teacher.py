@@ -1,4 +1,4 @@
-"""The teacher of on-policy distillation: the base, or a larger model with its tokenizer, behind its own context."""
+"""The teacher of on-policy distillation: the base, or a larger model with its tokenizer, after its own context."""
 
 from __future__ import annotations
 
@@ -78,25 +78,25 @@ def check_teacher(inputs: Inputs, config: StudentConfig) -> None:
         return
     where, seen = _where(config), settings.teacher.context
     if ContextName.parse(seen, f"{where}.context").form == "counted":
-        raise InputError("a teacher sees one context", where=f"{where}.context", mend="name one mutation, such as m001")
+        raise InputError("a teacher sees one context", where=f"{where}.context", fix="name one mutation, such as m001")
     check_choice(inputs, seen, f"{where}.context")
     if settings.teacher.base is None:
         return
     student = inputs.config.model
     if seen in inputs.context_names:
         what = f"{seen!r} is learned for {student.base!r} and not for {settings.teacher.base!r}"
-        mend = "give the teacher a text, or the folder of a context that was learned for it"
-        raise InputError(what, where=f"{where}.context", mend=mend)
+        fix = "give the teacher a text, or the folder of a context that was learned for it"
+        raise InputError(what, where=f"{where}.context", fix=fix)
     try:
         tokenizer, _ = load_tokenizer(_model(inputs, settings.teacher.base))
     except InputError as error:
-        raise InputError(error.what, where=f"{where}.base {settings.teacher.base}", mend=error.mend) from None
+        raise InputError(error.what, where=f"{where}.base {settings.teacher.base}", fix=error.fix) from None
     if tokenizer_sha256(tokenizer) != tokenizer_sha256(load_tokenizer(student)[0]):
         what = (
             f"the teacher {settings.teacher.base!r} and the student's base {student.base!r} have different"
             " tokenizers, so their distributions cannot be compared token by token"
         )
-        raise InputError(what, where=f"{where}.base", mend="choose a teacher of the same family")
+        raise InputError(what, where=f"{where}.base", fix="choose a teacher of the same family")
 
 
 def teacher_name(inputs: Inputs, config: StudentConfig) -> ContextName | None:
@@ -133,7 +133,7 @@ def load_teacher(catalogue: Catalogue, config: StudentConfig, context: PoolConte
         what = (
             f"prompts of {teacher.longest()} tokens and {settings.max_new_tokens} new ones do not fit {window} tokens"
         )
-        raise InputError(what, where=where, mend="lower loss.max_new_tokens")
+        raise InputError(what, where=where, fix="lower loss.max_new_tokens")
     return teacher
 
 

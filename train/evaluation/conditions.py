@@ -171,21 +171,21 @@ def learned_names(inputs: Inputs, settings: EvaluateConfig) -> list[str]:
     names = inputs.context_names
     for name in settings.contexts or ():
         if name not in names:
-            mend = "known: " + (", ".join(names) or "none")
-            raise InputError(f"no learned context {name!r}", where="evaluate.contexts", mend=mend)
+            fix = "known: " + (", ".join(names) or "none")
+            raise InputError(f"no learned context {name!r}", where="evaluate.contexts", fix=fix)
     return names if settings.contexts is None else list(settings.contexts)
 
 
-def check_names(found: Sequence[Condition], where: str) -> None:
+def check_names(conditions: Sequence[Condition], where: str) -> None:
     """Refuse names whose answers would be stored in one file, or in that of a probe. Raises InputError."""
     names: dict[str, str] = {}
-    for condition in found:
+    for condition in conditions:
         name, file = condition.name, file_name(condition.name)
         if file in PROBES:
-            raise InputError(f"{name!r} is the name of a probe", where=where, mend="name the context otherwise")
+            raise InputError(f"{name!r} is the name of a probe", where=where, fix="name the context otherwise")
         if names.get(file) == name:
-            raise InputError(f"two contexts are named {name!r}", where=where, mend="name the template otherwise")
+            raise InputError(f"two contexts are named {name!r}", where=where, fix="name the template otherwise")
         if file in names:
             what = f"answers under {names[file]!r} and {name!r} would be stored in one file"
-            raise InputError(what, where=where, mend="name one of them otherwise")
+            raise InputError(what, where=where, fix="name one of them otherwise")
         names[file] = name

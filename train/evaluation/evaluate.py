@@ -53,8 +53,8 @@ class Evaluator(EvaluationPlan):
         work = len(self.conditions) * (len(self.answered) + len(self.scored))
         with self.at.progress.bar(model.name, work) as bar:
             rows = {condition.name: self.answers(model, condition, bar) for condition in self.conditions}
-        verdicts = {name: self._verdicts(model, name, found) for name, found in rows.items()}
-        found = measured(
+        verdicts = {name: self._verdicts(model, name, of_context) for name, of_context in rows.items()}
+        results = measured(
             self.conditions,
             rows,
             verdicts,
@@ -63,11 +63,11 @@ class Evaluator(EvaluationPlan):
             base_probes=self.probed(subject(self.task, BASE, self.at)) if self.probes else None,
         )
         model.release()
-        return found
+        return results
 
-    def document(self, model: Subject, found: Measured) -> EvaluationDocument:
+    def document(self, model: Subject, results: Measured) -> EvaluationDocument:
         """The document of what was measured, which is written unless conditions were chosen."""
-        document = build_document(self, model, found)
+        document = build_document(self, model, results)
         if self.whole:
             write_json(model.folder / "evaluation.json", document.to_json())
         return document
@@ -98,13 +98,13 @@ class Evaluator(EvaluationPlan):
             tokens = condition.context.tokens + sum(map(len, rows)) + sum(map(len, bodies))
             entry.tokens_in, entry.tokens_out = tokens, sum(map(len, ids))
         texts = [answer_text(model.model, one) for one in ids]
-        found = []
+        entries = []
         for i, (example, score) in enumerate(zip(self.scored, scores, strict=True)):
             row: dict[str, Any] = {"example_id": example.id, "gold": example.output}
             if i < len(ids):
                 row |= {"answer": texts[i], "answer_tokens": len(ids[i]), "cut": len(ids[i]) >= limit}
-            found.append(row | asdict(score))
-        return write_rows(path, key, found)
+            entries.append(row | asdict(score))
+        return write_rows(path, key, entries)
 
     # ---- metrics
 
@@ -114,15 +114,15 @@ class Evaluator(EvaluationPlan):
             Item(row["example_id"], example.values, row["gold"], row["answer"])
             for row, example in zip(rows, self.answered, strict=False)
         ]
-        found = {}
+        by_metric = {}
         for metric, settings in zip(self.metrics, self.settings.metrics, strict=True):
             if metric.remote:
                 key = sha256_json([rows[0]["key"], settings.model_dump(mode="json"), len(items)])[:16]
                 path = self._path(model, f"{file_name(condition)}.{file_name(metric.label)}.jsonl")
-                found[metric.label] = self._remote_verdicts(metric, items, path, key)
+                by_metric[metric.label] = self._remote_verdicts(metric, items, path, key)
             else:
-                found[metric.label] = metric.verdicts(items)
-        return found
+                by_metric[metric.label] = metric.verdicts(items)
+        return by_metric
 
     def _remote_verdicts(self, metric: Metric, items: list[Item], path: Path, key: str) -> list[Verdict]:
         """Stored verdicts; answers that the endpoint never judged are sent again."""
@@ -135,17 +135,17 @@ class Evaluator(EvaluationPlan):
             with self.at.progress.bar(metric.label, len(open_)) as bar:
                 for i, verdict in zip(open_, metric.verdicts([items[i] for i in open_], advance(bar)), strict=True):
                     verdicts[i] = verdict
-        found = [verdicts[i] for i in range(len(items))]
+        in_order = [verdicts[i] for i in range(len(items))]
         if open_:
             rows = [
                 {"example_id": item.example_id, "ratios": {q: list(r) for q, r in v.ratios.items()}, "note": v.note}
-                for item, v in zip(items, found, strict=True)
+                for item, v in zip(items, in_order, strict=True)
             ]
             write_rows(path, key, rows)
-        if failed := [verdict for verdict in found if not verdict.ratios[metric.headline][1]]:
-            what = f"{metric.label} has no score for {len(failed)} of {len(found)} answers ({path.stem})"
+        if failed := [verdict for verdict in in_order if not verdict.ratios[metric.headline][1]]:
+            what = f"{metric.label} has no score for {len(failed)} of {len(in_order)} answers ({path.stem})"
             self.at.say(f"warning: {what}, for the first because of: {failed[0].note}")
-        return found
+        return in_order
 
     # ---- probes
 
@@ -177,8 +177,8 @@ class Evaluator(EvaluationPlan):
                 key,
                 [
                     {"instruction": instruction, "example_id": example.id, "answer": answer}
-                    for instruction, found in zip(settings.instructions, answers, strict=True)
-                    for example, answer in zip(examples, found, strict=True)
+                    for instruction, of_instruction in zip(settings.instructions, answers, strict=True)
+                    for example, answer in zip(examples, of_instruction, strict=True)
                 ],
             )
         flat = [row["answer"] for row in stored]
@@ -197,7 +197,7 @@ class Evaluator(EvaluationPlan):
             self.at.progress.bar("probes", len(rows)) as bar,
         ):
             entry.tokens_in = sum(map(len, rows))
-            found = likelihoods(
+            scores = likelihoods(
                 model.model,
                 self.task.base,
                 self.probes.prefix(model.model),
@@ -206,7 +206,7 @@ class Evaluator(EvaluationPlan):
                 batch_size=self.settings.batch_size,
                 progress=advance(bar),
             )
-        entries = [{"example_id": row.example_id, **asdict(one)} for row, one in zip(rows, found, strict=True)]
+        entries = [{"example_id": row.example_id, **asdict(score)} for row, score in zip(rows, scores, strict=True)]
         return write_rows(path, key, entries)
 
     # ---- keys and places

@@ -41,7 +41,7 @@ def likelihoods(
     Args:
         student: the model that reads prefix and rows.
         base: the model behind the reference; its head turns stored states into p0.
-        prefix: what the rows stand behind, as the student sees it.
+        prefix: what the rows stand after, as the student sees it.
         reference: must hold the rows.
         progress: called with the number of rows finished.
     """

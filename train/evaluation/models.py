@@ -58,9 +58,9 @@ def subject(task: EncodedTask, name: str, at: Workspace) -> Subject:
     if record is None and not (folder / "adapter_config.json").is_file():
         configured = [student.name for student in task.config.students]
         if name in configured:
-            raise InputError("is not trained yet", where=f"student {name}", mend="kvopt train trains it")
-        mend = "known: " + ", ".join([BASE, *configured])
-        raise InputError(f"no student {name!r}", where="--student", mend=mend)
+            raise InputError("is not trained yet", where=f"student {name}", fix="kvopt train trains it")
+        fix = "known: " + ", ".join([BASE, *configured])
+        raise InputError(f"no student {name!r}", where="--student", fix=fix)
     if record is not None and record.template_sha256 not in (None, task.template.sha256):
         at.say(f"warning: student {name} was trained for another template than the config's")
     return Subject(task.base, name, folder, record)

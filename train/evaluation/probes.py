@@ -73,23 +73,23 @@ def load_probes(task: EncodedTask, settings: ProbesConfig, batch_size: int) -> P
     kept = tuple(row for row in encoded.rows if len(encoded.prefix) + len(row) <= limit)
     if not kept:
         what = f"every row has more than {limit} tokens"
-        raise InputError(what, where=where, mend="raise evaluate.probes.max_tokens")
+        raise InputError(what, where=where, fix="raise evaluate.probes.max_tokens")
     return Probes(task.base, replace(encoded, rows=kept), len(examples) - len(kept), batch_size)
 
 
 def probe_examples(inputs: Inputs, settings: ProbesConfig) -> list[Example]:
     """The rows of the file, as many as are asked for. Raises InputError."""
     columns = Columns(("prompt",), {"prompt": settings.prompt}, settings.output)
-    found: list[Example] = []
+    examples: list[Example] = []
     for number, record in enumerate(read_records(settings.file, inputs.base_dir, "train")):
         if settings.rows is not None and number == settings.rows:
             break
         try:
             values, output = columns.values(record.fields), columns.gold(record.fields)
         except NoValue as error:
-            mend = "name the columns in evaluate.probes.prompt and evaluate.probes.output"
-            raise InputError(str(error), where=record.where, mend=mend) from None
-        found.append(Example(f"probe:{number}", values, output, record.where))
-    if not found:
+            fix = "name the columns in evaluate.probes.prompt and evaluate.probes.output"
+            raise InputError(str(error), where=record.where, fix=fix) from None
+        examples.append(Example(f"probe:{number}", values, output, record.where))
+    if not examples:
         raise InputError("has no rows", where=f"evaluate.probes.file {settings.file}")
-    return found
+    return examples

@@ -51,7 +51,7 @@ class Measured:
     @property
     def frozen_by_row(self) -> list[dict[str, Ratio]] | None:
         """The instructions' ratios added up: a row's answers hang together."""
-        return None if self.frozen is None else [_sum(found) for found in zip(*self.frozen, strict=True)]
+        return None if self.frozen is None else [_sum(row) for row in zip(*self.frozen, strict=True)]
 
 
 def measured(
@@ -72,29 +72,29 @@ def measured(
         probes, base_probes: likelihoods of the probe rows under the model and the base.
     """
     groups = _groups(conditions)
-    answered = {name: _answered(rows[name], found) for name, found in verdicts.items()}
+    answered = {name: _answered(rows[name], of_metrics) for name, of_metrics in verdicts.items()}
     count = len(next(iter(answered.values())))
     return Measured(
         groups,
         answered,
-        {name: [_scored(row) for row in found] for name, found in rows.items()},
+        {name: [_scored(row) for row in scores] for name, scores in rows.items()},
         {
             group: agreement([[row["answer"] for row in rows[name][:count]] for name in members])
             for group, members in groups.items()
             if len(members) > 1
         },
         _bare(conditions, rows, count),
-        [_likeness(found, rows["original"]) for found in frozen] if frozen is not None else None,
+        [_likeness(instruction, rows["original"]) for instruction in frozen] if frozen is not None else None,
         [_probed(row, base) for row, base in zip(probes, base_probes, strict=True)] if probes and base_probes else None,
     )
 
 
-def build_document(evaluation: EvaluationPlan, model: Subject, found: Measured) -> EvaluationDocument:
+def build_document(evaluation: EvaluationPlan, model: Subject, measured: Measured) -> EvaluationDocument:
     """The document of one model."""
     task, settings = evaluation.task, evaluation.settings
     draws = {"seed": task.config.seed, "resamples": settings.resamples}
-    of_answers, answers_of_groups = summarize(found.answered, found.groups, **draws)
-    of_scores, scores_of_groups = summarize(found.scored, found.groups, **draws)
+    of_answers, answers_of_groups = summarize(measured.answered, measured.groups, **draws)
+    of_scores, scores_of_groups = summarize(measured.scored, measured.groups, **draws)
     return EvaluationDocument(
         format_version=FORMAT_VERSION,
         name=model.name,
@@ -120,13 +120,13 @@ def build_document(evaluation: EvaluationPlan, model: Subject, found: Measured) 
                 group=group,
                 contexts=list(members),
                 quantities=answers_of_groups[group] | scores_of_groups[group],
-                consistency=ratio_of(found.consistency[group], **draws) if group in found.consistency else None,
+                consistency=ratio_of(measured.consistency[group], **draws) if group in measured.consistency else None,
             )
-            for group, members in found.groups.items()
+            for group, members in measured.groups.items()
         ],
-        no_context=HabitShares(**_shares(found.bare, draws)) if found.bare is not None else None,
-        frozen_prompt=_frozen_document(evaluation, found, draws),
-        forgetting=_forgetting_document(evaluation, found, draws),
+        no_context=HabitShares(**_shares(measured.bare, draws)) if measured.bare is not None else None,
+        frozen_prompt=_frozen_document(evaluation, measured, draws),
+        forgetting=_forgetting_document(evaluation, measured, draws),
     )
 
 
@@ -147,7 +147,7 @@ def _answered(rows: Rows, verdicts: Mapping[str, list[Verdict]]) -> list[dict[st
     """The ratios of every metric, and whether the answer was cut, of each answered row."""
     count = len(next(iter(verdicts.values())))
     return [
-        {q: r for found in verdicts.values() for q, r in found[i].ratios.items()}
+        {q: r for verdicts_of_metric in verdicts.values() for q, r in verdicts_of_metric[i].ratios.items()}
         | {"answer_cut": (float(rows[i]["cut"]), 1.0)}
         for i in range(count)
     ]
@@ -195,9 +195,9 @@ def _likeness(answers: Sequence[str], original: Rows) -> list[dict[str, Ratio]]:
     return [task_likeness(answer, row["answer"], json_task=json_task) for answer, row in pairs]
 
 
-def _frozen_document(evaluation: EvaluationPlan, found: Measured, draws: dict[str, int]) -> FrozenHabits | None:
-    by_row = found.frozen_by_row
-    if found.frozen is None or by_row is None:
+def _frozen_document(evaluation: EvaluationPlan, measured: Measured, draws: dict[str, int]) -> FrozenHabits | None:
+    by_row = measured.frozen_by_row
+    if measured.frozen is None or by_row is None:
         return None
     assert evaluation.settings.frozen is not None
     instructions = [
@@ -205,7 +205,7 @@ def _frozen_document(evaluation: EvaluationPlan, found: Measured, draws: dict[st
             instruction=instruction,
             **{q: share.mean if share else None for q, share in _shares(likeness, draws).items()},
         )
-        for instruction, likeness in zip(evaluation.settings.frozen.instructions, found.frozen, strict=True)
+        for instruction, likeness in zip(evaluation.settings.frozen.instructions, measured.frozen, strict=True)
     ]
     return FrozenHabits(rows=len(by_row), **_shares(by_row, draws), instructions=instructions)
 
@@ -221,14 +221,14 @@ def _probed(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Ratio]
     }
 
 
-def _forgetting_document(evaluation: EvaluationPlan, found: Measured, draws: dict[str, int]) -> Forgetting | None:
-    if found.probes is None:
+def _forgetting_document(evaluation: EvaluationPlan, measured: Measured, draws: dict[str, int]) -> Forgetting | None:
+    if measured.probes is None:
         return None
     assert evaluation.probes is not None
-    quantities, _ = summarize({"": found.probes}, {}, **draws)
+    quantities, _ = summarize({"": measured.probes}, {}, **draws)
     return Forgetting(
-        rows=len(found.probes),
+        rows=len(measured.probes),
         too_long=evaluation.probes.too_long,
-        gold_tokens=sum(int(row["gold_nll"][1]) for row in found.probes),
+        gold_tokens=sum(int(row["gold_nll"][1]) for row in measured.probes),
         **quantities[""],
     )

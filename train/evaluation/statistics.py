@@ -73,11 +73,11 @@ def redrawn(
     """
     names, quantities, pairs = _arranged(ratios)
     values = _drawn_values(pairs, draws)
-    found = {}
+    groups_summary = {}
     for group, chosen in groups.items():
         means, spreads = _mean_and_spread(values[[names.index(name) for name in chosen]])
-        found[group] = {q: (means[i], spreads[i]) for i, q in enumerate(quantities)}
-    return found
+        groups_summary[group] = {q: (means[i], spreads[i]) for i, q in enumerate(quantities)}
+    return groups_summary
 
 
 def agreement(answers: Sequence[Sequence[str]]) -> list[Ratio]:

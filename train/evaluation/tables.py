@@ -14,10 +14,10 @@ from kvopt.documents.part import Estimate
 
 def tables(documents: Sequence[EvaluationDocument]) -> list[Table]:
     """Answers by group of contexts, then what was forgotten."""
-    found = [answers_table(documents)]
+    tables = [answers_table(documents)]
     if any(document.forgetting or document.frozen_prompt or document.no_context for document in documents):
-        found.append(forgetting_table(documents))
-    return found
+        tables.append(forgetting_table(documents))
+    return tables
 
 
 def answers_table(documents: Sequence[EvaluationDocument]) -> Table:

@@ -43,16 +43,16 @@ def _divided(source: str, path: Path) -> list[tuple[str, Any]]:
 def _listed(source: str, path: Path) -> list[tuple[str, Any]]:
     value = structured(source, path)
     if not isinstance(value, list):
-        raise InputError("is not a list of templates", where=str(path), mend="write - {name: …, text: …}")
+        raise InputError("is not a list of templates", where=str(path), fix="write - {name: …, text: …}")
     return [_entry(item, f"{path}[{i}]") for i, item in enumerate(value)]
 
 
 def _entry(item: Any, where: str) -> tuple[str, Any]:
     if not isinstance(item, dict) or not isinstance(item.get("name"), str) or not re.match(LABEL, item["name"]):
-        mend = "letters, digits, - and _; an entry has name and text, or name and messages"
-        raise InputError("the entry has no usable name", where=where, mend=mend)
+        fix = "letters, digits, - and _; an entry has name and text, or name and messages"
+        raise InputError("the entry has no usable name", where=where, fix=fix)
     if unknown := sorted(item.keys() - {"name", "text", "messages"}):
-        raise InputError(f"unknown key {unknown[0]!r}", where=where, mend="known: name, text, messages")
+        raise InputError(f"unknown key {unknown[0]!r}", where=where, fix="known: name, text, messages")
     if isinstance(item.get("text"), str) and "messages" not in item:
         return item["name"], item["text"]
     return item["name"], {key: item[key] for key in ("messages", "text") if key in item}

@@ -101,7 +101,7 @@ def _mix(folders: Sequence[Path], base: Base, out: Path, rank: int | None, prove
         _write_lora(adapter, base, out, provenance)
     else:
         if rank is not None:
-            raise InputError("full students have no rank", where="--rank", mend="leave it out")
+            raise InputError("full students have no rank", where="--rank", fix="leave it out")
         _write_full(average_weights([_weights(student) for student in students]), students[0], base, out, provenance)
     return provenance
 
@@ -113,7 +113,7 @@ def is_lora(folder: Path) -> bool:
 def check_new(out: Path) -> None:
     """Raises InputError when ``out`` is there: nobody's student is written over."""
     if out.exists():
-        raise InputError("already exists", where=str(out), mend="choose another --out")
+        raise InputError("already exists", where=str(out), fix="choose another --out")
 
 
 def _one_method(folders: Sequence[Path]) -> str:
@@ -121,7 +121,7 @@ def _one_method(folders: Sequence[Path]) -> str:
     if len(set(lora)) == 2:
         first, other = folders[lora.index(True)], folders[lora.index(False)]
         what = f"{first} is a LoRA student and {other} a full one; a soup needs students of one kind"
-        raise InputError(what, mend="leave one of them out")
+        raise InputError(what, fix="leave one of them out")
     return "lora" if lora[0] else "full"
 
 

@@ -2,7 +2,7 @@
 
 With α < α + β = 1 the first layers go back towards the base and the last stay as trained, which gives back much of what
 was forgotten at little cost to the task. Layers are numbered l = 0 … L − 1. Embeddings stand before layer 0 and are
-scaled by α, and so is a head that is tied to them; the final norm and a head of its own stand behind layer L − 1 and
+scaled by α, and so is a head that is tied to them; the final norm and a head of its own stand after layer L − 1 and
 are scaled by α + β. (The paper's method speaks of layers alone; where the rest belongs is our reading.)
 """
 

@@ -74,7 +74,7 @@ def read_adapter(folder: Path) -> Adapter:
         raise InputError(
             f"holds {strange[0]}, which is no LoRA factor of a linear layer",
             where=str(folder),
-            mend="train without DoRA, biases and modules_to_save",
+            fix="train without DoRA, biases and modules_to_save",
         )
     return Adapter(config, {name: _factors(tensors[name + _A], tensors[name + _B], config) for name in sorted(names)})
 

@@ -63,4 +63,4 @@ class JSONSchema(Metric):
             return self.share(False)
         except Unresolvable as error:
             what = f"its JSON schema refers to what is not there: {error}"
-            raise InputError(what, where=self.place, mend="references stay inside one schema") from None
+            raise InputError(what, where=self.place, fix="references stay inside one schema") from None

@@ -46,7 +46,7 @@ class PythonFunction(Metric):
         """What the function returns, by name. Raises InputError where it fails or gives no number."""
         try:
             value = self._function(item.answer, item.gold, dict(item.values))
-        except Exception as error:  # the user's code may raise anything, and it is the user's to mend
+        except Exception as error:  # the user's code may raise anything, and it is the user's to fix
             what = f"raised {type(error).__name__} on the answer to {item.example_id}: {error}"
             raise InputError(what, where=self.target) from error
         if value == {}:
@@ -59,7 +59,7 @@ class PythonFunction(Metric):
         if isinstance(value, bool | int | float) and math.isfinite(value):
             return float(value)
         what = f"gave {value!r} for the answer to {item.example_id}"
-        raise InputError(what, where=self.target, mend="return a bool, a finite number, or a dict of names to those")
+        raise InputError(what, where=self.target, fix="return a bool, a finite number, or a dict of names to those")
 
 
 def load_function(target: str, base_dir: Path) -> Function:
@@ -67,19 +67,19 @@ def load_function(target: str, base_dir: Path) -> Function:
     place, _, attribute = target.removeprefix("python:").rpartition(":")
     if not place or not attribute:
         raise InputError(
-            "names no function", where=target, mend="write python:module:function or python:file.py:function"
+            "names no function", where=target, fix="write python:module:function or python:file.py:function"
         )
     module = _from_file(base_dir / place, target) if place.endswith(".py") else _imported(place, target)
     function = getattr(module, attribute, None)
     if not callable(function):
         what = f"{place} has no function {attribute!r}"
-        raise InputError(what, where=target, mend="define it as f(answer, gold, values)")
+        raise InputError(what, where=target, fix="define it as f(answer, gold, values)")
     return function
 
 
 def _from_file(path: Path, target: str) -> Any:
     if not path.is_file():
-        raise InputError(f"no such file: {path}", where=target, mend="paths are relative to the config file")
+        raise InputError(f"no such file: {path}", where=target, fix="paths are relative to the config file")
     spec = importlib.util.spec_from_file_location(f"kvopt_metric_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None

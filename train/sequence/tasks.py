@@ -42,10 +42,10 @@ def load_tasks(
         name = stage.name or settings.name
         where = f"stages.{number} {stage.config}"
         if name in [task.name for task in tasks]:
-            raise InputError(f"two tasks are named {name!r}", where=where, mend="give the stage a name of its own")
+            raise InputError(f"two tasks are named {name!r}", where=where, fix="give the stage a name of its own")
         if tasks and settings.model != tasks[0].run.config.model:
             what = f"its model section differs from that of {config.stages[0].config}"
-            raise InputError(what, where=where, mend="all tasks of a sequence are learned by one model")
+            raise InputError(what, where=where, fix="all tasks of a sequence are learned by one model")
         students = [_continued(arm, number, settings.seed, tasks[-1] if tasks else None) for arm in config.arms]
         changes = {"students": students, "study": None, "evaluate": config.evaluate or settings.evaluate}
         run = Run(settings.model_copy(update=changes), folder, out / "tasks" / name, say=say, bars=bars)

@@ -81,11 +81,11 @@ def _fit(wordings: np.ndarray, values: np.ndarray) -> np.ndarray | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", OptimizeWarning)
-            found, covariance = curve_fit(power_law, x, y, p0=start, bounds=bounds, max_nfev=MOST_EVALUATIONS)
+            parameters, covariance = curve_fit(power_law, x, y, p0=start, bounds=bounds, max_nfev=MOST_EVALUATIONS)
     except (RuntimeError, ValueError, OptimizeWarning):
         return None
-    determined = np.isfinite(covariance).all() and 1e-3 < found[1] < HIGHEST_B - 1e-3
-    return found if determined else None
+    determined = np.isfinite(covariance).all() and 1e-3 < parameters[1] < HIGHEST_B - 1e-3
+    return parameters if determined else None
 
 
 def _r2(wordings: np.ndarray, values: np.ndarray, fit: np.ndarray) -> float | None:
@@ -114,11 +114,11 @@ def explained(x: Sequence[float | None], y: Sequence[float | None]) -> Explained
     pairs = [(a, b) for a, b in zip(x, y, strict=True) if a is not None and b is not None]
     if len(pairs) < LEAST_POINTS or len({a for a, _ in pairs}) < 2:
         return None
-    found = linregress(*zip(*pairs, strict=True))
+    line = linregress(*zip(*pairs, strict=True))
     return ExplainedVariance(
         points=len(pairs),
-        slope=float(found.slope),
-        intercept=float(found.intercept),
-        r2=float(found.rvalue) ** 2,
-        p=float(found.pvalue),
+        slope=float(line.slope),
+        intercept=float(line.intercept),
+        r2=float(line.rvalue) ** 2,
+        p=float(line.pvalue),
     )

@@ -55,12 +55,12 @@ def build_document(
 ) -> StudyDocument:
     """The document of the results so far; ``base`` is the base's evaluation."""
     study = settings_of(config)
-    trained = [(arm, found) for arm in arms if (found := [r for r in results if r.arm is arm])]
-    rows = [_arm(arm, found, config.seed) for arm, found in trained]
+    trained = [(arm, of_arm) for arm in arms if (of_arm := [r for r in results if r.arm is arm])]
+    rows = [_arm(arm, of_arm, config.seed) for arm, of_arm in trained]
     first = next((i for i, (a, _) in enumerate(trained) if a.name == reference and a.budget != EQUAL_SECONDS), None)
-    for i, (row, (_, found)) in enumerate(zip(rows, trained, strict=True)):
+    for i, (row, (_, of_arm)) in enumerate(zip(rows, trained, strict=True)):
         if first is not None and i != first:
-            pairs = list(zip(found, trained[first][1], strict=False))  # in an unfinished study seeds may be missing
+            pairs = list(zip(of_arm, trained[first][1], strict=False))  # in an unfinished study seeds may be missing
             row.against_reference = _against(row, rows[first], pairs, config.seed)
     return StudyDocument(
         format_version=FORMAT_VERSION,
@@ -87,8 +87,8 @@ def check_quantities(config: Config, base: EvaluationDocument) -> None:
     for path in (curve and curve.quantities) or ():
         if path not in known:
             close = difflib.get_close_matches(path, known, n=1)
-            mend = f"did you mean {close[0]!r}?" if close else f"write GROUP/QUANTITY, such as {next(iter(known))}"
-            raise InputError(f"nothing is measured as {path!r}", where="study.curve.quantities", mend=mend)
+            fix = f"did you mean {close[0]!r}?" if close else f"write GROUP/QUANTITY, such as {next(iter(known))}"
+            raise InputError(f"nothing is measured as {path!r}", where="study.curve.quantities", fix=fix)
 
 
 def _arm(arm: Arm, results: Sequence[Result], seed: int) -> ArmResult:

@@ -79,16 +79,16 @@ def _differences(document: StudyDocument) -> Table:
         view.add_column(escape(path.replace("/", "/\n", 1)), justify="right", overflow="fold", min_width=NARROWEST)
     for row in document.arms:
         if row.against_reference:
-            found = [row.against_reference.get(path) for path in paths]
-            view.add_row(row.name, row.budget, *(_difference(one) for one in found))
+            differences = [row.against_reference.get(path) for path in paths]
+            view.add_row(row.name, row.budget, *(_difference(one) for one in differences))
     return view
 
 
-def _difference(found: ArmDifference | None) -> str:
-    if found is None or found.difference.mean is None:
+def _difference(difference: ArmDifference | None) -> str:
+    if difference is None or difference.difference.mean is None:
         return "–"
-    interval = found.difference.ci95_bootstrap
-    return f"{found.difference.mean:+.3f}" + (f"\n[{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else "")
+    interval = difference.difference.ci95_bootstrap
+    return f"{difference.difference.mean:+.3f}" + (f"\n[{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else "")
 
 
 def _curve(curves: Mapping[str, CurveFit]) -> Table:
@@ -119,9 +119,9 @@ def _sweep(sweep: Mapping[str, ExplainedVariance | None]) -> Table:
     view.add_column("from → to", no_wrap=True)
     for heading in ("points", "slope", "R²", "p"):
         view.add_column(heading, justify="right", no_wrap=True)
-    for name, found in sweep.items():
-        if found is not None:
-            cells = (str(found.points), f"{found.slope:.3g}", f"{found.r2:.2f}", f"{found.p:.2g}")
+    for name, fit in sweep.items():
+        if fit is not None:
+            cells = (str(fit.points), f"{fit.slope:.3g}", f"{fit.r2:.2f}", f"{fit.p:.2g}")
             view.add_row(name.replace("_to_", " → ").replace("_", " "), *cells)
     return view
 

@@ -35,21 +35,21 @@ def by_path(evaluation: EvaluationDocument) -> dict[str, float | None]:
     return numbers
 
 
-def draws_by_path(found: Measured, *, seed: int, resamples: int) -> dict[str, np.ndarray]:
+def draws_by_path(measured: Measured, *, seed: int, resamples: int) -> dict[str, np.ndarray]:
     """What each path is in every draw of rows, [resamples], float64, NaN where a draw has no value; without the paths
     of a single row, which says nothing about other rows.
 
     Draw i takes the same rows for every model that was evaluated on the same ones.
     """
     of_rows = {
-        **{group: [{"consistency": ratio} for ratio in rows] for group, rows in found.consistency.items()},
-        "frozen_prompt": found.frozen_by_row,
-        "no_context": found.bare,
-        "forgetting": found.probes,
+        **{group: [{"consistency": ratio} for ratio in rows] for group, rows in measured.consistency.items()},
+        "frozen_prompt": measured.frozen_by_row,
+        "no_context": measured.bare,
+        "forgetting": measured.probes,
     }
     parts: list[tuple[Ratios, Mapping[str, Sequence[str]]]] = [
-        (found.answered, found.groups),
-        (found.scored, found.groups),
+        (measured.answered, measured.groups),
+        (measured.scored, measured.groups),
         *(({name: rows}, {name: [name]}) for name, rows in of_rows.items() if rows),
     ]
     draws: dict[str, np.ndarray] = {}

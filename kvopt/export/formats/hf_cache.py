@@ -1,4 +1,4 @@
-"""``--to hf-cache``: keys and values as safetensors, and a script of plain transformers that generates behind them."""
+"""``--to hf-cache``: keys and values as safetensors, and a script of plain transformers that generates after them."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class PeftFormat(ExportFormat):
             raise InputError(
                 f"a {source.kind} context is not a {peft_type} adapter",
                 where="--peft-type",
-                mend="it can be " + " or ".join(possible),
+                fix="it can be " + " or ".join(possible),
             )
         fields: dict[str, Any] = {
             "peft_type": peft_type,

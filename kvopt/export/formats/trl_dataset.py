@@ -56,7 +56,7 @@ class TrlFormat(ExportFormat):
         except InputError as error:
             if self.config is not None:
                 raise
-            raise InputError(str(error), where=str(path), mend="give the run's own config with --config") from None
+            raise InputError(str(error), where=str(path), fix="give the run's own config with --config") from None
         rows = list(export_rows(inputs, source.run.path, [ContextChoice(context=source.name)], config.seed))
         write_text(place / FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return Written(

@@ -62,7 +62,7 @@ class VllmFormat(ExportFormat):
         try:
             check_blocks(source.name, slots, self.block_size, self.partial_block)
         except ValueError as error:
-            raise InputError(str(error), where="--block-size", mend="or give --partial-block") from None
+            raise InputError(str(error), where="--block-size", fix="or give --partial-block") from None
         write_prefix(states, place)
         digest = sha256_bytes(str(tuple(states.shape)).encode() + states.contiguous().numpy().tobytes())
         facts: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Answer behind a stored KV prefix with plain transformers (5 or later), nothing else.
+"""Answer after a stored KV prefix with plain transformers (5 or later), nothing else.
 
     python generate.py --base MODEL "the prompt from the first slot on" "another one"
 
@@ -39,7 +39,7 @@ def prefix_cache(model: Any, prefix: Prefix, rows: int) -> DynamicCache:
 
 @torch.no_grad()
 def logits(model: Any, prefix: Prefix, bodies: list[list[int]]) -> list[torch.Tensor]:
-    """Logits [tokens, vocabulary] of each body behind the prefix, in one batch padded on the right."""
+    """Logits [tokens, vocabulary] of each body after the prefix, in one batch padded on the right."""
     slots, width = prefix[0][0].shape[1], max(map(len, bodies))
     ids = torch.zeros(len(bodies), width, dtype=torch.long)
     mask = torch.ones(len(bodies), slots + width, dtype=torch.long)
@@ -98,7 +98,7 @@ def _until(tokens: list[int], ends: set) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Answer behind a stored KV prefix.")
+    parser = argparse.ArgumentParser(description="Answer after a stored KV prefix.")
     parser.add_argument("bodies", nargs="+", help="what follows the context in each prompt: from the first slot on")
     parser.add_argument("--base", required=True, help="the model that the context was made for")
     parser.add_argument("--max-new-tokens", type=int, default=64)

@@ -33,7 +33,7 @@ def load_soft_prompt(folder: Path | str = FOLDER) -> torch.Tensor:
 
 @torch.no_grad()
 def whole_prompt(soft_prompt: torch.Tensor, embed: Any, body: list[int]) -> torch.Tensor:
-    """Embeddings [slots + tokens, hidden] of the soft prompt and of a body's token ids behind it."""
+    """Embeddings [slots + tokens, hidden] of the soft prompt and of a body's token ids after it."""
     ids = torch.tensor(body, device=embed.weight.device)
     rest = embed(ids)
     return torch.cat([soft_prompt.to(rest.device, rest.dtype), rest])

@@ -28,10 +28,10 @@ class Existing(Start):
             raise InputError("init: context:NAME names no context", where=where)
         if source.tokens != task.tokens:
             raise InputError(
-                f"{source.name} has {source.tokens} slots, {task.tokens} wanted", where=where, mend="leave tokens out"
+                f"{source.name} has {source.tokens} slots, {task.tokens} wanted", where=where, fix="leave tokens out"
             )
         if source.kind == task.kind:
             return source.tensor.to(task.base.device)
         if task.kind == "soft":
-            raise InputError("a KV cache cannot be turned into a soft prompt", where=where, mend="start it from text")
+            raise InputError("a KV cache cannot be turned into a soft prompt", where=where, fix="start it from text")
         return task.prefilled(source.tensor)

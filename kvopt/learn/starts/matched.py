@@ -34,7 +34,7 @@ class Matched(Start):
             raise InputError(
                 "init: matched works on keys and values",
                 where=f"contexts.{task.name}",
-                mend="use kind: kv, or another init",
+                fix="use kind: kv, or another init",
             )
         options = {"ridge": self.ridge, "queries": self.queries, "seed": task.seed}
         return fewer_slots(task.base, task.text_prefix(), task.tokens, task.rows, **options)  # type: ignore[arg-type]

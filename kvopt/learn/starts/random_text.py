@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class RandomText(Start):
-    """Random ordinary tokens behind the text's own first one, which is the attention sink."""
+    """Random ordinary tokens after the text's own first one, which is the attention sink."""
 
     kind: Literal["random-text"] = "random-text"
 

@@ -33,7 +33,7 @@ class FileVariants:
         self._original = original
         self._variants = [(where, self._sources(variant, where)) for where, variant in _entries(Path(path))]
         if not self._variants:
-            raise InputError("no variants", where=str(path), mend="write at least one")
+            raise InputError("no variants", where=str(path), fix="write at least one")
         self.limit: int | None = len(self._variants)
 
     def propose(self, requests: Sequence[Request]) -> list[Proposal]:
@@ -65,7 +65,7 @@ class FileVariants:
             raise InputError(
                 "a bare text does not say which message it replaces",
                 where=where,
-                mend="write messages with their roles",
+                fix="write messages with their roles",
             )
         return [text if i == fits[0] else field for i, field in enumerate(self._original.fields)]
 
@@ -73,7 +73,7 @@ class FileVariants:
         roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
         if not self._original.is_chat or roles != [m.role for m in self._original.messages]:
             raise InputError(
-                "other messages than the template's", where=where, mend="same number and roles in the same order"
+                "other messages than the template's", where=where, fix="same number and roles in the same order"
             )
         contents = [message.get("content") for message in messages]
         if not all(isinstance(content, str) for content in contents):

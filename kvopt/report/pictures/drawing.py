@@ -35,12 +35,12 @@ class Scale:
             return _linear_ticks(self.low, self.high, most)
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         for steps in ((1, 2, 5), (1, 3), (1,)):
-            found = [
+            ticks = [
                 s * 10.0**p for p in powers for s in steps if self.low <= s * 10.0**p * 1.0000001 <= self.high * 1.01
             ]
-            if len(found) <= most:
+            if len(ticks) <= most:
                 break
-        return found
+        return ticks
 
 
 def _linear_ticks(low: float, high: float, most: int) -> list[float]:
