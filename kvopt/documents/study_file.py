@@ -6,12 +6,17 @@ Numbers go by a path: ``GROUP/QUANTITY`` (a mean over the group's contexts), ``G
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from typing import Annotated
 
 from pydantic import Field
 
 from kvopt.documents.evaluation_file import EvaluatedRows
 from kvopt.documents.part import CI95, DocumentPart, Estimate, FormatVersion
+
+SHOWN_GROUPS = ("original", "held-out", "templates", "none")
+LIKELIHOOD = "gold_nll"
+FORGETTING = ("forgetting/kl_from_base", "forgetting/gold_nll_change")
 
 
 class OverSeeds(Estimate):
@@ -120,3 +125,10 @@ class StudyDocument(DocumentPart):
     sweep: dict[str, ExplainedVariance | None] = Field(
         {}, description="what explains forgetting over all students; null for too few points"
     )
+
+
+def compared_paths(headlines: Sequence[str], known: Container[str]) -> list[str]:
+    """Paths into ``values``: the few quantities in which arms are shown against the reference arm."""
+    wanted = [f"{group}/{headlines[0]}" for group in ("original", "templates")] if headlines else []
+    wanted += [f"{group}/{LIKELIHOOD}" for group in ("original", "templates", "none")] + [FORGETTING[0]]
+    return [path for path in wanted if path in known]

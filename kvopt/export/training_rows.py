@@ -6,15 +6,17 @@ those that a run has already found, in the order in which it ranked them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from kvopt.config.names import ContextName, unknown_context
 from kvopt.config.students import ContextChoice, StudentConfig
 from kvopt.documents.manifest import RunManifest
-from kvopt.documents.validated import read_document
+from kvopt.documents.scores_file import ScoreLine
+from kvopt.documents.validated import first_fault, read_document, reason_of
 from kvopt.errors import InputError
 from kvopt.mutate.mutation import read_mutations
 from kvopt.mutate.orders import first_mutations
@@ -119,13 +121,20 @@ def _ranked(run: Path, known: Collection[str]) -> list[str]:
     """Names of mutations by forward KL on the selection rows, lowest first, as the run wrote them down."""
     path = run / "scores.jsonl"
     try:
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        scored = [(r["kl_forward"]["mean"], r["context"]) for r in rows if r["split"] == "selection"]
+        rows = [ScoreLine.model_validate_json(line) for line in path.read_text("utf-8").splitlines()]
     except FileNotFoundError:
         raise InputError("mutations are not ranked yet", where=str(path), fix=RUN_FIRST) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"is damaged: {error}", where=str(path), fix="run kvopt run again") from None
-    return [name for _, name in sorted(scored) if name in known]
+    except ValidationError as error:
+        place, what = first_fault(error)
+        raise InputError(
+            f"is damaged: {place}: {what}" if place else f"is damaged: {what}",
+            where=str(path),
+            fix="run kvopt run again",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"is damaged: {reason_of(error)}", where=str(path), fix="run kvopt run again") from None
+    scored = sorted((row.kl_forward.mean, row.context) for row in rows if row.split == "selection")
+    return [name for _, name in scored if name in known]
 
 
 def _check_same_task(inputs: Inputs, run: Path) -> None:

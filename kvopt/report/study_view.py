@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from kvopt.documents.study_file import ArmResult, CurveFit, ExplainedVariance, OverSeeds, StudyDocument
+from kvopt.documents.study_file import (
+    FORGETTING,
+    LIKELIHOOD,
+    SHOWN_GROUPS,
+    ArmResult,
+    CurveFit,
+    ExplainedVariance,
+    OverSeeds,
+    StudyDocument,
+    compared_paths,
+)
 from kvopt.report.pictures import Mark, growth_picture, interval_strips
-
-GROUPS = ("original", "held-out", "templates", "none")
-LIKELIHOOD = "gold_nll"
-FORGETTING = ("forgetting/kl_from_base", "forgetting/gold_nll_change")
-
-
-def compared_paths(headlines: Sequence[str], known: Container[str]) -> list[str]:
-    """The few quantities in which arms are shown against the reference arm."""
-    wanted = [f"{group}/{headlines[0]}" for group in ("original", "templates")] if headlines else []
-    wanted += [f"{group}/{LIKELIHOOD}" for group in ("original", "templates", "none")] + [FORGETTING[0]]
-    return [path for path in wanted if path in known]
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,8 @@ def study_view(study: StudyDocument) -> StudyView:
     """Tables and pictures of one study."""
     known = list(dict.fromkeys(path for arm in study.arms for path in arm.values))
     headline = study.headlines[0] if study.headlines else ""
-    groups = [f"{group}/{headline}" for group in GROUPS]
-    likelihoods = [f"{group}/{LIKELIHOOD}" for group in GROUPS]
+    groups = [f"{group}/{headline}" for group in SHOWN_GROUPS]
+    likelihoods = [f"{group}/{LIKELIHOOD}" for group in SHOWN_GROUPS]
     wanted = [*groups, f"wordings/{headline}/spread", "wordings/consistency", *likelihoods, *FORGETTING]
     paths = [path for path in wanted if path in known]
     drawn = [path for path in (*groups[:3], f"wordings/{headline}/spread", *likelihoods[2:]) if path in known]

@@ -15,9 +15,16 @@ import numpy as np
 from kvopt.config.document import Config
 from kvopt.documents.evaluation_file import EvaluationDocument
 from kvopt.documents.student_record import StudentRecord
-from kvopt.documents.study_file import ArmDifference, ArmResult, ArmRun, CurveFit, ExplainedVariance, StudyDocument
+from kvopt.documents.study_file import (
+    LIKELIHOOD,
+    ArmDifference,
+    ArmResult,
+    ArmRun,
+    CurveFit,
+    ExplainedVariance,
+    StudyDocument,
+)
 from kvopt.errors import InputError
-from kvopt.report.study_view import LIKELIHOOD
 from kvopt.train.arms import EQUAL_SECONDS, Arm, settings_of
 from kvopt.train.study.curve import explained, fit_curve
 from kvopt.train.study.seeds import compared, over_rows_and_seeds, over_seeds

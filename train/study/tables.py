@@ -8,8 +8,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvopt.console.tables import plain_table
-from kvopt.documents.study_file import ArmDifference, ArmResult, CurveFit, ExplainedVariance, StudyDocument
-from kvopt.report.study_view import GROUPS, LIKELIHOOD, compared_paths
+from kvopt.documents.study_file import (
+    LIKELIHOOD,
+    SHOWN_GROUPS,
+    ArmDifference,
+    ArmResult,
+    CurveFit,
+    ExplainedVariance,
+    StudyDocument,
+    compared_paths,
+)
 from kvopt.train.evaluation.tables import with_interval
 
 NARROWEST = 8
@@ -30,7 +38,7 @@ def tables(document: StudyDocument) -> list[Table]:
 
 
 def _scores(document: StudyDocument, headline: str) -> Table:
-    groups = [group for group in GROUPS if f"{group}/{headline}" in document.base_values]
+    groups = [group for group in SHOWN_GROUPS if f"{group}/{headline}" in document.base_values]
     paths = [f"{group}/{headline}" for group in groups]
     over_all = [f"wordings/{headline}/spread"] + ["wordings/consistency"] * (headline != LIKELIHOOD)
     paths += [p for p in over_all if p in document.base_values]
