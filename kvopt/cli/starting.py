@@ -86,8 +86,8 @@ def show_config(
         str | None,
         typer.Argument(
             metavar="DOCUMENT",
-            help="With --schema, a file that kvopt writes: leaderboard, scores, samples, evaluation, study, sequence,"
-            " context (kvopt.json), student (kvopt-student.json), export (kvopt-export.json), manifest or ledger.",
+            help="With --schema, a file that kvopt writes: leaderboard, scores, samples, answers, evaluation, study,"
+            " sequence, context (kvopt.json), student (kvopt-student.json), export (kvopt-export.json), manifest or ledger.",
         ),
     ] = None,
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from kvopt.documents.part import ContextKind, DocumentPart
+from kvopt.documents.part import ContextKind, DocumentPart, Estimate
 from kvopt.documents.scores_file import SplitScores
 
 
@@ -66,6 +66,10 @@ class LeaderboardRow(SplitScores, NamedContext):
         description="whether the interval of its forward KL lies wholly above that of the best context; null without "
         "intervals, absent for the best context and the original",
     )
+    metrics: dict[str, Estimate] | None = Field(
+        None, description="the config's metrics of the base's answers under this context, by quantity; null without any"
+    )
+    template: StoredTemplate | None = Field(None, description="the wording of a text context that is no mutation")
 
 
 class UnreportedMutation(NamedContext):
@@ -85,6 +89,9 @@ class LeaderboardDocument(DocumentPart):
     split: str = Field("validation", description="the split of the contexts' scores")
     selected_on: str = Field("selection", description="the split that mutations were chosen by")
     template: StoredTemplate | None = Field(None, description="the original template; absent in old runs")
+    headlines: list[str] = Field([], description="one quantity for each metric of the config, where it has metrics")
+    answered: int = Field(0, description="validation rows whose answers the metrics are of")
+    complete: bool = Field(True, description="false while the run still has contexts to score")
     rows_sha256: dict[str, str] = Field({}, description="hash of each part's rows, which tells runs apart")
     noise_floor: NoiseFloor
     contexts: list[LeaderboardRow] = Field(description="lowest forward KL first")

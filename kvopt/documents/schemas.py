@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from kvopt.documents.answers_file import AnswersDocument
 from kvopt.documents.context_record import ContextRecord
 from kvopt.documents.evaluation_file import EvaluationDocument
 from kvopt.documents.export_record import ExportRecord
@@ -24,6 +25,7 @@ DOCUMENTS: dict[str, type[DocumentPart]] = {
     "leaderboard": LeaderboardDocument,
     "scores": ScoreLine,
     "samples": SamplesDocument,
+    "answers": AnswersDocument,
     "evaluation": EvaluationDocument,
     "study": StudyDocument,
     "sequence": SequenceDocument,
