@@ -26,6 +26,7 @@ FILES = {
     "leaderboard": "leaderboard.json",
     "scores": "scores.jsonl",
     "samples": "samples.json",
+    "answers": "answers.json",
     "evaluation": "students/*/evaluation.json",
     "study": "study.json",
     "context": "contexts/*/kvopt.json",

@@ -90,13 +90,14 @@ def test_the_ledger_has_tokens_seconds_and_memory_of_every_stage(finished):
     _, out, _ = finished
     entries = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
     assert [e["stage"] for e in entries if not e["stage"].startswith("scores/")] == [
-        "reference", "contexts/kv-8", "mutations", "contexts/kv-best", "contexts/soft-6", "samples",
+        "reference", "mutations", "reference", "contexts/soft-6", "contexts/kv-best", "contexts/kv-8", "samples",
     ]  # fmt: skip
     for entry in entries:
         assert entry["outcome"] == "done"
         assert entry["seconds"] >= 0
         assert entry["peak_memory_bytes"] > 2**20
-        assert entry["tokens_in"] > 0 or entry["stage"] == "mutations"  # rules ask no model
+        # rules ask no model, and the original's scores are in the reference
+        assert entry.get("tokens_in", 0) > 0 or entry["stage"] in ("mutations", "scores/original.validation")
 
 
 def test_the_manifest_names_all_that_the_run_stands_on(finished):
@@ -163,7 +164,7 @@ def test_an_added_context_is_the_only_one_learned(copied, tmp_path):
     more = changed(config, tmp_path / "job", lambda c: c["contexts"].extend([start, new]))
     run_job(more, out)
     assert stages_in(out) == [
-        "contexts/kv-4-start", "contexts/kv-4", "scores/kv-4-start.validation", "scores/kv-4.validation",
+        "contexts/kv-4-start", "scores/kv-4-start.validation", "contexts/kv-4", "scores/kv-4.validation",
         "samples",
     ]  # fmt: skip
 
@@ -177,7 +178,7 @@ def test_a_context_that_starts_from_another_follows_its_changes(copied, tmp_path
         config, tmp_path / "two", lambda c: (c["contexts"].append(heir), context(c, "kv-8").update(learning_rate=0.01))
     )
     run_job(both, out)
-    assert stages_in(out)[:2] == ["contexts/kv-8", "contexts/heir"]
+    assert stages_in(out)[:3] == ["contexts/kv-8", "scores/kv-8.validation", "contexts/heir"]
 
 
 def test_what_the_config_no_longer_has_is_removed(copied, tmp_path):

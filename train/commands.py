@@ -57,7 +57,7 @@ def train_students(run: Run, only: Sequence[str] = ()) -> list[StudentRecord] | 
 def train_chosen(run: Run, configs: Sequence[StudentConfig], launch: Launch | None = None) -> list[StudentRecord]:
     """As :func:`train_students`, in a run that is open; ``configs`` from :func:`chosen`."""
     catalogue = run.catalogue(contexts_of(run.inputs, configs))
-    reference = run.reference() if needs_reference(configs) else None
+    reference = run.whole_reference() if needs_reference(configs) else None
     return make_students(catalogue, configs, reference, run.at, launch)
 
 
@@ -124,7 +124,7 @@ def study_runner(run: Run) -> StudyRunner:
     students = trained_students(run.config)
     catalogue = run.catalogue(contexts_of(run.inputs, [arm.config for arm in arms]))
     evaluator = evaluator_of(run, students, settings_of(run.config).evaluate)
-    return StudyRunner(catalogue, evaluator, run.reference(), lambda c: run.score(c, "selection"), run.at)
+    return StudyRunner(catalogue, evaluator, run.whole_reference(), lambda c: run.score(c, "selection"), run.at)
 
 
 def conduct_study(run: Run, report: Callable[[StudyDocument], None] | None = None) -> StudyDocument:

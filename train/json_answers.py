@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations
 from typing import Any, NoReturn
+
+from kvopt.config.metrics import Ratio
 
 DEEPEST = 64
 """Levels of objects and lists in one another; what has more is no answer but a model that goes round in circles."""
@@ -85,3 +89,14 @@ def at_path(value: Any, path: str | None) -> Any:
     for key in path.split(".") if path else ():
         value = value.get(key, {}) if isinstance(value, dict) else {}
     return value
+
+
+def agreement(answers: Sequence[Sequence[str]]) -> list[Ratio]:
+    """For each example: pairs of contexts whose answers agree, and pairs of contexts; ``answers[c][i]`` is context c's
+    answer to example i. Answers agree when they are the same text (space around it apart) or the same JSON value.
+    """
+    pairs = list(combinations(range(len(answers)), 2))
+    return [
+        (float(sum(same_value(answers[a][i], answers[b][i]) for a, b in pairs)), float(len(pairs)))
+        for i in range(len(answers[0]))
+    ]

@@ -157,10 +157,10 @@ def check_choice(inputs: Inputs, spec: str, where: str) -> None:
         raise InputError(f"{name.run} is not a run directory", where=where, fix="write RUN#NAME")
     elif (
         (name.form in ("plain", "context") or (name.form == "mutation" and count == 0))
-        and name.argument not in inputs.context_names
+        and name.argument not in (*inputs.context_names, *inputs.written)
         and not (inputs.base_dir / name.argument).is_dir()
     ):
-        known = ["original", "none", *inputs.context_names]
+        known = ["original", "none", *inputs.written, *inputs.context_names]
         raise unknown_context(spec, where, known, ("counted", "text", "plain"))
 
 

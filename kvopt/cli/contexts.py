@@ -65,19 +65,24 @@ def score(
 
     Forward KL is the divergence from the model under the template, in nats per token of the gold outputs (the expected
     answers); 0 means the same behaviour. Gold NLL is the loss on these tokens. Top-1 agreement is the share of them for
-    which the most likely token is the template's.
+    which the most likely token is the template's. A wording of your own (text:FILE) also takes its place on the run's
+    leaderboard and page.
     """
     run = open_run(config, sets, out)
-    from kvopt.run.leaderboard import Entry, build_leaderboard
+    from kvopt.run.leaderboard import build_leaderboard
 
     with run.opened():
         contexts = [c for spec in context or ["original", "none"] for c in run.stored_contexts(spec)]
-        entries = [Entry.of(c, run.score(c)) for c in contexts]
-        board = build_leaderboard(run.task(), entries, [], run.noise_floor())
+        measures = run.measures()
+        entries = [measures.entry(c) for c in contexts]
+        board = build_leaderboard(run.task(), entries, [], measures.noise_floor)
+        landed = run.put_on_board(contexts)
     if as_json:
         print_json({**board.to_json(), "contexts": [entry.row().to_json() for entry in entries]})
     else:
         show_board(board, run.directory.path, False)
+    if landed is not None:
+        leave_page(run.directory.path)
 
 
 def optimize(

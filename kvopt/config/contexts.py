@@ -1,10 +1,10 @@
-"""The ``contexts`` section: the soft prompts and KV caches to learn, and where each starts."""
+"""The ``contexts`` section: the soft prompts and KV caches to learn, where each starts, and wordings of one's own."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from kvopt.config.faults import build_model
 from kvopt.config.kinds import Family, Options
@@ -87,9 +87,16 @@ def known_starts() -> tuple[str, ...]:
 
 
 class ContextConfig(Section):
-    """A context to learn."""
+    """A context to learn, or a wording of your own (``text``) that is scored beside them."""
 
     name: str = Field(pattern=NAME, description="name of the context, and of its folder under contexts/")
+    text: str | None = Field(
+        None,
+        description="a file with another wording of the template, such as your own shorter prompt: it is scored and"
+        " ranked as it is, and nothing is learned; no other key but name goes with it. A text file without slots takes"
+        " the place of the text before the first slot; one with slots, or a .yaml with messages or text, is the whole"
+        " prompt",
+    )
     kind: Literal["kv", "soft"] = Field("kv", description="kv: a KV cache; soft: a soft prompt (input embeddings)")
     tokens: int | None = Field(
         None, ge=1, description="length in slots; default: as long as the text (or context) that it starts from"
@@ -125,6 +132,13 @@ class ContextConfig(Section):
         except InputError as error:
             raise ValueError(f"{error.what} ({error.fix})" if error.fix else error.what) from None
         return value
+
+    @model_validator(mode="after")
+    def _text_alone(self) -> ContextConfig:
+        others = sorted(self.model_fields_set - {"name", "text"})
+        if self.text is not None and others:
+            raise ValueError(f"{others[0]} is for contexts that are learned; with text, give only name and text")
+        return self
 
     @property
     def start(self) -> Init:

@@ -41,7 +41,7 @@ class Config(Section):
     )
     score: ScoreConfig = Field(ScoreConfig(), description="how contexts are scored")
     contexts: list[ContextConfig] = Field(
-        default_factory=list, description="soft prompts and KV caches to learn, in order"
+        default_factory=list, description="soft prompts and KV caches to learn, and wordings of your own to score"
     )
     report: ReportConfig = Field(ReportConfig(), description="which single rows the report shows")
     students: list[StudentConfig] = Field(
@@ -61,12 +61,23 @@ class Config(Section):
                 raise ValueError(f"{name!r} is the name of a built-in context")
             if MUTATION.fullmatch(name):
                 raise ValueError(f"{name!r} is the name of a mutation; give the context another name")
-        for context in self.contexts:
+        learned = [context.name for context in self.learned]
+        for context in self.learned:
             kind, argument = context.start.kind, context.start.argument
-            if kind == "context" and argument in names and names.index(argument) >= names.index(context.name):
+            if kind == "context" and argument in learned and names.index(argument) >= names.index(context.name):
                 raise ValueError(f"context {context.name!r} starts from {argument!r}, which must come before it")
         refuse_repeats([student.name for student in self.students], "students")
         return self
+
+    @property
+    def learned(self) -> list[ContextConfig]:
+        """The contexts that are learned, in order."""
+        return [context for context in self.contexts if context.text is None]
+
+    @property
+    def written(self) -> list[ContextConfig]:
+        """The contexts that are wordings of the user's own, in order."""
+        return [context for context in self.contexts if context.text is not None]
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Path]:

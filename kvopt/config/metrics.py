@@ -69,6 +69,11 @@ class Metric(Options):
         """The quantity that stands for the metric in tables (where it gives no such quantity: its first)."""
         return self.label
 
+    def headline_among(self, quantities: Sequence[str]) -> str:
+        """:attr:`headline`, or the metric's first of these ``quantities`` where they lack it."""
+        own = (name for name in quantities if name.startswith(f"{self.label}."))
+        return self.headline if self.headline in quantities else next(own, self.headline)
+
     def prepared(self, base_dir: Path) -> Metric:
         """The metric with all that it needs: its files are read, its packages are there. Called before any work.
 

@@ -249,7 +249,13 @@ def _of_run(folder: Path, name: str, base: str | None) -> Source:
     for mutation in mutations:
         if mutation.name == name and mutation.template is not None:
             return Source(name, "text", base or run.base, template=mutation.template, run=run)
-    names = sorted(p.name for p in (folder / "contexts").glob("*") if p.is_dir() and not p.name.startswith("."))
+    written = [row for row in run.board.contexts if row.template is not None] if run.board else []
+    for row in written:
+        if row.name == name and row.template is not None:
+            template = Template.from_json(row.template.to_json(), where=f"{folder} {name}")
+            return Source(name, "text", base or run.base, template=template, run=run)
+    names = [row.name for row in written]
+    names += sorted(p.name for p in (folder / "contexts").glob("*") if p.is_dir() and not p.name.startswith("."))
     names += [str(m.name) for m in mutations]
     shown = ", ".join(["original", *names][:12]) + (", …" if len(names) > 11 else "")
     raise InputError(f"no context {name!r}", where=str(folder), fix=f"there are {shown}")

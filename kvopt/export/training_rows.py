@@ -89,6 +89,8 @@ def _named(inputs: Inputs, run: Path, spec: str, seed: int, taken: set[str]) -> 
     if name.form == "text":
         path = inputs.base_dir / name.argument
         return [(Path(name.argument).stem, template_from_file(path, inputs.template))]
+    if name.argument in inputs.written:
+        return [(name.argument, inputs.written[name.argument])]
     if name.argument in inputs.context_names or (name.argument and (inputs.base_dir / name.argument).is_dir()):
         fix = "kvopt train trains under it; text contexts can be exported"
         raise InputError("a learned context has no text", where=spec, fix=fix)

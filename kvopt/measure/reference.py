@@ -2,16 +2,16 @@
 token.
 
 Kept as safetensors shards of some hundred examples, in the model's dtype, with the key of everything they depend on;
-read back row by row through a memory map. Logits are never stored: the head is applied when they are needed
-(``kvopt.kernels``).
+read back row by row through a memory map. Rows are added when something first needs them, in shards of their own; what
+is stored never changes. Logits are never stored: the head is applied when they are needed (``kvopt.kernels``).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,11 @@ from kvopt.storage.tensors import stored_key, write_tensors
 from kvopt.task.seam import Encoded, Row
 
 ROWS_PER_SHARD = 256
+INDEX = "index.json"
 FACTS_ROWS = 32
-"""Examples whose facts are computed together, always the same ones: what was asked for first changes no bit."""
+"""Examples of a shard whose facts are computed together, always the same ones: what was asked for first changes no
+bit.
+"""
 
 Progress = Callable[[int], None]
 
@@ -43,18 +46,35 @@ def reference_key(base: Base, encoded: Encoded, batch_size: int) -> str:
 
 @dataclass
 class Reference:
-    """Stored hidden states; ``hidden`` gives those of some examples."""
+    """Stored hidden states; ``hidden`` gives those of some examples.
+
+    Attributes:
+        folder, key: where it is stored, and the identity of all that it depends on.
+        index: by example id: its shard, its first token there, and the end of its tokens.
+        hidden_size: D.
+    """
 
     folder: Path
     key: str
-    index: dict[str, tuple[int, int, int]]  # example id → shard, first token, end
+    index: dict[str, tuple[int, int, int]]
     hidden_size: int
 
     def __post_init__(self) -> None:
         self._files: dict[int, Any] = {}
-        self._ids = list(self.index)
-        self._places = {example_id: place for place, example_id in enumerate(self._ids)}
-        self._facts: dict[tuple[int, float], list[ReferenceFacts]] = {}
+        self._shards: dict[int, list[str]] = {}
+        for example_id, (shard, _, _) in self.index.items():
+            self._shards.setdefault(shard, []).append(example_id)
+        self._places = {i: (shard, place) for shard, ids in self._shards.items() for place, i in enumerate(ids)}
+        self._facts: dict[tuple[int, int, float], list[ReferenceFacts]] = {}
+
+    def lacks(self, example_ids: Collection[str]) -> bool:
+        """Whether one of these examples is not stored."""
+        return any(example_id not in self.index for example_id in example_ids)
+
+    def known_from(self, earlier: Reference) -> Reference:
+        """This reference, with the facts that the same one had computed when it had fewer rows."""
+        self._facts = earlier._facts
+        return self
 
     def hidden(self, example_ids: Sequence[str]) -> Tensor:
         """[G, D], the gold tokens of these examples one after the other."""
@@ -72,11 +92,11 @@ class Reference:
             torch.cat([facts.entropy for facts in per_example]),
         )
 
-    def _facts_of(self, place: int, head: Head, options: KLOptions) -> ReferenceFacts:
-        block, inside = divmod(place, FACTS_ROWS)
-        key = block, options.temperature
+    def _facts_of(self, place: tuple[int, int], head: Head, options: KLOptions) -> ReferenceFacts:
+        shard, (block, inside) = place[0], divmod(place[1], FACTS_ROWS)
+        key = shard, block, options.temperature
         if key not in self._facts:
-            ids = self._ids[block * FACTS_ROWS : (block + 1) * FACTS_ROWS]
+            ids = self._shards[shard][block * FACTS_ROWS : (block + 1) * FACTS_ROWS]
             facts = reference_facts(
                 self.hidden(ids).to(head.weight.device), head, KLOptions(temperature=options.temperature)
             )
@@ -105,58 +125,97 @@ def build_reference(
     folder: Path,
     *,
     batch_size: int = 16,
+    wanted: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> Reference:
     """Compute what is missing of the reference in ``folder`` and open it.
 
     Shards with the right key are kept, so an interrupted build goes on where it stopped and ends in the same bytes.
-    ``progress`` is called with the number of rows finished.
+
+    Args:
+        base, prefix, encoded: the base, the original template's prefix, and all rows under it.
+        folder: where the shards are.
+        batch_size: rows a batch.
+        wanted: ids of the examples that are needed now; default: all.
+        progress: called with the number of rows finished.
     """
     key = reference_key(base, encoded, batch_size)
-    rows = encoded.rows
-    for shard, first in enumerate(range(0, len(rows), ROWS_PER_SHARD)):
-        part = rows[first : first + ROWS_PER_SHARD]
-        path = folder / shard_name(shard)
-        if stored_key(path) != key:
-            hidden = _hidden_of(base, prefix, part, batch_size, progress)
-            write_tensors(path, {"hidden": hidden}, key)
-        elif progress:
-            progress(len(part))
-    write_json(
-        folder / "index.json",
-        {
-            "key": key,
-            "dtype": str(base.dtype).removeprefix("torch."),
-            "hidden_size": base.geometry.hidden_size,
-            "rows_per_shard": ROWS_PER_SHARD,
-            "rows": [[row.example_id, len(row.gold)] for row in rows],
-        },
-    )
+    shards = _kept_shards(folder, key)
+    stored = {example_id for shard in shards for example_id, _ in shard}
+    missing = [
+        row for row in encoded.rows if row.example_id not in stored and (wanted is None or row.example_id in wanted)
+    ]
+    for first in range(0, len(missing), ROWS_PER_SHARD):
+        part = missing[first : first + ROWS_PER_SHARD]
+        hidden = _hidden_of(base, prefix, part, batch_size, progress)
+        write_tensors(folder / shard_name(len(shards)), {"hidden": hidden}, key)
+        shards.append([(row.example_id, len(row.gold)) for row in part])
+        write_json(
+            folder / INDEX,
+            {
+                "key": key,
+                "dtype": str(base.dtype).removeprefix("torch."),
+                "hidden_size": base.geometry.hidden_size,
+                "shards": [len(shard) for shard in shards],
+                "rows": [list(row) for shard in shards for row in shard],
+            },
+        )
     return open_reference(folder, key)
 
 
-def open_reference(folder: Path, key: str) -> Reference:
-    """The stored reference. Raises InputError when it is not the one that ``key`` names, or damaged."""
-    path = folder / "index.json"
+def _kept_shards(folder: Path, key: str) -> list[list[tuple[str, int]]]:
+    """(example id, gold tokens) of the rows of each shard that is whole and has this key, up to the first that has
+    not.
+    """
+    try:
+        stored = _read_index(folder, key)
+    except InputError:
+        return []
+    kept = []
+    for shard, rows in enumerate(_shards_of(stored)):
+        if stored_key(folder / shard_name(shard)) != key:
+            break
+        kept.append(rows)
+    return kept
+
+
+def _read_index(folder: Path, key: str) -> dict[str, Any]:
+    """The index. Raises InputError when it is not there, damaged, or of another reference than ``key`` names."""
+    path = folder / INDEX
     try:
         stored = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"the reference cannot be read: {error}", where=str(path), fix="run kvopt run again") from None
-    if not isinstance(stored, dict) or {"key", "rows", "rows_per_shard", "hidden_size"} - stored.keys():
+    if not isinstance(stored, dict) or {"key", "rows", "hidden_size"} - stored.keys():
         raise InputError("is no index of a reference", where=str(path), fix="delete it and run kvopt run again")
     if stored["key"] != key:
         raise InputError(
             "the reference belongs to another base, template or data set", where=str(folder), fix="run kvopt run again"
         )
+    return stored
+
+
+def _shards_of(stored: dict[str, Any]) -> list[list[tuple[str, int]]]:
+    """(example id, gold tokens) of the rows of each shard; files of 0.1.0 say how many rows all but the last have."""
+    rows = [(str(example_id), int(count)) for example_id, count in stored["rows"]]
+    if "shards" in stored:
+        ends = [0, *accumulate(stored["shards"])]
+    else:
+        ends = [*range(0, len(rows), stored["rows_per_shard"]), len(rows)]
+    return [rows[start:end] for start, end in pairwise(ends)]
+
+
+def open_reference(folder: Path, key: str) -> Reference:
+    """The stored reference, with the rows that it has. Raises InputError when it is not the one that ``key`` names, or
+    damaged.
+    """
+    stored = _read_index(folder, key)
     index: dict[str, tuple[int, int, int]] = {}
-    position = 0
-    for number, (example_id, count) in enumerate(stored["rows"]):
-        shard, inside = divmod(number, stored["rows_per_shard"])
-        position = 0 if inside == 0 else position
-        index[example_id] = (shard, position, position + count)
-        position += count
-    shards = range(-(-len(stored["rows"]) // stored["rows_per_shard"]))
-    for shard in shards:
+    for shard, rows in enumerate(_shards_of(stored)):
+        position = 0
+        for example_id, count in rows:
+            index[example_id] = (shard, position, position + count)
+            position += count
         if stored_key(folder / shard_name(shard)) != key:
             raise InputError(
                 "a shard of the reference is missing, damaged or another's", where=str(folder / shard_name(shard))

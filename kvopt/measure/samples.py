@@ -39,11 +39,14 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Shown:
-    """A context of the report with its bodies and per-token scores on the validation rows."""
+    """A context of the report with its bodies and per-token scores on the validation rows, and the answers that the
+    first of these rows have already, if any.
+    """
 
     context: Context
     bodies: Encoded
     scores: TokenScores
+    answers: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,10 @@ def collect(
     for shown in (original, *others):
         with torch.no_grad():
             prefix = shown.context.prefix(base)
-        answers = _answers(base, prefix, shown.bodies, rows, limits.max_new_tokens, stop)
+        if max(rows, default=0) < len(shown.answers):
+            answers: list[str | None] = [shown.answers[index] for index in rows]
+        else:
+            answers = _answers(base, prefix, shown.bodies, rows, limits.max_new_tokens, stop)
         tops = [None] * len(rows) if shown is original else _would_say(base, prefix, shown, rows, head, limits.top_k)
         for example, index, answer, top in zip(sampled, rows, answers, tops, strict=True):
             example.contexts[shown.context.name] = _of_row(base, shown.scores, index, answer, top)

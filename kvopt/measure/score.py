@@ -127,6 +127,20 @@ def score_tokens(
 
 
 @torch.no_grad()
+def own_scores(base: Base, rows: Sequence[Row], reference: Reference, *, batch_size: int = 16) -> TokenScores:
+    """The original template against its own reference, by the stored states alone: no forward pass, and a KL of 0."""
+    parts = []
+    for first in range(0, len(rows), batch_size):
+        batch = rows[first : first + batch_size]
+        ids = [row.example_id for row in batch]
+        stored, facts = reference.hidden(ids).to(base.device), reference.facts(ids, base.head)
+        gold = torch.tensor([token for row in batch for token in row.gold], device=base.device)
+        parts.append(linear_scores(stored, stored, base.head, gold, None, base.head, facts))
+    kl, nll, agree = (torch.cat([getattr(part, name).cpu() for part in parts]) for name in ("kl", "nll", "agree"))
+    return TokenScores(kl, nll, agree, torch.tensor([len(row.gold) for row in rows]))
+
+
+@torch.no_grad()
 def score_prefix(
     base: Base,
     prefix: Prefix,

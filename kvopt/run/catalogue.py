@@ -10,10 +10,12 @@ from kvopt.config.names import ContextName, unknown_context
 from kvopt.contexts.adapter import adapter_config, read_record
 from kvopt.contexts.context import Context, TextContext
 from kvopt.contexts.folder import TensorContext, load_context
+from kvopt.documents.validated import read_leaderboard
 from kvopt.errors import InputError
 from kvopt.mutate.mutation import Mutation, read_mutations
 from kvopt.mutate.orders import first_mutations
 from kvopt.run.encoded_task import EncodedTask
+from kvopt.task.template import Template
 from kvopt.task.template_files import template_from_file
 
 
@@ -26,6 +28,7 @@ class Catalogue:
         mutations: the accepted mutations, as contexts.
         ranked: their names by forward KL on the selection rows, lowest first; empty where they are not scored.
         learned: the config's contexts that are learned.
+        written: wordings of the user's own: those of the config, and those that were scored onto the board.
         say: gets a line where a context's base cannot be checked.
     """
 
@@ -33,6 +36,7 @@ class Catalogue:
     mutations: Mapping[str, TextContext] = field(default_factory=dict)
     ranked: tuple[str, ...] = ()
     learned: Mapping[str, TensorContext] = field(default_factory=dict)
+    written: Mapping[str, TextContext] = field(default_factory=dict)
     say: Callable[[str], None] = field(default=lambda line: None)
 
     def named(
@@ -71,7 +75,7 @@ class Catalogue:
             case "of-run":
                 return [self._of_run(folder / name.run, name, where)]
             case _:
-                return [self._learned(name, where, folder)]
+                return [self._plain(name, where, folder)]
 
     def _counted(self, name: ContextName, where: str, seed: int, taken: Collection[str]) -> list[TextContext]:
         names = first_mutations(
@@ -109,11 +113,16 @@ class Catalogue:
         if folder.is_dir():
             return load_context(folder, self.task.base, name=name.argument)
         mutation = accepted_mutation(run / "mutations.jsonl", name.argument)
+        wording = written_template(run, name.argument)
+        if wording is not None:
+            return self.task.text_context(name.argument, wording)
         if mutation is None:
             raise InputError(f"the run has no context {name.argument!r}", where=f"{where} {run}")
         return self.task.mutation_context(mutation)
 
-    def _learned(self, name: ContextName, where: str, folder: Path) -> TensorContext:
+    def _plain(self, name: ContextName, where: str, folder: Path) -> Context:
+        if name.argument in self.written:
+            return self.written[name.argument]
         if name.argument in self.learned:
             return self.learned[name.argument]
         place = folder / name.argument
@@ -127,7 +136,17 @@ class Catalogue:
         names = self.task.inputs.context_names
         if name.argument in names:
             raise InputError("is not learned yet", where=name.argument, fix="kvopt run or kvopt optimize learns it")
-        raise unknown_context(name.spec, where, ["original", "none", *names])
+        raise unknown_context(name.spec, where, ["original", "none", *self.written, *names])
+
+
+def written_template(run: Path, name: str) -> Template | None:
+    """The wording of that name on a run's leaderboard that is no mutation; None without it. Raises InputError for a
+    damaged leaderboard.
+    """
+    path = run / "leaderboard.json"
+    rows = read_leaderboard(path).contexts if path.is_file() else []
+    row = next((row for row in rows if row.name == name and row.template is not None), None)
+    return Template.from_json(row.template.to_json(), where=f"{path} {name}") if row and row.template else None
 
 
 def accepted_mutation(journal: Path, name: str) -> Mutation | None:

@@ -12,7 +12,7 @@ from kvopt.config.mutations import MutationsConfig
 from kvopt.storage.files import RELATIVE, read_text
 from kvopt.task.examples import Dataset, Example, load_dataset
 from kvopt.task.template import Template
-from kvopt.task.template_files import configured_template
+from kvopt.task.template_files import configured_template, template_from_file
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,13 @@ class Inputs:
     @property
     def context_names(self) -> list[str]:
         """Names of the contexts that the config learns."""
-        return [context.name for context in self.config.contexts]
+        return [context.name for context in self.config.learned]
+
+    @cached_property
+    def written(self) -> dict[str, Template]:
+        """The config's other wordings of the template, by name."""
+        files = {context.name: str(context.text) for context in self.config.written}
+        return {name: template_from_file(self.base_dir / file, self.template) for name, file in files.items()}
 
     @property
     def mutations(self) -> MutationsConfig:
@@ -61,4 +67,6 @@ class Inputs:
 def read_inputs(config: Config, base_dir: Path) -> Inputs:
     """Read the template and the data of a config. Raises InputError for the first fault."""
     template, kept = configured_template(config.template, base_dir)
-    return Inputs(config, base_dir, template, kept, load_dataset(config.data, template, base_dir, config.seed))
+    inputs = Inputs(config, base_dir, template, kept, load_dataset(config.data, template, base_dir, config.seed))
+    _ = inputs.written  # a fault in one of these files is told before any work
+    return inputs

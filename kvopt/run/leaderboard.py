@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from kvopt.contexts.context import Context
+from kvopt.contexts.context import Context, TextContext
 from kvopt.documents.leaderboard_file import (
     LeaderboardDocument,
     LeaderboardRow,
@@ -18,13 +19,16 @@ from kvopt.documents.leaderboard_file import (
     StoredTemplate,
     UnreportedMutation,
 )
-from kvopt.documents.part import ContextKind
+from kvopt.documents.part import ContextKind, Estimate
 from kvopt.documents.scores_file import ScoreLine, SplitScores
+from kvopt.documents.validated import read_leaderboard
+from kvopt.errors import InputError
 from kvopt.measure.score import Score
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.storage.files import sha256_json, write_json, write_jsonl, write_text
 
+BOARD = "leaderboard.json"
 SPLITS = ("train", "selection", "validation")
 COLUMNS = (
     "name",
@@ -54,12 +58,24 @@ class Entry:
     score: Score | None
     selection: Score | None = None
     lineage: MutationLineage | None = None
+    template: StoredTemplate | None = None
+    metrics: Mapping[str, Estimate] | None = None
 
     @classmethod
-    def of(cls, context: Context, score: Score | None, selection: Score | None = None) -> Entry:
-        """The entry of a context."""
-        lineage = getattr(context, "lineage", None)
-        return cls(context.name, context.kind, context.tokens, score, selection, lineage)
+    def of(
+        cls,
+        context: Context,
+        score: Score | None,
+        selection: Score | None = None,
+        metrics: Mapping[str, Estimate] | None = None,
+    ) -> Entry:
+        """The entry of a context; ``metrics`` are those of the base's answers under it."""
+        lineage, template = None, None
+        if isinstance(context, TextContext):
+            lineage = context.lineage
+            if lineage is None and context.name != "original":
+                template = StoredTemplate.model_validate(context.template.to_json())
+        return cls(context.name, context.kind, context.tokens, score, selection, lineage, template, metrics)
 
     def row(self) -> LeaderboardRow:
         """As in ``leaderboard.json``, of a context that was scored on the validation rows."""
@@ -70,6 +86,10 @@ class Entry:
             row.selection = self.selection.document
         if self.lineage is not None:
             row.lineage = self.lineage
+        if self.template is not None:
+            row.template = self.template
+        if self.metrics is not None:
+            row.metrics = dict(self.metrics)
         return row
 
     def unreported(self) -> UnreportedMutation:
@@ -89,10 +109,17 @@ def ranked_rows(entries: Sequence[Entry]) -> list[LeaderboardRow]:
     ``separable_from_best`` says whether a context's interval lies wholly above that of the best one (the original is
     not compared with); None where there are no intervals, because a single row gives none.
     """
-    rows = [entry.row() for entry in entries if entry.score is not None]
-    rows.sort(key=lambda row: (row.kl_forward.mean, row.name))
+    return in_order([entry.row() for entry in entries if entry.score is not None])
+
+
+def in_order(rows: list[LeaderboardRow]) -> list[LeaderboardRow]:
+    """Rows as :func:`ranked_rows` returns them."""
+    rows = sorted(rows, key=lambda row: (row.kl_forward.mean, row.name))
     rivals = [row for row in rows if row.name != "original"]
     best = rivals[0].kl_forward.ci95 if rivals else None
+    for row in rivals[:1]:
+        row.separable_from_best = None
+        row.model_fields_set.discard("separable_from_best")
     for row in rivals[1:]:
         interval = row.kl_forward.ci95
         row.separable_from_best = interval[0] > best[1] if best and interval else None
@@ -100,10 +127,16 @@ def ranked_rows(entries: Sequence[Entry]) -> list[LeaderboardRow]:
 
 
 def build_leaderboard(
-    task: EncodedTask, entries: Sequence[Entry], unreported: Sequence[Entry], noise_floor: NoiseFloor
+    task: EncodedTask,
+    entries: Sequence[Entry],
+    unreported: Sequence[Entry],
+    noise_floor: NoiseFloor,
+    *,
+    headlines: Sequence[str] = (),
+    answered: int = 0,
 ) -> LeaderboardDocument:
-    """The leaderboard of some contexts of a task."""
-    return LeaderboardDocument(
+    """The leaderboard of some contexts of a task; ``headlines`` and ``answered`` are those of the entries' metrics."""
+    board = LeaderboardDocument(
         name=task.config.name,
         base=task.base.name,
         template_tokens=len(task.encoded.prefix),
@@ -114,50 +147,69 @@ def build_leaderboard(
         contexts=ranked_rows(entries),
         other_mutations=[entry.unreported() for entry in unreported],
     )
+    if headlines:
+        board.headlines, board.answered = list(headlines), answered
+    return board
 
 
-def make_leaderboard(
-    task: EncodedTask,
-    entries: Sequence[Entry],
-    unreported: Sequence[Entry],
-    noise_floor: NoiseFloor,
-    at: Workspace,
-) -> LeaderboardDocument:
+def write_leaderboard(task: EncodedTask, board: LeaderboardDocument, at: Workspace) -> LeaderboardDocument:
     """Write ``leaderboard.json``, ``leaderboard.csv`` and ``scores.jsonl``; return the first document, which tells runs
     apart by the template's text and a hash of each part's rows.
     """
-    board = build_leaderboard(task, entries, unreported, noise_floor)
     board.template = StoredTemplate.model_validate(task.template.to_json())
-    board.rows_sha256 = {
-        split: sha256_json([[e.values, e.output] for e in rows]) for split, rows in _parts(task).items()
-    }
-    write_json(at.directory / "leaderboard.json", board.to_json())
-    write_text(at.directory / "leaderboard.csv", _as_csv([*board.contexts, *board.other_mutations]))
-    write_jsonl(at.directory / "scores.jsonl", [line.to_json() for line in _score_lines([*entries, *unreported])])
+    board.rows_sha256 = rows_sha256(task)
+    write_json(at.directory / BOARD, board.to_json())
+    write_text(at.directory / "leaderboard.csv", _as_csv([*board.contexts, *board.other_mutations], board.headlines))
+    rows: list[LeaderboardRow | UnreportedMutation] = [*board.contexts, *board.other_mutations]
+    lines = [line.to_json() for row in rows for line in _score_lines(row)]
+    write_jsonl(at.directory / "scores.jsonl", lines)
     return board
+
+
+def rows_sha256(task: EncodedTask) -> dict[str, str]:
+    """Hash of each part's rows."""
+    return {split: sha256_json([[e.values, e.output] for e in rows]) for split, rows in _parts(task).items()}
+
+
+def stored_board(task: EncodedTask, at: Workspace) -> LeaderboardDocument | None:
+    """The leaderboard of this template and these rows in the run directory; None without one."""
+    with suppress(InputError):
+        board = read_leaderboard(at.directory / BOARD)
+        template = StoredTemplate.model_validate(task.template.to_json())
+        if board.template == template and board.rows_sha256 == rows_sha256(task) and board.base == task.base.name:
+            return board
+    return None
 
 
 def _parts(task: EncodedTask) -> dict[str, Sequence[Any]]:
     return {split: getattr(task.dataset, split) for split in SPLITS}
 
 
-def _score_lines(entries: Sequence[Entry]) -> list[ScoreLine]:
+def _score_lines(row: LeaderboardRow | UnreportedMutation) -> list[ScoreLine]:
+    by_split: dict[str, SplitScores] = {"validation": row} if isinstance(row, LeaderboardRow) else {}
+    if row.selection is not None:
+        by_split["selection"] = row.selection
     return [
-        ScoreLine(context=entry.name, kind=entry.kind, tokens=entry.tokens, split=split, **dict(score.document))
-        for entry in entries
-        for split, score in (("validation", entry.score), ("selection", entry.selection))
-        if score is not None
+        ScoreLine(
+            context=row.name,
+            kind=row.kind,
+            tokens=row.tokens,
+            split=split,
+            **{name: getattr(scores, name) for name in SplitScores.model_fields if name in scores.model_fields_set},
+        )
+        for split, scores in by_split.items()
     ]
 
 
-def _as_csv(rows: Sequence[LeaderboardRow | UnreportedMutation]) -> str:
+def _as_csv(rows: Sequence[LeaderboardRow | UnreportedMutation], headlines: Sequence[str]) -> str:
     out = io.StringIO(newline="")
-    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(out, (*COLUMNS, *headlines), lineterminator="\n")
     writer.writeheader()
     for row in rows:
         facts: dict[str, Any] = {"name": row.name, "kind": row.kind, "tokens": row.tokens}
         if isinstance(row, LeaderboardRow):
             facts |= _columns(row) | {"separable_from_best": row.separable_from_best}
+            facts |= {name: value.mean for name, value in (row.metrics or {}).items() if name in headlines}
         if row.selection is not None:
             facts["selection_kl_forward"] = row.selection.kl_forward.mean
         writer.writerow(facts | {"operators": " > ".join(row.lineage.operators)})

@@ -31,11 +31,13 @@ from kvopt.measure.reference import Reference
 from kvopt.measure.score import Score, TokenScores
 from kvopt.mutate.mutation import Mutation
 from kvopt.run import scoring, stages
+from kvopt.run.answers import TaskMetrics, task_metrics
+from kvopt.run.board import Board, Measures, carried_wordings, put_on_board
 from kvopt.run.catalogue import Catalogue, accepted_mutation
 from kvopt.run.directory import RunDirectory, Workspace
 from kvopt.run.encoded_task import EncodedTask, encode_task
 from kvopt.run.inputs import read_inputs
-from kvopt.run.leaderboard import Entry, make_leaderboard
+from kvopt.run.leaderboard import Entry
 from kvopt.run.sampling import make_samples
 from kvopt.storage.files import write_text
 
@@ -78,6 +80,8 @@ class Run:
         self._contexts: dict[str, TextContext] | None = None
         self._ranked: list[tuple[TextContext, Score]] | None = None
         self._learned: dict[str, TensorContext] = {}
+        self._written: dict[str, TextContext] | None = None
+        self._metrics: TaskMetrics | None = None
 
     @property
     def config(self) -> Config:
@@ -121,7 +125,7 @@ class Run:
 
     def _describe(self) -> None:
         task, base = self.task(), self.load_base()
-        for context in self.config.contexts:
+        for context in self.config.learned:
             task.check_window(context.name, context.tokens or 0)
         self._warn_of_windows(task)
         resolved = yaml.safe_dump(self.inputs.resolved(), sort_keys=False, allow_unicode=True)
@@ -150,15 +154,32 @@ class Run:
     # ---- stages
 
     def reference(self) -> Reference:
-        """Hidden states of the base under the original template, for every row."""
+        """Hidden states of the base under the original template, for the rows that contexts are scored on: selection
+        and validation rows, and those that were needed before.
+        """
+        dataset = self.task().dataset
+        return self._reference_of({example.id for example in (*dataset.selection, *dataset.validation)})
+
+    def descent_reference(self) -> Reference:
+        """As :meth:`reference`, with the training rows that the config's contexts are learned on."""
+        return self._reference_of(stages.drawn_rows(self.task()) | set(self.reference().index))
+
+    def whole_reference(self) -> Reference:
+        """As :meth:`reference`, for every row: students are trained on all of them."""
+        return self._reference_of({example.id for example in self.task().inputs.examples})
+
+    def _reference_of(self, wanted: set[str]) -> Reference:
         if self._reference is None:
-            self._reference = stages.make_reference(self.task(), self.at)
+            self._reference = stages.make_reference(self.task(), self.at, wanted)
+        elif self._reference.lacks(wanted):
+            grown = stages.make_reference(self.task(), self.at, wanted)
+            self._reference = grown.known_from(self._reference)
         return self._reference
 
     def moments(self) -> StoredMoments | None:
         """The reference's moments of the training rows, with ``reference.storage: moments``."""
-        if self._moments is None:
-            self._moments = stages.make_moments(self.task(), self.reference(), self.at)
+        if self._moments is None and self.config.reference.storage == "moments":
+            self._moments = stages.make_moments(self.task(), self.descent_reference(), self.at)
         return self._moments
 
     def mutations(self) -> list[Mutation]:
@@ -186,7 +207,7 @@ class Run:
 
     def learned(self, only: Sequence[str] = ()) -> list[TensorContext]:
         """The contexts of the config, learned in order (or those named in ``only``, with what they start from)."""
-        known = {context.name: context for context in self.config.contexts}
+        known = {context.name: context for context in self.config.learned}
         for name in only:
             if name not in known:
                 raise InputError(f"no context {name!r} in the config", fix="known: " + (", ".join(known) or "none"))
@@ -196,9 +217,12 @@ class Run:
         if config.name not in self._learned:
             ids, source = self._start_of(config)
             self._learned[config.name] = stages.make_learned(
-                self.task(), config, ids, source, self.reference(), self.moments(), self.at
+                self.task(), config, ids, source, self._reference_for(config), self.moments(), self.at
             )
         return self._learned[config.name]
+
+    def _reference_for(self, config: ContextConfig) -> Reference:
+        return self.descent_reference() if config.steps else self.reference()
 
     def _start_of(self, config: ContextConfig) -> tuple[Sequence[int], TensorContext | None]:
         """Token ids of the text that a context starts from, and the context where it starts from one."""
@@ -215,6 +239,16 @@ class Run:
 
     # ---- contexts by name
 
+    def written(self) -> dict[str, TextContext]:
+        """Wordings of the user's own, by name: those of the config, and those that ``kvopt score`` put on the board.
+        Raises SeamError where a gold output has other ids under one of the config's.
+        """
+        if self._written is None:
+            task = self.task()
+            own = {name: task.text_context(name, template) for name, template in self.inputs.written.items()}
+            self._written = own | carried_wordings(task, self.at, taken={*own, *self.inputs.context_names})
+        return self._written
+
     def catalogue(self, names: Iterable[ContextName]) -> Catalogue:
         """The contexts that these names can mean: mutations and learned contexts among them are made now."""
         names = list(names)
@@ -227,6 +261,7 @@ class Run:
             self.mutation_contexts() if mutated else {},
             tuple(context.name for context, _ in self.ranked_mutations()) if ranked else (),
             learned,
+            self.written(),
             self.at.say,
         )
 
@@ -237,7 +272,7 @@ class Run:
             raise unknown_context(
                 spec,
                 "--context",
-                ["original", "none", *self.inputs.context_names],
+                ["original", "none", *self.written(), *self.inputs.context_names],
                 ("text", "mutations", "mutation", "plain"),
             )
         learned, mutations = {}, {}
@@ -247,7 +282,7 @@ class Run:
         mutation = accepted_mutation(self.directory / "mutations.jsonl", name.argument)
         if mutation is not None:
             mutations[name.argument] = self.task().mutation_context(mutation)
-        catalogue = Catalogue(self.task(), mutations, (), learned, self.at.say)
+        catalogue = Catalogue(self.task(), mutations, (), learned, self.written(), self.at.say)
         return catalogue.named(name, "--context", folder=Path())
 
     # ---- scores
@@ -264,31 +299,65 @@ class Run:
         """Forward KL of the original against itself through another batching."""
         return scoring.noise_floor(self.task(), self.reference(), self.at)
 
-    def entries(self) -> list[Entry]:
-        """Every context of the run with its scores: original, none, mutations, learned contexts."""
-        task, over = self.task(), self.at.progress.over
-        contexts = self.learned()
-        best = self.ranked_mutations()[: self.config.score.best]
-        entries = [Entry.of(c, self.score(c)) for c in over("scoring", [task.original, task.none, *contexts])]
-        entries += [Entry.of(c, self.score(c), selection) for c, selection in over("scoring best mutations", best)]
-        return entries
+    def task_metrics(self) -> TaskMetrics:
+        """The metrics of the config, for the base's answers under each context."""
+        if self._metrics is None:
+            self._metrics = task_metrics(self.task(), self.at)
+        return self._metrics
+
+    def measures(self) -> Measures:
+        """What says how good a context is: its score, and the metrics of the base's answers under it."""
+        return Measures(self.task(), self.task_metrics(), self.score, self.noise_floor(), self.at)
+
+    def put_on_board(self, contexts: Sequence[Context]) -> LeaderboardDocument | None:
+        """Put wordings of the user's own on the leaderboard, as :func:`kvopt.run.board.put_on_board` says."""
+        return put_on_board(self.measures(), contexts)
 
     # ---- all of it
 
-    def run(self) -> LeaderboardDocument:
-        """All stages; returns the leaderboard as written to ``leaderboard.json``."""
-        best = self.config.score.best
-        entries = self.entries()
-        unreported = [Entry.of(context, None, selection) for context, selection in self.ranked_mutations()[best:]]
-        board = make_leaderboard(self.task(), entries, unreported, self.noise_floor(), self.at)
+    def run(self, shown: Callable[[LeaderboardDocument], None] | None = None) -> LeaderboardDocument:
+        """All stages, the cheapest first; returns the leaderboard as written to ``leaderboard.json``, which is written
+        after every context.
+
+        Args:
+            shown: called with the leaderboard after each context.
+        """
+        task, best = self.task(), self.config.score.best
+        written, board = self.written(), Board(self.measures(), shown)
+        at_once, later = self._by_cost()
+        board.add(task.original, task.none, *written.values())
+        for config in at_once:
+            board.add(self._learn(config))
+        for context, selection in self.ranked_mutations()[:best]:
+            board.add(context, selection=selection)
+        board.unreported = [Entry.of(context, None, score) for context, score in self.ranked_mutations()[best:]]
+        for config in later:
+            board.add(self._learn(config))
+        document = board.finished()
         top = [context for context, _ in self.ranked_mutations()[: min(1, best)]]
-        samples = make_samples(self.task(), self.reference(), top, self.learned(), self.token_scores, self.at)
-        stage_names = {"reference", *(f"contexts/{c.name}" for c in self.config.contexts)}
+        samples = make_samples(
+            self.task(), self.reference(), top, self.learned(), self.token_scores, self.task_metrics(), self.at
+        )
+        stage_names = {"reference", *(f"contexts/{c.name}" for c in self.config.learned)}
         stage_names |= {name for name in self.directory.manifest.stages if name.startswith("students/")}
         stage_names |= {"samples"} if samples else set()
         self.directory.keep_stages(stage_names | ({"mutations"} if self.config.mutations.count else set()))
         self._drop_stale()
-        return board
+        return document
+
+    def _by_cost(self) -> tuple[list[ContextConfig], list[ContextConfig]]:
+        """The contexts that need no step and no mutation, and the others, by the tokens that their steps take in: each
+        after the context that it starts from.
+        """
+        cost: dict[str, int] = {}
+        for config in self.config.learned:
+            source = config.start.source
+            mutated = source is not None and source.form in ("counted", "mutation")
+            before = cost.get(source.argument, 0) if source is not None else 0
+            rows = min(config.batch_size, len(self.task().dataset.train))
+            cost[config.name] = before + config.steps * rows * self.task().longest + (1 if mutated else 0)
+        ordered = sorted(self.config.learned, key=lambda config: cost[config.name])
+        return [c for c in ordered if cost[c.name] == 0], [c for c in ordered if cost[c.name] > 0]
 
     def _drop_stale(self) -> None:
         """Remove what this config does not give: contexts, scores against another reference, states, mutations."""

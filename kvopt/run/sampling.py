@@ -14,6 +14,7 @@ from kvopt.errors import InputError
 from kvopt.measure.reference import Reference
 from kvopt.measure.samples import GOLD_LIMIT, SampleLimits, Shown, collect
 from kvopt.measure.score import TokenScores
+from kvopt.run.answers import TaskMetrics
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.storage.files import sha256_json, write_json
@@ -34,6 +35,7 @@ def make_samples(
     best: Sequence[TextContext],
     learned: Sequence[TensorContext],
     scores: Callable[[Context], TokenScores],
+    metrics: TaskMetrics,
     at: Workspace,
 ) -> SamplesDocument | None:
     """Samples of the original, the ``best`` mutations, the learned contexts with the lowest KL, and no context at all;
@@ -41,6 +43,7 @@ def make_samples(
 
     Args:
         scores: gives a context's numbers on the validation rows.
+        metrics: has the answers to these rows where the config has metrics; else they are generated now.
     """
     config = task.config.report
     if config.examples == 0:
@@ -48,16 +51,20 @@ def make_samples(
         return None
 
     def shown(context: Context) -> Shown:
-        return Shown(context, context.bodies(task.rows_for(context, "validation")), scores(context))
+        answers = metrics.answers(context).texts if metrics else ()
+        return Shown(context, context.bodies(task.rows_for(context, "validation")), scores(context), answers)
 
     trained = [shown(context) for context in learned]
     closest = sorted(range(len(trained)), key=lambda i: float(trained[i].scores.kl.mean()))[: config.contexts]
     original = shown(task.original)
     others = [*(shown(c) for c in best), *(trained[i] for i in sorted(closest)), shown(task.none)]
-    limits = SampleLimits(config.examples, config.top_k, config.max_new_tokens)
+    cut = task.config.evaluate.max_new_tokens if metrics else config.max_new_tokens
+    limits = SampleLimits(config.examples, config.top_k, cut)
     facts = [(s.context.name, s.context.kind, s.context.sha256(), s.bodies.sha256()) for s in (original, *others)]
     size, ends = task.config.score.batch_size, task.answer_ends
     key = sha256_json([reference.key, task.dataset.sha256, vars(limits), facts, size, sorted(ends), GOLD_LIMIT])
+    if metrics:
+        key = sha256_json([key, task.config.evaluate.rows])
     at.directory.begin("samples", key, SAMPLES)
     stored = read_samples(at)
     if stored is not None and stored.key == key:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from kvopt.console.progress import advance
 from kvopt.contexts.context import Context
 from kvopt.documents.leaderboard_file import NoiseFloor
 from kvopt.measure.reference import Reference
-from kvopt.measure.score import Score, TokenScores, score_tokens, summarize
+from kvopt.measure.score import Score, TokenScores, own_scores, score_tokens, summarize
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.storage.files import file_name, sha256_json
@@ -16,6 +17,7 @@ def token_scores(
     task: EncodedTask, reference: Reference, context: Context, split: str, at: Workspace, batch_size: int | None = None
 ) -> TokenScores:
     """A context's numbers on every gold token of a split (``train``, ``selection`` or ``validation``)."""
+    own = context is task.original and batch_size is None  # the reference holds all that these scores need
     batch_size = batch_size or task.config.score.batch_size
     rows = task.rows_for(context, split)
     key = f"{reference.key}:{sha256_json([context.sha256(), rows.sha256(), batch_size])}"
@@ -23,9 +25,15 @@ def token_scores(
     path = at.directory / "scores" / f"{name}.{split}.b{batch_size}.safetensors"
     if stored_key(path) == key:
         return TokenScores.read(path)
-    with at.directory.ledger(f"scores/{name}.{split}") as entry:
-        entry.tokens_in = context.tokens + sum(map(len, rows.rows))
-        scores = score_tokens(task.base, context, rows, reference, batch_size=batch_size)
+    with (
+        at.directory.ledger(f"scores/{name}.{split}") as entry,
+        at.progress.bar(f"scoring {context.name}", len(rows.rows)) as bar,
+    ):
+        if own:
+            scores = own_scores(task.base, rows.rows, reference)
+        else:
+            entry.tokens_in = context.tokens + sum(map(len, rows.rows))
+            scores = score_tokens(task.base, context, rows, reference, batch_size=batch_size, progress=advance(bar))
     scores.write(path, key)
     return scores
 

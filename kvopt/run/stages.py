@@ -5,7 +5,7 @@ What is there and belongs to the same inputs is taken from there, so an interrup
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 
 from kvopt.base.completion import local_completion
@@ -16,7 +16,7 @@ from kvopt.contexts.context import KVContext, SoftContext, TextContext
 from kvopt.contexts.folder import TensorContext, load_context, save_context
 from kvopt.documents.context_record import ContextFacts, LearningPoint
 from kvopt.errors import InputError
-from kvopt.learn.descent import optimize
+from kvopt.learn.descent import batch_at, optimize
 from kvopt.learn.start_task import StartTask, initial_tensor
 from kvopt.measure.moments import StoredMoments, check_head
 from kvopt.measure.reference import Reference, build_reference, open_reference, reference_key
@@ -40,15 +40,25 @@ def read_reference(task: EncodedTask, at: Workspace) -> Reference:
     return open_reference(at.directory / "reference", key)
 
 
-def make_reference(task: EncodedTask, at: Workspace) -> Reference:
-    """Hidden states of the base under the original template, for every row; what is there already is kept."""
+def make_reference(task: EncodedTask, at: Workspace, wanted: Collection[str] | None = None) -> Reference:
+    """Hidden states of the base under the original template; what is there already is kept.
+
+    Args:
+        wanted: ids of the examples that are needed now; default: every row.
+    """
     batch_size = task.config.reference.batch_size
     if task.config.reference.storage == "moments":
         check_head(task.base.head)
     at.directory.begin("reference", reference_key(task.base, task.encoded, batch_size), "reference")
+    stored: set[str] = set()
     with suppress(InputError):  # not there or not whole: what is missing is computed now
-        return read_reference(task, at)
-    rows = task.encoded.rows
+        reference = read_reference(task, at)
+        stored = set(reference.index)
+    rows = [row for row in task.encoded.rows if row.example_id not in stored]
+    if wanted is not None:
+        rows = [row for row in rows if row.example_id in wanted]
+    if not rows:
+        return reference
     with at.directory.ledger("reference") as entry, at.progress.bar("reference", len(rows)) as bar:
         entry.rows = len(rows)
         reference = build_reference(
@@ -57,10 +67,11 @@ def make_reference(task: EncodedTask, at: Workspace) -> Reference:
             task.encoded,
             at.directory / "reference",
             batch_size=batch_size,
+            wanted=wanted,
             progress=advance(bar),
         )
         entry.tokens_in = len(task.encoded.prefix) + sum(map(len, rows))
-        entry.gold_tokens = task.encoded.gold_tokens
+        entry.gold_tokens = sum(len(row.gold) for row in rows)
     return reference
 
 
@@ -142,6 +153,20 @@ def mutation_contexts(task: EncodedTask, mutations: Sequence[Mutation], at: Work
 # ---- learned contexts
 
 
+def drawn_rows(task: EncodedTask) -> set[str]:
+    """Ids of the training rows that the steps of the config's contexts draw; all of them with stored moments."""
+    train = [example.id for example in task.dataset.train]
+    if task.config.reference.storage == "moments":
+        return set(train)
+    drawn: set[int] = set()
+    for config in task.config.learned:
+        if config.steps * config.batch_size >= 2 * len(train):
+            return set(train)
+        seed = task.config.seed if config.seed is None else config.seed
+        drawn.update(i for step in range(config.steps) for i in batch_at(step, len(train), config.batch_size, seed))
+    return {train[i] for i in drawn}
+
+
 def make_learned(
     task: EncodedTask,
     config: ContextConfig,
@@ -166,7 +191,10 @@ def make_learned(
     task.check_window(config.name, tokens)
     train, held_out = task.bare_rows("train"), task.bare_rows("selection")
     seed = task.config.seed if config.seed is None else config.seed
-    settings = config.model_dump(mode="json", exclude={"name", "init"}) | {"tokens": tokens, "init": init.settings}
+    settings = config.model_dump(mode="json", exclude={"name", "init", "text"}) | {
+        "tokens": tokens,
+        "init": init.settings,
+    }
     key = sha256_json(
         [
             settings,

@@ -22,8 +22,12 @@ def check(inputs: Inputs) -> dict[str, Any]:
     encoder = Encoder(tokenizer, config.template.chat_kwargs, config.template.end_token)
     encoded = encoder.encode(template, (*dataset.train, *dataset.selection, *dataset.validation), window=window)
     longest = max(len(encoded.prefix) + len(row) for row in encoded.rows)
+    scored = (*dataset.selection, *dataset.validation)
+    for wording in inputs.written.values():
+        gold = {row.example_id: row.gold for row in encoded.rows}
+        encoder.encode(wording, scored, gold={e.id: gold[e.id] for e in scored}, window=window)
     starts = _Starts(inputs, encoder, encoded, window)
-    for context in config.contexts:
+    for context in config.learned:
         starts.check(context)
     return {
         "template": "chat messages" if template.is_chat else "text",

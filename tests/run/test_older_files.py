@@ -43,6 +43,11 @@ def document(path: Path) -> dict[str, Any]:
     return value
 
 
+def sampled(samples: dict[str, Any]) -> list[Any]:
+    """Which examples ``samples.json`` shows, and under which contexts."""
+    return [(one["id"], one["place"], one["values"], one["gold"], list(one["contexts"])) for one in samples["examples"]]
+
+
 def ledger(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "run" / "ledger.jsonl").read_text("utf-8").splitlines()]
 
@@ -57,12 +62,21 @@ def test_a_finished_run_is_taken_as_it_is(older: Path) -> None:
     with open_run(older, lines).opened() as run:
         evaluate_all(run)
         conduct_study(run)
-    assert len(ledger(older)) == len(ledger(OLDER.parent / "run-0.1.0")), "nothing was computed again"
+    kept = [entry for entry in ledger(older) if not entry["stage"].startswith("answers/")]  # which are new,
+    kept.remove([entry for entry in kept if entry["stage"] == "samples"][-1])  # and samples show them
+    assert len(kept) == len(ledger(OLDER.parent / "run-0.1.0")), "nothing was computed again"
     assert [line for line in lines if line.endswith("trained already")]
     for name, value in before.items():
         after = document(older / "run" / name)
         if name == "study.json":  # its intervals over rows are drawn in another way since
             assert [arm["name"] for arm in after["arms"]] == [arm["name"] for arm in value["arms"]]
+        elif name == "samples.json":
+            assert sampled(after) == sampled(value)
+        elif name == "leaderboard.json":  # it has the metrics of the base's answers since
+            assert after.pop("headlines") == ["exact-match", "json-valid"]
+            assert after.pop("answered") > 0
+            assert all(row.pop("metrics") for row in after["contexts"])
+            assert after == value, name
         else:
             assert after == value, name
 

@@ -11,10 +11,10 @@ import yaml
 
 from kvopt import cli
 from kvopt.errors import InputError
+from kvopt.storage.keyed_rows import stored_rows, write_rows
 from kvopt.task.template import Template
 from kvopt.train.evaluation.frozen import frozen_template, task_likeness
 from kvopt.train.evaluation.templates import read_templates
-from kvopt.train.keyed_rows import stored_rows, write_rows
 from tests.train.evaluated import write_evaluated
 
 CHAT = Template.from_messages(

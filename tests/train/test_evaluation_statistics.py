@@ -7,7 +7,8 @@ import pytest
 from scipy.stats import bootstrap
 
 from kvopt.measure.bootstrap import bounds, row_draws
-from kvopt.train.evaluation.statistics import agreement, ratio_of, redrawn, summarize
+from kvopt.measure.ratios import ratio_of, redrawn, summarize
+from kvopt.train.json_answers import agreement
 
 RATIOS = {
     "a": [{"hit": (1, 1), "f1": (2, 4)}, {"hit": (0, 1), "f1": (0, 2)}, {"hit": (1, 1), "f1": (4, 4)}],

@@ -17,8 +17,8 @@ from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.run.inputs import Inputs
 from kvopt.storage.files import sha256_json
+from kvopt.storage.keyed_rows import stored_rows, write_rows
 from kvopt.task.seam import Encoded, Row
-from kvopt.train.keyed_rows import stored_rows, write_rows
 from kvopt.train.pool import Pool
 
 VERSION = 1

@@ -51,7 +51,7 @@ def evaluated_names(inputs: Inputs, settings: EvaluateConfig, students: Sequence
     if settings.held_out_mutations == 0 or inputs.config.mutations.count == 0:
         return learned
     ordered = [name for student in students for name in names_of(student) if name.form in ("counted", "mutation")]
-    starts = [context.start.source for context in inputs.config.contexts if context.start.kind == "best-mutation"]
+    starts = [context.start.source for context in inputs.config.learned if context.start.kind == "best-mutation"]
     any_mutation = ContextName.parse("random-mutations:1", "evaluate")
     return [*learned, any_mutation, *ordered, *(name for name in starts if name is not None)]
 
@@ -158,7 +158,7 @@ def mutations_in_use(catalogue: Catalogue, students: Sequence[StudentConfig]) ->
         used |= taken
         if isinstance(student.loss, OnPolicyDivergence):
             used.add(student.loss.teacher.context)
-    for context in config.contexts:
+    for context in config.learned:
         if context.start.kind == "best-mutation":
             used |= set(catalogue.ranked[:1])
         elif context.start.kind == "mutation":

@@ -18,13 +18,13 @@ from kvopt.config.metrics import Item, Metric, Verdict
 from kvopt.console.progress import advance
 from kvopt.documents.evaluation_file import EvaluationDocument
 from kvopt.storage.files import file_name, sha256_json, write_json
+from kvopt.storage.keyed_rows import stored_rows, write_rows
 from kvopt.train.evaluation.conditions import Condition
 from kvopt.train.evaluation.evaluation_plan import EvaluationPlan
 from kvopt.train.evaluation.frozen import frozen_answers, frozen_template
 from kvopt.train.evaluation.likelihood import likelihoods
 from kvopt.train.evaluation.models import BASE, Subject, subject
 from kvopt.train.evaluation.results import Measured, build_document, measured
-from kvopt.train.keyed_rows import stored_rows, write_rows
 
 VERSION = 1
 """Raise it when the same inputs give other answers or likelihoods."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvopt.config.metrics import Metric, Ratio, Verdict
+from kvopt.config.metrics import Ratio, Verdict
 from kvopt.documents.evaluation_file import (
     WORDINGS,
     ConditionResult,
@@ -20,12 +20,13 @@ from kvopt.documents.evaluation_file import (
 )
 from kvopt.documents.part import Estimate
 from kvopt.documents.student_record import StudentRecord
+from kvopt.measure.ratios import Ratios, ratio_of, summarize
 from kvopt.storage.files import file_name
 from kvopt.train.evaluation.conditions import GROUPS, Condition
 from kvopt.train.evaluation.evaluation_plan import EvaluationPlan
 from kvopt.train.evaluation.frozen import is_container, task_likeness
 from kvopt.train.evaluation.models import BASE, Subject
-from kvopt.train.evaluation.statistics import Ratios, agreement, ratio_of, summarize
+from kvopt.train.json_answers import agreement
 
 FORMAT_VERSION = 1
 Rows = Sequence[Mapping[str, Any]]
@@ -102,7 +103,7 @@ def build_document(evaluation: EvaluationPlan, model: Subject, measured: Measure
         dtype=str(task.base.dtype).removeprefix("torch."),
         student=_without_history(model.record) if model.name != BASE else None,
         rows=EvaluatedRows(answered=len(evaluation.answered), scored=len(evaluation.scored)),
-        headlines=[_headline(metric, of_answers) for metric in evaluation.metrics],
+        headlines=[metric.headline_among(list(next(iter(of_answers.values())))) for metric in evaluation.metrics],
         quantities=list(dict.fromkeys(q for by in (of_answers, of_scores) for one in by.values() for q in one)),
         contexts=[
             ConditionResult(
@@ -160,13 +161,6 @@ def _scored(row: Mapping[str, Any]) -> dict[str, Ratio]:
         "kl_from_base": (row["kl"], tokens),
         "top1_agreement": (float(row["agree"]), tokens),
     }
-
-
-def _headline(metric: Metric, by_context: Mapping[str, Mapping[str, Any]]) -> str:
-    known = next(iter(by_context.values()))
-    if metric.headline in known:
-        return metric.headline
-    return next(q for q in known if q.startswith(f"{metric.label}."))
 
 
 def _is_json_task(rows: Rows) -> bool:

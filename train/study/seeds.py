@@ -19,7 +19,7 @@ from scipy.stats import t
 
 from kvopt.documents.study_file import ArmDifference, OverSeeds
 from kvopt.measure.bootstrap import bounds, drawn_rows
-from kvopt.train.evaluation.statistics import Bounds
+from kvopt.measure.ratios import Bounds
 
 
 def over_seeds(values: Sequence[float | None]) -> OverSeeds:

@@ -12,8 +12,8 @@ import numpy as np
 
 from kvopt.documents.evaluation_file import EvaluationDocument
 from kvopt.measure.bootstrap import row_draws
+from kvopt.measure.ratios import Ratios, redrawn
 from kvopt.train.evaluation.results import Measured
-from kvopt.train.evaluation.statistics import Ratios, redrawn
 
 
 def by_path(evaluation: EvaluationDocument) -> dict[str, float | None]:

@@ -9,7 +9,6 @@ examples under every context, so that a group's interval is that of a paired com
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 
 import numpy as np
 
@@ -17,7 +16,6 @@ from kvopt.config.metrics import Ratio
 from kvopt.documents.evaluation_file import GroupEstimate
 from kvopt.documents.part import Estimate
 from kvopt.measure.bootstrap import bounds, row_draws
-from kvopt.train.json_answers import same_value
 
 Ratios = Mapping[str, Sequence[Mapping[str, Ratio]]]
 """Context name → the ratios by quantity of each example, the same examples in the same order everywhere."""
@@ -78,17 +76,6 @@ def redrawn(
         means, spreads = _mean_and_spread(values[[names.index(name) for name in chosen]])
         groups_summary[group] = {q: (means[i], spreads[i]) for i, q in enumerate(quantities)}
     return groups_summary
-
-
-def agreement(answers: Sequence[Sequence[str]]) -> list[Ratio]:
-    """For each example: pairs of contexts whose answers agree, and pairs of contexts; ``answers[c][i]`` is context c's
-    answer to example i. Answers agree when they are the same text (space around it apart) or the same JSON value.
-    """
-    pairs = list(combinations(range(len(answers)), 2))
-    return [
-        (float(sum(same_value(answers[a][i], answers[b][i]) for a, b in pairs)), float(len(pairs)))
-        for i in range(len(answers[0]))
-    ]
 
 
 def _arranged(ratios: Ratios) -> tuple[list[str], list[str], np.ndarray]:

@@ -1,5 +1,5 @@
-"""Files of an evaluation: one JSON object a row, each with the key of what it depends on, so that a file says by itself
-whether it is still good. They are written whole or not at all.
+"""Files of answers and the like: one JSON object a row, each with the key of what it depends on, so that a
+file says by itself whether it is still good. They are written whole or not at all.
 """
 
 from __future__ import annotations
