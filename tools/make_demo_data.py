@@ -1,4 +1,5 @@
-"""Writes ``configs/demo-reminders.jsonl``, the rows of ``kvopt demo``: reminders in several phrasings and their JSON.
+"""Writes ``configs/demo-train.jsonl`` and ``configs/demo-validation.jsonl``, the rows of ``kvopt demo``: reminders in
+several phrasings, each with its JSON.
 
     python tools/make_demo_data.py
 
@@ -11,7 +12,7 @@ import json
 import random
 from pathlib import Path
 
-ROWS = 160
+ROWS = {"train": 72, "validation": 16}
 SEED = 20
 TASKS = """
 call the dentist; water the plants; pay the rent; pick up the parcel; buy milk; feed the cat; send the invoice
@@ -39,7 +40,7 @@ def rows() -> list[dict[str, str]]:
     """Different messages, each with the JSON object that is asked for."""
     tasks = [task.strip() for line in TASKS.strip().splitlines() for task in line.split(";")]
     draw, answers = random.Random(SEED), {}
-    while len(answers) < ROWS:
+    while len(answers) < sum(ROWS.values()):
         task, day, time, phrasing = (draw.choice(words) for words in (tasks, DAYS, TIMES, PHRASINGS))
         message = phrasing.format(task=task, day=day, time=time)
         answers[message[0].upper() + message[1:]] = json.dumps({"task": task, "day": day, "time": time})
@@ -47,5 +48,8 @@ def rows() -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    path = Path(__file__).resolve().parents[1] / "configs" / "demo-reminders.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows()), "utf-8", newline="\n")
+    left = rows()
+    for split, count in ROWS.items():
+        path = Path(__file__).resolve().parents[1] / "configs" / f"demo-{split}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in left[:count]), "utf-8", newline="\n")
+        left = left[count:]

@@ -51,7 +51,7 @@ def real_states(
         base: a float32 base; by default the built-in one.
     """
     base = base or load_base(ModelConfig(dtype="float32"))
-    with resources.as_file(resources.files("kvopt") / "configs" / "demo.yaml") as path:
+    with resources.as_file(resources.files("kvopt") / "configs" / "demo-full.yaml") as path:
         template = configured_template(load_config(path)[0].template, Path())[0]
     functions = stdlib_docstrings("validation")[: tokens // 4]
     examples = [Example(f"validation:{i}", {"code": f.code}, f.docstring, f.where) for i, f in enumerate(functions)]

@@ -59,6 +59,10 @@ class Inputs:
     def resolved(self) -> dict[str, Any]:
         """The config as it is written down: whole, with the text of a template file in place of its path."""
         tree = self.config.model_dump(mode="json")
+        tree["contexts"] = [
+            context.model_dump(mode="json", include=None if context.text is None else {"name", "text"})
+            for context in self.config.contexts
+        ]
         if (file := self.config.template.file) is not None:
             tree["template"] |= {"file": None, "text": read_text(self.base_dir / file, RELATIVE)}
         return tree
