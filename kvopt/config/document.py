@@ -69,6 +69,18 @@ class Config(Section):
         refuse_repeats([student.name for student in self.students], "students")
         return self
 
+    @model_validator(mode="after")
+    def _selects_by_what_is_measured(self) -> Config:
+        select, evaluate = self.score.select, self.evaluate
+        if select in ("kl", "gold_nll"):
+            return self
+        own = evaluate.metrics if "metrics" in evaluate.model_fields_set else []
+        labels = [metric.label for metric in own if not metric.remote]
+        if select not in labels:
+            known = ", ".join(["kl", "gold_nll", *labels])
+            raise ValueError(f"score.select {select!r} is not measured (known: {known}; others go to evaluate.metrics)")
+        return self
+
     @property
     def learned(self) -> list[ContextConfig]:
         """The contexts that are learned, in order."""

@@ -59,6 +59,12 @@ class ScoreConfig(Section):
 
     batch_size: int = Field(16, ge=1, description="rows in a batch")
     resamples: int = Field(2000, ge=100, description="how many bootstrap draws give a 95 % interval")
+    select: str = Field(
+        "kl",
+        description="what mutations and checkpoints of learned contexts are chosen by, on the selection rows: kl (the"
+        " lowest forward KL), gold_nll (the lowest), or a metric of evaluate.metrics by its name (the highest; ties go"
+        " to the lower KL)",
+    )
     best: int = Field(
         5, ge=0, description="how many of the best mutations are scored on the validation rows and reported"
     )

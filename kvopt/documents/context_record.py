@@ -28,6 +28,9 @@ class LearningPoint(DocumentPart):
     step: int = Field(description="optimizer steps done; 0 is the initial state")
     train_kl: float | None = Field(None, description="on training batches since the last point; null at step 0")
     held_out_kl: float = Field(description="on the selection rows")
+    chosen_by: float | None = Field(
+        None, description="what score.select chooses by, on the selection rows, lower is better; absent for the KL"
+    )
 
 
 class OriginSource(DocumentPart):

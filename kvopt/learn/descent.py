@@ -28,7 +28,7 @@ from kvopt.errors import KvoptError
 from kvopt.kernels import KLOptions, linear_kl
 from kvopt.measure.moments import StoredMoments
 from kvopt.measure.reference import Reference
-from kvopt.measure.score import score_prefix
+from kvopt.measure.score import TokenScores, score_prefix
 from kvopt.storage.tensors import read_tensors, stored_key, write_tensors
 from kvopt.task.seam import Row, make_batch
 
@@ -43,7 +43,7 @@ class Descent:
         tensor: fp32, kv [T, L, 2, H, d] or soft [T, D].
         step: the step that it was measured at (0 = the initial state).
         history: ``{"step", "held_out_kl", "train_kl"}`` at every measurement; train_kl is the mean since the last one
-            (None at step 0).
+            (None at step 0). With ``choose`` also its value, ``chosen_by``.
         steps: optimizer steps done.
     """
 
@@ -67,11 +67,12 @@ class _State:
     step: int = 0
     best_step: int = 0
     best_kl: float = math.inf
+    best_value: float = math.inf
     since_best: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
 
-    NUMBERS = ("step", "best_step", "best_kl", "since_best", "history", "recent")
+    NUMBERS = ("step", "best_step", "best_kl", "best_value", "since_best", "history", "recent")
 
     @classmethod
     def begin(cls, trainable: Tensor, best: Tensor, config: ContextConfig) -> _State:
@@ -109,7 +110,7 @@ class _State:
         groups = state.optimizer.state_dict()["param_groups"]
         state.optimizer.load_state_dict({"state": {0: adam}, "param_groups": groups})
         for name in cls.NUMBERS:
-            setattr(state, name, numbers[name])
+            setattr(state, name, numbers.get(name, numbers["best_kl"]))  # 0.1.0 had no best_value: it was the KL
         return state
 
 
@@ -153,6 +154,7 @@ def optimize(
     *,
     moments: StoredMoments | None = None,
     seed: int = 0,
+    choose: Callable[[Prefix, TokenScores], float] | None = None,
     checkpoint: Path | None = None,
     key: str = "",
     report: Callable[[int, float | None, float | None], None] | None = None,
@@ -167,6 +169,8 @@ def optimize(
         reference: stored hidden states.
         moments: the reference's moments of the training rows, to be trained on instead of its hidden states.
         seed: of the order of rows.
+        choose: a value of a state, given its prefix and its scores on ``held_out``; the state with the lowest is kept,
+            of equal ones that with the lowest KL. Default: the KL itself.
         checkpoint: file to go on from and to write now and then; with ``key`` it is only taken up by the same job.
         report: called after each step with (step, train KL, held-out KL where it was just measured).
 
@@ -178,7 +182,7 @@ def optimize(
     state = checkpoint and _State.load(checkpoint, key, config, base.device)
     if not state:
         state = _State.begin(initial[frozen:].clone(), initial.clone(), config)
-    job = _Job(base, config, head, train, held_out, reference, moments, seed)
+    job = _Job(base, config, head, train, held_out, reference, moments, seed, choose)
     if not state.history:
         _measure(job, state)
         if report:
@@ -209,6 +213,7 @@ class _Job:
     reference: Reference
     moments: StoredMoments | None
     seed: int
+    choose: Callable[[Prefix, TokenScores], float] | None
 
 
 def context_loss(
@@ -268,9 +273,14 @@ def _measure(job: _Job, state: _State) -> None:
             f"contexts.{job.config.name}: held-out KL is {held_out} at step {state.step}; lower learning_rate"
         )
     train = sum(state.recent) / len(state.recent) if state.recent else None
-    state.history.append({"step": state.step, "train_kl": train, "held_out_kl": held_out})
+    point: dict[str, Any] = {"step": state.step, "train_kl": train, "held_out_kl": held_out}
+    value = held_out
+    if job.choose is not None:
+        point["chosen_by"] = value = job.choose(prefix, scores)
+    state.history.append(point)
     state.recent = []
-    if held_out < state.best_kl:
+    if (value, held_out) < (state.best_value, state.best_kl):
         state.best, state.best_kl, state.best_step, state.since_best = tensor.clone(), held_out, state.step, 0
+        state.best_value = value
     else:
         state.since_best += 1

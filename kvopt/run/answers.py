@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from kvopt.base.generate import answer_text, generate
+from kvopt.base.prefix import Prefix
 from kvopt.config.metrics import Item, Metric, Ratio
 from kvopt.console.progress import advance
 from kvopt.contexts.context import Context
@@ -23,6 +24,7 @@ from kvopt.run.encoded_task import EncodedTask
 from kvopt.storage.files import file_name, sha256_json, write_json
 from kvopt.storage.keyed_rows import stored_rows, write_rows
 from kvopt.task.examples import Example
+from kvopt.task.seam import Row
 
 ANSWERS = "answers.json"
 
@@ -71,8 +73,7 @@ class TaskMetrics:
     def _answers(self, context: Context, split: str) -> ContextAnswers:
         task, settings = self.task, self.task.config.evaluate
         rows = context.bodies(task.rows_for(context, split)).rows[: settings.rows]
-        room = task.base.geometry.window - context.tokens - max(len(row.body) for row in rows)
-        limit = max(0, min(settings.max_new_tokens, room))
+        limit = self._limit(context.tokens, rows)
         stream = [(row.example_id, row.body) for row in rows]
         key = sha256_json(
             [task.base.identity, str(task.base.dtype), context.sha256(), stream, limit, settings.batch_size]
@@ -84,17 +85,7 @@ class TaskMetrics:
                 self.at.directory.ledger(f"answers/{file_name(context.name)}.{split}") as entry,
                 self.at.progress.bar(f"answers under {context.name}", len(rows)) as bar,
             ):
-                ids: list[tuple[int, ...]] = [()] * len(rows)
-                if limit:
-                    ids = generate(
-                        task.base,
-                        context.prefix(task.base),
-                        [row.body for row in rows],
-                        max_new_tokens=limit,
-                        stop=task.answer_ends,
-                        batch_size=settings.batch_size,
-                        progress=advance(bar),
-                    )
+                ids = self._generated(context.prefix(task.base), rows, limit, advance(bar))
                 entry.tokens_in = context.tokens + sum(len(row.body) for row in rows)
                 entry.tokens_out = sum(map(len, ids))
             stored = write_rows(
@@ -106,6 +97,43 @@ class TaskMetrics:
                 ],
             )
         texts = [str(row["answer"]) for row in stored]
+        return ContextAnswers(context, texts, [bool(row["cut"]) for row in stored], self._ratios(texts, split))
+
+    def value_after(self, prefix: Prefix, label: str) -> float:
+        """The mean of one metric's headline quantity over the answers after a prefix to the selection rows; nothing is
+        stored. 0 where it is not defined.
+        """
+        rows = self.task.bare_rows("selection").rows[: self.task.config.evaluate.rows]
+        limit = self._limit(len(prefix), rows)
+        texts = [answer_text(self.task.base, ids) for ids in self._generated(prefix, rows, limit)]
+        [metric] = [metric for metric in self.metrics if metric.label == label]
+        ratios = self._ratios(texts, "selection")
+        name = metric.headline_among([name for row in ratios for name in row])
+        above, below = (sum(row[name][side] for row in ratios if name in row) for side in (0, 1))
+        return above / below if below else 0.0
+
+    def _limit(self, tokens: int, rows: Sequence[Row]) -> int:
+        """Where answers after so many tokens and these bodies are cut: at the config's limit or the window's end."""
+        room = self.task.base.geometry.window - tokens - max(len(row.body) for row in rows)
+        return max(0, min(self.task.config.evaluate.max_new_tokens, room))
+
+    def _generated(
+        self, prefix: Prefix, rows: Sequence[Row], limit: int, progress: Callable[[int], None] | None = None
+    ) -> list[tuple[int, ...]]:
+        if limit == 0:
+            return [()] * len(rows)
+        return generate(
+            self.task.base,
+            prefix,
+            [row.body for row in rows],
+            max_new_tokens=limit,
+            stop=self.task.answer_ends,
+            batch_size=self.task.config.evaluate.batch_size,
+            progress=progress,
+        )
+
+    def _ratios(self, texts: Sequence[str], split: str) -> list[dict[str, Ratio]]:
+        """What the metrics say of the answers to the first rows of a split."""
         items = [
             Item(example.id, example.values, example.output, text)
             for example, text in zip(self._examples(split), texts, strict=False)
@@ -114,7 +142,7 @@ class TaskMetrics:
         for metric in self.metrics:
             for of_row, verdict in zip(ratios, metric.verdicts(items), strict=True):
                 of_row.update(verdict.ratios)
-        return ContextAnswers(context, texts, [bool(row["cut"]) for row in stored], ratios)
+        return ratios
 
     def _examples(self, split: str) -> Sequence[Example]:
         examples: Sequence[Example] = getattr(self.task.dataset, split)

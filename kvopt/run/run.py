@@ -7,6 +7,7 @@ while the run lives. The stages themselves are functions (``stages.py``, ``scori
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ import torch
 import yaml
 
 from kvopt.base.loading import Base, load_base
+from kvopt.base.prefix import Prefix
 from kvopt.config.contexts import ContextConfig
 from kvopt.config.document import Config
 from kvopt.config.names import ContextName, unknown_context
@@ -195,15 +197,33 @@ class Run:
         return self._contexts
 
     def ranked_mutations(self) -> list[tuple[TextContext, Score]]:
-        """Accepted mutations by forward KL on the selection rows, lowest first."""
+        """Accepted mutations by forward KL on the selection rows, lowest first; or by what ``score.select`` says."""
         if self._ranked is None:
             contexts = list(self.mutation_contexts().values())
             scored = [
                 (context, self.score(context, "selection"))
                 for context in self.at.progress.over("scoring mutations", contexts)
             ]
-            self._ranked = sorted(scored, key=lambda pair: (pair[1].kl_forward.mean, pair[0].name))
+            self._ranked = sorted(scored, key=lambda pair: (*self._place(*pair), pair[0].name))
         return self._ranked
+
+    def _place(self, context: TextContext, score: Score) -> tuple[float, float]:
+        """What mutations are ordered by: the quantity of ``score.select``, lowest first, and the KL."""
+        kl, select = score.kl_forward.mean, self.config.score.select
+        if select in ("kl", "gold_nll"):
+            return (kl if select == "kl" else score.gold_nll.mean), kl
+        metrics = self.task_metrics()
+        value = metrics.headline(metrics.answers(context, "selection"), select)
+        return math.inf if value is None else -value, kl
+
+    def _chooser(self) -> Callable[[Prefix, TokenScores], float] | None:
+        """As :meth:`_place`, for checkpoints; None for the KL."""
+        select = self.config.score.select
+        if select == "kl":
+            return None
+        if select == "gold_nll":
+            return lambda prefix, scores: float(scores.nll.double().mean())
+        return lambda prefix, scores: -self.task_metrics().value_after(prefix, select)
 
     def learned(self, only: Sequence[str] = ()) -> list[TensorContext]:
         """The contexts of the config, learned in order (or those named in ``only``, with what they start from)."""
@@ -217,7 +237,14 @@ class Run:
         if config.name not in self._learned:
             ids, source = self._start_of(config)
             self._learned[config.name] = stages.make_learned(
-                self.task(), config, ids, source, self._reference_for(config), self.moments(), self.at
+                self.task(),
+                config,
+                ids,
+                source,
+                self._reference_for(config),
+                self.moments(),
+                self.at,
+                choose=self._chooser(),
             )
         return self._learned[config.name]
 

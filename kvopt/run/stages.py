@@ -5,10 +5,11 @@ What is there and belongs to the same inputs is taken from there, so an interrup
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
 from kvopt.base.completion import local_completion
+from kvopt.base.prefix import Prefix
 from kvopt.config.contexts import ContextConfig
 from kvopt.console.progress import advance, step_reporter
 from kvopt.contexts.adapter import read_record
@@ -20,6 +21,7 @@ from kvopt.learn.descent import batch_at, optimize
 from kvopt.learn.start_task import StartTask, initial_tensor
 from kvopt.measure.moments import StoredMoments, check_head
 from kvopt.measure.reference import Reference, build_reference, open_reference, reference_key
+from kvopt.measure.score import TokenScores
 from kvopt.mutate.generators import build_generator
 from kvopt.mutate.mutation import Mutation, read_mutations
 from kvopt.mutate.search import mutate, summary
@@ -175,6 +177,7 @@ def make_learned(
     reference: Reference,
     moments: StoredMoments | None,
     at: Workspace,
+    choose: Callable[[Prefix, TokenScores], float] | None = None,
 ) -> TensorContext:
     """One soft prompt or KV cache in ``contexts/NAME``: as it was learned, or learned now.
 
@@ -182,6 +185,7 @@ def make_learned(
         ids: token ids of the text that it starts from.
         source: the context that it starts from, in place of a text.
         reference, moments: what the descent is measured against.
+        choose: chooses the checkpoint, as ``score.select`` says; None: the KL does.
 
     Raises:
         InputError: the slots do not fit. KvoptError: the descent diverged.
@@ -195,6 +199,8 @@ def make_learned(
         "tokens": tokens,
         "init": init.settings,
     }
+    if (select := task.config.score.select) != "kl":
+        settings["select"] = select
     key = sha256_json(
         [
             settings,
@@ -226,6 +232,7 @@ def make_learned(
             reference,
             moments=moments,
             seed=seed,
+            choose=choose,
             checkpoint=checkpoint,
             key=key,
             report=step_reporter(bar),
