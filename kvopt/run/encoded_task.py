@@ -58,13 +58,24 @@ class EncodedTask:
 
     def rows(self, split: str) -> Encoded:
         """The original's rows of ``train``, ``selection`` or ``validation``."""
-        return self.encoded.select([example.id for example in getattr(self.dataset, split)])
+        return self._split(self.encoded, split)
 
     def bare_rows(self, split: str) -> Encoded:
         """The rows that soft and KV contexts (and ``none``) stand in front of: the original's, or with ``scope: all``
         the slots' own.
         """
-        return self._bare.select([example.id for example in getattr(self.dataset, split)])
+        return self._split(self._bare, split)
+
+    def _split(self, encoded: Encoded, split: str) -> Encoded:
+        """Always the same object for a split, so that its hash is computed once."""
+        key = id(encoded), split
+        if key not in self._splits:
+            self._splits[key] = encoded.select([example.id for example in getattr(self.dataset, split)])
+        return self._splits[key]
+
+    @cached_property
+    def _splits(self) -> dict[tuple[int, str], Encoded]:
+        return {}
 
     def rows_for(self, context: Context, split: str) -> Encoded:
         """The rows of a split as a context's ``bodies`` takes them: those of :meth:`rows` for text, else
