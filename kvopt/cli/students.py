@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvopt.cli.common import ConfigPath, Json, Out, Sets, open_run, print_json
+from kvopt.errors import counted
 
 if TYPE_CHECKING:
     from kvopt.documents.student_record import StudentRecord
@@ -95,6 +96,7 @@ def show_students(records: list[StudentRecord], folder: Path, as_json: bool) -> 
         return
     for record in records:
         place = folder / "students" / str(record.name)
-        losses = [point.loss for point in record.history if point.loss is not None]
-        curve = f"loss {losses[0]:.4f} to {losses[-1]:.4f}" if losses else "no step"
-        print(f"{record.name}: {record.steps} steps, {record.tokens} tokens, {curve}, {place}")
+        size = f"{counted(record.steps or 0, 'step')}, {counted(record.tokens or 0, 'token')}"
+        measured = [point.gold_nll for point in record.held_out]
+        curve = f", held-out NLL {measured[0]:.4f} to {measured[-1]:.4f}" if measured else ""
+        print(f"{record.name}: {size}{curve}, {place}")

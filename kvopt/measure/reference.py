@@ -106,11 +106,12 @@ def build_reference(
     *,
     batch_size: int = 16,
     progress: Progress | None = None,
+    stored: Progress | None = None,
 ) -> Reference:
     """Compute what is missing of the reference in ``folder`` and open it.
 
     Shards with the right key are kept, so an interrupted build goes on where it stopped and ends in the same bytes.
-    ``progress`` is called with the number of rows finished.
+    ``progress`` is called with the number of rows finished, ``stored`` with that of rows that were there already.
     """
     key = reference_key(base, encoded, batch_size)
     rows = encoded.rows
@@ -120,8 +121,8 @@ def build_reference(
         if stored_key(path) != key:
             hidden = _hidden_of(base, prefix, part, batch_size, progress)
             write_tensors(path, {"hidden": hidden}, key)
-        elif progress:
-            progress(len(part))
+        elif stored:
+            stored(len(part))
     write_json(
         folder / "index.json",
         {

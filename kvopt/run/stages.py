@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import count
 
 from kvopt.base.completion import local_completion
 from kvopt.config.contexts import ContextConfig
@@ -58,6 +59,7 @@ def make_reference(task: EncodedTask, at: Workspace) -> Reference:
             at.directory / "reference",
             batch_size=batch_size,
             progress=advance(bar),
+            stored=bar.take_over,
         )
         entry.tokens_in = len(task.encoded.prefix) + sum(map(len, rows))
         entry.gold_tokens = task.encoded.gold_tokens
@@ -75,7 +77,7 @@ def make_moments(task: EncodedTask, reference: Reference, at: Workspace) -> Stor
         at.progress.bar("moments", len(rows)) as bar,
     ):
         entry.rows = len(rows)
-        if not moments.build(task.base.head, advance(bar)):
+        if not moments.build(task.base.head, advance(bar), bar.take_over):
             entry.leave_out()
     return moments
 
@@ -103,6 +105,11 @@ def make_mutations(task: EncodedTask, at: Workspace) -> list[Mutation]:
         section.generator, task.template, complete=local_completion(base, usage), folder=task.inputs.base_dir
     )
     with at.directory.ledger("mutations") as entry, at.progress.bar("mutations", section.count, "mutation") as bar:
+        seen = count()
+
+        def progress(mutation: Mutation) -> None:
+            (bar.take_over if next(seen) < before else bar.update)(int(mutation.accepted))
+
         tried = mutate(
             task.template,
             section,
@@ -112,7 +119,7 @@ def make_mutations(task: EncodedTask, at: Workspace) -> list[Mutation]:
             window=base.geometry.window,
             generator=generator,
             journal=journal,
-            progress=lambda mutation: advance(bar)(int(mutation.accepted)),
+            progress=progress,
         )
         entry.accepted, entry.tried = sum(m.accepted for m in tried), len(tried)
         entry.model_calls, entry.tokens_in, entry.tokens_out = (
