@@ -276,9 +276,11 @@ class _Conduct(TrainerCallback):
         self.measure_every = math.ceil(steps / MEASUREMENTS)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.job.report:
-            self.trainer.job.report(state.global_step, None, None)
-        self.trainer.measure()
+        report, measured = self.trainer.job.report, self.trainer.held_out
+        if report:
+            report(state.global_step, None, measured[-1]["gold_nll"] if measured else None)
+        if state.global_step == 0:
+            self.trainer.measure()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, epoch = self.trainer, self.trainer.plan.epoch(state.global_step)

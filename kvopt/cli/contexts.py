@@ -7,9 +7,21 @@ from typing import Annotated
 
 import typer
 
-from kvopt.cli.common import ConfigPath, Json, Out, Sets, open_run, print_json, show_board
+from kvopt.cli.common import (
+    ConfigPath,
+    Json,
+    Out,
+    Sets,
+    next_command,
+    next_export,
+    next_of_board,
+    open_run,
+    print_json,
+    show_board,
+)
 from kvopt.cli.report import leave_page
 from kvopt.cli.students import prepared, show_students
+from kvopt.errors import counted
 
 
 def run_all(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json = False) -> None:
@@ -26,6 +38,10 @@ def run_all(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Jso
     if not as_json:
         show_students(records, run.directory.path, False)
     leave_page(run.directory.path)
+    if records and not as_json:
+        next_command("evaluate", config, sets=sets, out=out)
+    elif not as_json:
+        next_of_board(board, run.directory.path)
 
 
 def mutate(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json = False) -> None:
@@ -45,6 +61,7 @@ def mutate(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json
     for reason, count in counts.items():
         print(f"{count:6d}  {reason}")
     print(run.directory / "mutations.jsonl")
+    next_command("run", config, sets=sets, out=out)
 
 
 def score(
@@ -68,16 +85,24 @@ def score(
     which the most likely token is the template's.
     """
     run = open_run(config, sets, out)
+    from kvopt.report.board_table import recommended
     from kvopt.run.leaderboard import Entry, build_leaderboard
 
+    specs = context or ["original", "none"]
     with run.opened():
-        contexts = [c for spec in context or ["original", "none"] for c in run.stored_contexts(spec)]
-        entries = [Entry.of(c, run.score(c)) for c in contexts]
+        found = [run.stored_contexts(spec) for spec in specs]
+        contexts = [c for of_spec in found for c in of_spec]
+        entries = [Entry.of(c, run.score(c)) for c in run.at.progress.over("scoring", contexts)]
         board = build_leaderboard(run.task(), entries, [], run.noise_floor())
     if as_json:
         print_json({**board.to_json(), "contexts": [entry.row().to_json() for entry in entries]})
+        return
+    show_board(board, run.directory.path, False)
+    own = {c.name for spec, of_spec in zip(specs, found, strict=True) for c in of_spec if spec == c.name}
+    if recommended(board) in own:
+        next_of_board(board, run.directory.path)
     else:
-        show_board(board, run.directory.path, False)
+        next_command("run", config, sets=sets, out=out)
 
 
 def optimize(
@@ -112,8 +137,13 @@ def optimize(
         folder = run.directory / "contexts" / row["name"]
         kl = row["kl_forward"]["mean"]
         curve = ", ".join(f"{point['step']}: {point['held_out_kl']:.4f}" for point in row["history"])
-        print(f"{row['name']}: {row['tokens']} {row['kind']} slots, forward KL {kl:.4f}, {folder}")
+        print(f"{row['name']}: {counted(row['tokens'], row['kind'] + ' slot')}, forward KL {kl:.4f}, {folder}")
         print(f"  held-out KL by step: {curve}")
+    if rows:
+        best = min(rows, key=lambda row: float(row["kl_forward"]["mean"]))
+        next_export(run.directory.path, best["name"], best["kind"])
+    else:
+        next_command("config")
 
 
 def inspect(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvopt.cli.common import Json, Sets, print_json, say
+from kvopt.cli.common import Json, Sets, next_command, print_json, say
 from kvopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -126,3 +126,4 @@ def _tell(merge: StudentMerge, out: Path, as_json: bool) -> None:
     rank = "" if merge.rank is None else f", rank {merge.rank}{lost}"
     value = "" if merge.value is None else f", gold NLL {merge.value:.4f}"
     print(f"{out}: {merge.by} of {names}{rank}{value}")
+    next_command("inspect", out)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvopt.cli.common import ConfigPath, Json, Out, Sets, open_run, print_json
+from kvopt.cli.common import ConfigPath, Json, Out, Sets, next_command, open_run, print_json
 from kvopt.errors import counted
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ def train(
     records = train_students(run, only or ())
     if records is not None:
         show_students(records, run.directory.path, as_json)
+        if not as_json:
+            next_command("evaluate", config, sets=sets, out=out)
 
 
 def export_data(
@@ -74,7 +76,7 @@ def export_data(
         print_json({"file": str(file), "rows": len(rows), "contexts": dict(counts)})
     else:
         parts = ", ".join(f"{name} {count}" for name, count in counts.items())
-        print(f"{file}: {len(rows)} rows ({parts})")
+        print(f"{file}: {counted(len(rows), 'row')} ({parts})")
 
 
 def prepared(run: Run) -> Callable[[], list[StudentRecord]]:

@@ -1,7 +1,7 @@
 """The leaderboard as a table on a terminal, and each of its rows as a line for a log.
 
-Columns stand in the order of their importance. Where the terminal is narrow they fall away from the right, down to name,
-tokens and forward KL; a long name then goes over several lines.
+Columns stand in the order of their importance. Where the terminal is narrow they fall away from the right, down to
+name, tokens and forward KL; a long name then goes over several lines.
 """
 
 from __future__ import annotations
