@@ -160,7 +160,7 @@ def _is_whole(folder: Path, record: StudentRecord) -> bool:
 def _train(task: EncodedTask, order: Order, teacher: Teacher | None, at: Workspace) -> Trained:
     job = _job(task, order, at, teacher)
     name, steps = order.config.name, job.plan.steps
-    dropped = f", {order.pool.dropped} rows too long" if order.pool.dropped else ""
+    dropped = f", {counted(order.pool.dropped, 'row')} too long" if order.pool.dropped else ""
     contexts = ", ".join(item.name for item in order.pool.contexts)
     size = f"{counted(steps, 'step')} of {counted(order.config.batch_size, 'row')}"
     if (note := untracked(order.config)) is not None:

@@ -149,14 +149,16 @@ def locate(base: str, revision: str | None, say: Callable[[str], None]) -> Path:
     path, where = Path(base).expanduser(), f"model.base {base}"
     if base.lower().endswith(".gguf"):
         if not path.is_file():
-            raise InputError("no such GGUF file", where=where)
+            raise InputError(f"no such GGUF file: {path.resolve()}", where=where)
         return _converted(path, say)
     if path.is_dir():
         return _checked_folder(path, where)
     if path.exists():
         raise InputError("is a file; a base is a model folder, a hub id or a .gguf file", where=where)
     if base.startswith((".", "/", "~")) or not HUB_ID.fullmatch(base):
-        raise InputError("no such folder", where=where, fix=f"give a model folder, a hub id or {BUILTIN_BASE}")
+        raise InputError(
+            f"no such folder: {path.resolve()}", where=where, fix=f"give a model folder, a hub id or {BUILTIN_BASE}"
+        )
     return _checked_folder(hub.snapshot(base, revision), where)
 
 

@@ -85,7 +85,9 @@ def _base_of(students: list[Path], base: str | None) -> Base:
     for folder in students:
         record = read_student_record(folder)
         if record is None and not folder.is_dir():
-            raise InputError("no such folder", where=str(folder), fix="give a folder from students/")
+            raise InputError(
+                f"no such folder in {folder.parent.resolve()}", where=str(folder), fix="give a folder from students/"
+            )
         name = name or (record.base.name if record and record.base else None)
     if name is None:
         raise InputError("does not say what its base is", where=str(students[0]), fix="give --base")

@@ -84,14 +84,15 @@ class _Starts:
         slots = context.tokens or available or 0
         if available is not None and slots > available:
             raise InputError(
-                f"{slots} slots wanted, the text to start from has {available} tokens",
+                f"{counted(slots, 'slot')} wanted, the text to start from has {counted(available, 'token')}",
                 where=f"{where}.tokens",
                 fix="lower tokens, start from a longer text, or use init: random-text",
             )
         longest = max(len(row) for row in self.encoded.rows)
         if slots + longest > self.window:
             raise InputError(
-                f"{slots} slots and the longest row ({longest} tokens) do not fit the window of {self.window} tokens",
+                f"{counted(slots, 'slot')} and the longest row ({counted(longest, 'token')}) do not fit the window of"
+                f" {self.window} tokens",
                 where=f"{where}.tokens",
                 fix=f"at most {self.window - longest} fit",
             )

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kvopt.errors import InputError, from_extra
+from kvopt.errors import InputError, counted, from_extra
+from kvopt.storage.files import RELATIVE, missing_file
 from kvopt.task.builtin_data import BUILTIN_NAME, stdlib_docstrings
 
 BOM = b"\xef\xbb\xbf"
@@ -59,7 +60,7 @@ def read_records(source: str, base_dir: Path, part: str) -> Iterator[Record]:
     if path.is_dir():
         yield from _hugging_face(HF + source, base_dir, part)
     elif not path.exists():
-        raise InputError("no such file", where=source, fix="paths are relative to the config file")
+        raise missing_file(path, source, RELATIVE)
     else:
         yield from _reader(source, path)(source, path)
 
@@ -216,7 +217,7 @@ def _csv(source: str, path: Path) -> Iterator[Record]:
         for row, where in rows:
             if len(row) != len(names):
                 raise InputError(
-                    f"{len(row)} fields for {len(names)} columns",
+                    f"{counted(len(row), 'field')} for {counted(len(names), 'column')}",
                     where=where,
                     fix="quote fields that hold a separator, a quote or a line break",
                 )

@@ -142,7 +142,7 @@ class Evaluator(EvaluationPlan):
             ]
             write_rows(path, key, rows)
         if failed := [verdict for verdict in in_order if not verdict.ratios[metric.headline][1]]:
-            what = f"{metric.label} has no score for {len(failed)} of {len(in_order)} answers ({path.stem})"
+            what = f"{metric.label} has no score for {len(failed)} of {counted(len(in_order), 'answer')} ({path.stem})"
             self.at.say(f"warning: {what}, for the first because of: {failed[0].note}")
         return in_order
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from kvopt.console.tables import plain_table
+from kvopt.console.tables import has_width, plain_table
 from kvopt.documents.evaluation_file import EvaluationDocument, GroupEstimate
 from kvopt.documents.part import Estimate
+from kvopt.errors import counted
 
 
 def tables(documents: Sequence[EvaluationDocument]) -> list[Table]:
@@ -24,7 +25,7 @@ def answers_table(documents: Sequence[EvaluationDocument]) -> Table:
     """One line for each model and group."""
     headlines, rows = documents[0].headlines, documents[0].rows
     view = plain_table(
-        f"answers to {rows.answered} validation rows, likelihoods of {rows.scored}",
+        f"answers to {counted(rows.answered, 'validation row')}, likelihoods of {rows.scored}",
         "means over the group's contexts; ± half of the 95 % interval over examples; spread: highest − lowest context",
     )
     view.add_column("model", overflow="fold", min_width=6)
@@ -72,7 +73,7 @@ def with_interval(value: Estimate | GroupEstimate | None, digits: int = 3, *, be
     """``0.461±0.042``, with ``between`` before the ±; a dash for what does not exist."""
     if value is None or value.mean is None:
         return "–"
-    half = f"{between}±{(value.ci95[1] - value.ci95[0]) / 2:.{digits}f}" if value.ci95 else ""
+    half = f"{between}±{(value.ci95[1] - value.ci95[0]) / 2:.{digits}f}" if value.ci95 and has_width(value.ci95) else ""
     return f"{value.mean:.{digits}f}{half}"
 
 
