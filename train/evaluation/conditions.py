@@ -137,7 +137,7 @@ def held_out_mutations(
     if len(chosen) < settings.held_out_mutations and is_set:
         catalogue.say(
             f"warning: {counted(len(chosen), 'mutation')} held out, not {settings.held_out_mutations}:"
-            f" {len(used)} of {len(catalogue.mutations)} accepted take part in training; raise mutations.count"
+            f" {len(used)} of {len(catalogue.mutations)} accepted are trained on; raise mutations.count"
         )
     return sorted(chosen, key=lambda context: context.name)
 
