@@ -1,4 +1,4 @@
-"""The exceptions that kvopt raises on purpose, and what each means for the exit code."""
+"""The exceptions that kvopt raises on purpose, what each means for the exit code, and how messages count things."""
 
 from __future__ import annotations
 
@@ -49,3 +49,13 @@ def from_extra(extra: str, what: str, where: str | None = None) -> Iterator[None
         if (error.name or "kvopt").partition(".")[0] == "kvopt":
             raise
         raise missing_extra(extra, what, where) from None
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """``1 row``, ``2 rows``: a number with its noun in the form that goes with it."""
+    if number == 1:
+        return f"1 {noun}"
+    if plural is None:
+        ends_like_study = noun.endswith("y") and noun[-2:-1] not in "aeiou"
+        plural = f"{noun[:-1]}ies" if ends_like_study else f"{noun}s"
+    return f"{number} {plural}"

@@ -148,6 +148,11 @@ SAME_CLASSES: set[str] = set()
         ("import kvopt.config.document", ("torch", "transformers", "peft", "scipy", "numpy")),
         ("import kvopt.cli", ("torch", "transformers", "peft", "scipy", "pydantic")),
         ("import kvopt.report.reading", ("torch", "transformers", "peft")),
+        # what kvopt validate needs of transformers is a tokenizer
+        (
+            "import kvopt.run.validate, kvopt.train.early_checks",
+            ("transformers.modeling_utils", "torch._dynamo", "peft"),
+        ),
     ],
 )
 def test_what_is_looked_at_first_loads_nothing_heavy(code: str, absent: tuple[str, ...]) -> None:

@@ -81,9 +81,15 @@ def test_selection_takes_what_is_beyond_and_carves_the_rest(load):
 
 
 def test_few_rows_give_a_small_selection_and_a_warning(load):
+    data = load(rows(4), rows(5, 1000), limit={"selection": 32})
+    assert (len(data.train), len(data.selection)) == (3, 1)
+    assert "only 1 row for selection, not 32" in data.warnings[0]
+
+
+def test_nobody_is_warned_of_a_number_that_nobody_set(load):
     data = load(rows(4), rows(5, 1000))
     assert (len(data.train), len(data.selection)) == (3, 1)
-    assert "only 1 rows for selection, not 32" in data.warnings[0]
+    assert data.warnings == ()
 
 
 def test_one_training_row_is_too_few(load):

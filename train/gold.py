@@ -28,6 +28,18 @@ class GoldNLL:
         return float(self.sums.sum() / self.counts.sum())
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows that are not trained on, and the context that they stand after."""
+
+    context: Context
+    rows: Encoded
+
+    def nll(self, student: Base, batch_size: int) -> float:
+        """The student's gold NLL on them, nats per gold token."""
+        return gold_nll(student, self.context, self.rows, batch_size=batch_size).mean
+
+
 @torch.no_grad()
 def gold_nll(
     base: Base,

@@ -12,6 +12,7 @@ from kvopt.base.loading import Base
 from kvopt.config.students import StudentConfig
 from kvopt.measure.reference import Reference
 from kvopt.train.distill.teacher import Teacher
+from kvopt.train.gold import HeldOut
 from kvopt.train.pool import Pool
 from kvopt.train.stream import Stream
 from kvopt.train.student import Student
@@ -73,6 +74,7 @@ class Trained:
         history: ``{"step", "epoch", "loss", "grad_norm", "learning_rate"}`` every ``log_every`` steps; the loss is the
             mean per gold token since the last entry.
         stages: ``{"step", "gold_nll", "kept"}`` at every scoring of the pool (state-adaptive).
+        held_out: ``{"step", "gold_nll"}`` at every measurement on held-out rows.
     """
 
     student: Student
@@ -82,6 +84,7 @@ class Trained:
     gold_tokens: int
     history: list[dict[str, Any]]
     stages: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
 
 
 @dataclass
@@ -92,9 +95,11 @@ class Job:
         key: identity of the job; checkpoints of another are not taken up.
         folder: where checkpoints go.
         logs: where TensorBoard events go.
-        report: called with (step, loss) at every entry of the history.
+        report: called at the first step of this process and after each step with (step, loss where it was just logged,
+            held-out NLL where it was just measured).
         teacher: for on-policy distillation.
         start: a student folder to go on from.
+        held_out: what the student is measured on now and then.
     """
 
     base: Base
@@ -105,9 +110,10 @@ class Job:
     folder: Path
     logs: Path
     reference: Reference | None = None
-    report: Callable[[int, float], None] | None = None
+    report: Callable[[int, float | None, float | None], None] | None = None
     teacher: Teacher | None = None
     start: Path | None = None
+    held_out: HeldOut | None = None
     plan: TrainingPlan = field(init=False)
 
     def __post_init__(self) -> None:

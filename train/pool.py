@@ -15,7 +15,7 @@ from kvopt.config.names import ContextName, unknown_context
 from kvopt.config.students import StudentConfig
 from kvopt.contexts import Context, NoContext, TextContext
 from kvopt.documents.student_record import TrainingContext
-from kvopt.errors import InputError
+from kvopt.errors import InputError, counted
 from kvopt.run.catalogue import Catalogue
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.run.inputs import Inputs
@@ -187,7 +187,8 @@ def _fitting(contexts: Sequence[PoolContext], config: StudentConfig, window: int
         return Pool(tuple(contexts))
     worst = max(range(count), key=lambda i: longest[i])
     over = count - len(kept)
-    what = f"{over} of {count} rows have more than {limit} tokens with a context, the longest {longest[worst]}"
+    rows = f"{over} of {counted(count, 'row')} {'has' if over == 1 else 'have'}"
+    what = f"{rows} more than {limit} tokens with a context, the longest {longest[worst]}"
     where = f"students.{config.name}: {contexts[0].rows[worst].example_id}"
     if config.too_long == "error" or not kept:
         fix = "raise max_length, or set too_long: drop" if kept else "raise max_length"

@@ -30,7 +30,7 @@ from kvopt.base.identity import check_base, weights_sha256
 from kvopt.base.loading import Base, quiet
 from kvopt.documents.student_record import StudentFacts, StudentRecord
 from kvopt.documents.validated import read_record_of
-from kvopt.errors import InputError, KvoptError
+from kvopt.errors import InputError, KvoptError, counted
 from kvopt.storage.files import read_json, replacing_directory, write_json
 from kvopt.version import VERSION
 
@@ -265,7 +265,7 @@ def _load_lora(folder: Path, base: Base, name: str) -> Base:
     _refuse_head(copied, str(folder))
     expected = {key: t.shape for key, t in get_peft_model_state_dict(peft).items()}
     if wrong := sorted(k for k in expected.keys() | tensors.keys() if expected.get(k) != _shape(tensors.get(k))):
-        what = f"{len(wrong)} tensors are missing, foreign or of another shape, first {wrong[0]}"
+        what = f"{counted(len(wrong), 'tensor')} missing, foreign or of another shape, first {wrong[0]}"
         raise InputError(what, where=str(folder / ADAPTER), fix="use the base that it was trained from")
     set_peft_model_state_dict(peft, tensors)
     return copied
@@ -301,7 +301,7 @@ def _load_full(folder: Path, base: Base, name: str) -> Base:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"cannot be loaded: {type(error).__name__}: {reason}", where=str(folder)) from error
     if missing := sorted(info["missing_keys"]):
-        raise InputError(f"its weights lack {len(missing)} tensors, first {missing[0]}", where=str(folder))
+        raise InputError(f"its weights lack {counted(len(missing), 'tensor')}, first {missing[0]}", where=str(folder))
     for parameter_name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(f"{parameter_name} has values that are not finite", where=str(folder))

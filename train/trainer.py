@@ -39,6 +39,8 @@ from kvopt.train.student import Student, full_student, lora_student, start_from
 
 COMPLETE = "complete.json"
 WEIGHTS = "trained.safetensors"
+MEASUREMENTS = 5
+"""How often the held-out rows are measured, beside once before the first step."""
 
 
 def train_student(job: Job) -> Trained:
@@ -67,6 +69,7 @@ def train_student(job: Job) -> Trained:
         *trainer.loss.spent(items),
         [_entry(log) for log in trainer.state.log_history if "loss" in log],
         trainer.stages,
+        trainer.held_out,
     )
 
 
@@ -116,6 +119,7 @@ class StudentTrainer(Trainer):
         self.job, self.plan = job, job.plan
         self.student, self.trained = student.base, student.trainable()
         self.stages: list[dict[str, Any]] = []
+        self.held_out: list[dict[str, Any]] = []
         self.half = HalfFineTuning(job.seed) if job.config.half else None
         callbacks = [*([self.half] if self.half else []), _Conduct(self), *trackers(job.config, job.logs)]
         self.loss = make_loss(job, student)
@@ -156,6 +160,18 @@ class StudentTrainer(Trainer):
         kept = schedule.choose(nll)
         scores = {item.name: value for item, value in zip(contexts, nll, strict=True)}
         self.stages.append({"step": step, "gold_nll": scores, "kept": [contexts[i].name for i in kept]})
+
+    def measure(self) -> None:
+        """The gold NLL of the student as it is now on the held-out rows."""
+        job, step = self.job, self.state.global_step
+        if job.held_out is None or any(point["step"] == step for point in self.held_out):
+            return
+        self.model.eval()
+        with self.compute_loss_context_manager():
+            value = job.held_out.nll(self.student, self.plan.batch_size)
+        self.held_out.append({"step": step, "gold_nll": value})
+        if job.report:
+            job.report(step, None, value)
 
     def _gold_nll(self, item: PoolContext, rows: int) -> float:
         encoded = replace(item.encoded, rows=item.encoded.rows[:rows])
@@ -214,7 +230,8 @@ class StudentTrainer(Trainer):
             raise KvoptError(f"{folder}: the checkpoint cannot be written: {reason}; is the disk full?") from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            state = {"key": self.job.key, "stages": self.stages, "counted": self.loss.counted}
+            state = {"key": self.job.key, "counted": self.loss.counted}
+            state |= {"stages": self.stages, "held_out": self.held_out}
             write_json(folder / COMPLETE, state)
             for older in self.job.folder.glob("checkpoint-*"):
                 if older != folder:
@@ -237,6 +254,7 @@ class StudentTrainer(Trainer):
                 parameter.copy_(tensors[name])
         state = json.loads((folder / COMPLETE).read_text("utf-8"))
         self.stages, self.loss.counted = state["stages"], state["counted"]
+        self.held_out = state.get("held_out", [])
 
 
 def _damaged(folder: Path | str | None, error: Exception) -> KvoptError:
@@ -245,7 +263,7 @@ def _damaged(folder: Path | str | None, error: Exception) -> KvoptError:
 
 
 class _Conduct(TrainerCallback):
-    """What happens between steps: scoring of the pool, half fine-tuning, checkpoints, progress."""
+    """What happens between steps: scoring of the pool and of held-out rows, half fine-tuning, checkpoints, progress."""
 
     def __init__(self, trainer: StudentTrainer) -> None:
         self.trainer = trainer
@@ -255,6 +273,14 @@ class _Conduct(TrainerCallback):
         self.save_every = (
             math.ceil(every / config.log_every) * config.log_every
         )  # the loss since the last log is not kept
+        self.measure_every = math.ceil(steps / MEASUREMENTS)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        report, measured = self.trainer.job.report, self.trainer.held_out
+        if report:
+            report(state.global_step, None, measured[-1]["gold_nll"] if measured else None)
+        if state.global_step == 0:
+            self.trainer.measure()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, epoch = self.trainer, self.trainer.plan.epoch(state.global_step)
@@ -270,7 +296,11 @@ class _Conduct(TrainerCallback):
         state.epoch = self.trainer.plan.epoch(step)
         control.should_save = step % self.save_every == 0 and step < steps
         control.should_log = control.should_log or step == steps
+        if self.trainer.job.report:
+            self.trainer.job.report(step, None, None)
+        if step % self.measure_every == 0 or step == steps:
+            self.trainer.measure()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if self.trainer.job.report and "loss" in logs:
-            self.trainer.job.report(state.global_step, logs["loss"])
+            self.trainer.job.report(state.global_step, logs["loss"], None)

@@ -13,8 +13,10 @@ from typing import Any
 
 from kvopt.config.names import ContextName
 from kvopt.config.students import StudentConfig
-from kvopt.documents.student_record import PoolScoring, StudentFacts, StudentRecord, TrainingPoint
-from kvopt.errors import InputError
+from kvopt.console.progress import step_reporter
+from kvopt.contexts.context import Context, TextContext
+from kvopt.documents.student_record import HeldOutPoint, PoolScoring, StudentFacts, StudentRecord, TrainingPoint
+from kvopt.errors import InputError, counted
 from kvopt.measure.reference import Reference
 from kvopt.run.catalogue import Catalogue
 from kvopt.run.directory import Workspace
@@ -23,6 +25,7 @@ from kvopt.run.inputs import Inputs
 from kvopt.storage.files import sha256_json
 from kvopt.train.distill.own_answers import check_own_answers, with_own_answers
 from kvopt.train.distill.teacher import Teacher, check_teacher, load_teacher, teacher_name
+from kvopt.train.gold import HeldOut
 from kvopt.train.job import Job, Trained
 from kvopt.train.launch import Launch
 from kvopt.train.pool import Pool, PoolContext, build_pool, check_choices, names_of
@@ -34,6 +37,8 @@ UNRELATED = {
     "name", "contexts", "start", "accumulation", "gradient_checkpointing", "checkpoint_every", "log_every", "report_to"
 }  # fmt: skip
 """Settings that do not change what a student becomes, but for rounding (contexts and start count by their content)."""
+
+HELD_OUT_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -155,18 +160,14 @@ def _is_whole(folder: Path, record: StudentRecord) -> bool:
 def _train(task: EncodedTask, order: Order, teacher: Teacher | None, at: Workspace) -> Trained:
     job = _job(task, order, at, teacher)
     name, steps = order.config.name, job.plan.steps
-    dropped = f", {order.pool.dropped} rows too long" if order.pool.dropped else ""
+    dropped = f", {counted(order.pool.dropped, 'row')} too long" if order.pool.dropped else ""
     contexts = ", ".join(item.name for item in order.pool.contexts)
-    at.say(f"student {name}: {steps} steps of {order.config.batch_size} rows under {contexts}{dropped}")
+    size = f"{counted(steps, 'step')} of {counted(order.config.batch_size, 'row')}"
     if (note := untracked(order.config)) is not None:
         at.say(note)
-    with at.progress.bar(name, steps, unit="step") as bar:
-
-        def report(step: int, loss: float) -> None:
-            bar.set_postfix(loss=f"{loss:.4f}")
-            bar.update(step - bar.n)
-
-        job.report = report
+    with at.progress.bar(name, steps, "step", f"student {name}: {size} under {contexts}{dropped}") as bar:
+        show = step_reporter(bar, held_out="held-out NLL")
+        job.report = lambda step, loss, held_out: show(step, None, held_out)  # the loss of a few rows is noise
         return train_student(job)
 
 
@@ -177,8 +178,21 @@ def _job(task: EncodedTask, order: Order, at: Workspace, teacher: Teacher | None
     folder: Path = at.directory / ".training" / name
     logs: Path = at.directory / "logs" / name
     job = Job(task.base, order.config, order.pool, order.seed, order.key, folder, logs, order.reference)
-    job.teacher, job.start = teacher, order.start
+    job.teacher, job.start, job.held_out = teacher, order.start, held_out_of(task, order.pool)
     return job
+
+
+def held_out_of(task: EncodedTask, pool: Pool) -> HeldOut:
+    """The first selection rows under the original, or where a student is not trained under it, under its first
+    context.
+    """
+    contexts = [item.context for item in pool.contexts]
+    context: Context = next((context for context in contexts if context.name == "original"), contexts[0])
+    if isinstance(context, TextContext):  # encoded for the training rows
+        original = context.name == "original"
+        context = task.original if original else task.text_context(context.name, context.template)
+    rows = task.rows_for(context, "selection")
+    return HeldOut(context, replace(rows, rows=rows.rows[:HELD_OUT_ROWS]))
 
 
 def student_key(
@@ -213,4 +227,5 @@ def record_of(task: EncodedTask, order: Order, trained: Trained) -> StudentFacts
         gold_tokens=trained.gold_tokens,
         stages=[PoolScoring.model_validate(stage) for stage in trained.stages],
         history=[TrainingPoint.model_validate(point) for point in trained.history],
+        held_out=[HeldOutPoint.model_validate(point) for point in trained.held_out],
     )

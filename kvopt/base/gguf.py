@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvopt.errors import InputError, missing_extra
 from kvopt.storage.files import replacing_directory, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def read_gguf(file: Path) -> tuple[PreTrainedModel, Any]:
@@ -19,6 +21,8 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, Any]:
     cannot read."""
     if find_spec("gguf") is None:
         raise missing_extra("gguf", "reading a .gguf file", str(file))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.float32, "output_loading_info": True}
     try:  # newer transformers may keep the weights packed unless told otherwise
         from transformers import GgufConfig
@@ -47,6 +51,8 @@ def save_gguf_as_folder(file: Path, folder: Path, source: dict[str, str]) -> Non
     loaded from GGUF refuses to be saved. ``source`` is kept as ``source.json``. ``folder`` appears complete or not at
     all.
     """
+    from transformers import AutoModelForCausalLM
+
     loaded, tokenizer = read_gguf(file)
     config = type(loaded.config)(**_portable(loaded.config))
     fresh = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from kvopt.base import builtin, hub
@@ -28,8 +28,12 @@ from kvopt.base.rope import Rope
 from kvopt.config.model import BUILTIN_BASE, ModelConfig
 from kvopt.documents.part import BaseIdentity
 from kvopt.errors import InputError
-from kvopt.kernels import Head
 from kvopt.storage.files import sha256_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kvopt.kernels import Head
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,6 +81,8 @@ class Base:
     @cached_property
     def head(self) -> Head:
         """The output head (shares the model's weight)."""
+        from kvopt.kernels import Head  # loads torch's compiler, which a tokenizer alone does not need
+
         head = self.model.get_output_embeddings()
         bias: Tensor | None = getattr(head, "bias", None)
         return Head(head.weight, bias=bias, scale=self.capability.scale, softcap=self.capability.softcap)
@@ -128,6 +134,9 @@ def load_tokenizer(config: ModelConfig, *, say: Callable[[str], None] | None = N
     :func:`load_base` does."""
     folder = locate(config.base, config.revision, say or _to_stderr)
     with quiet():
+        if config.base == BUILTIN_BASE:  # known to work, and the class of its config takes seconds to import
+            window = json.loads((folder / "config.json").read_text("utf-8"))["max_position_embeddings"]
+            return PreTrainedTokenizerFast.from_pretrained(str(folder)), int(window)
         settings = text_config(_load_config(folder, config))
         return _load_tokenizer(folder, config), int(settings.max_position_embeddings)
 
@@ -140,14 +149,16 @@ def locate(base: str, revision: str | None, say: Callable[[str], None]) -> Path:
     path, where = Path(base).expanduser(), f"model.base {base}"
     if base.lower().endswith(".gguf"):
         if not path.is_file():
-            raise InputError("no such GGUF file", where=where)
+            raise InputError(f"no such GGUF file: {path.resolve()}", where=where)
         return _converted(path, say)
     if path.is_dir():
         return _checked_folder(path, where)
     if path.exists():
         raise InputError("is a file; a base is a model folder, a hub id or a .gguf file", where=where)
     if base.startswith((".", "/", "~")) or not HUB_ID.fullmatch(base):
-        raise InputError("no such folder", where=where, fix=f"give a model folder, a hub id or {BUILTIN_BASE}")
+        raise InputError(
+            f"no such folder: {path.resolve()}", where=where, fix=f"give a model folder, a hub id or {BUILTIN_BASE}"
+        )
     return _checked_folder(hub.snapshot(base, revision), where)
 
 
@@ -259,6 +270,8 @@ def _load_tokenizer(folder: Path, config: ModelConfig) -> Any:
 
 
 def _load_model(folder: Path, config: ModelConfig, settings: Any, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM  # takes seconds, and a tokenizer alone does not need it
+
     method = (getattr(settings, "quantization_config", None) or {}) if not isinstance(settings, dict) else {}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from kvopt.base.rope import Pairing, Rope, find_rotary, shift_angles, turn
 from kvopt.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SUPPORTED_LAYERS = ("full_attention", "sliding_attention")
 PREFIX, LENGTH, SHIFT = 3, 5, 37

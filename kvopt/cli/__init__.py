@@ -28,8 +28,8 @@ app = typer.Typer(
     help="Find contexts that make a language model behave as a prompt template makes it behave: other wordings, soft"
     " prompts, KV caches. Compare them, export them, and train models (students) under them."
     "\n\nStart with kvopt demo, or with kvopt init for a template of your own.",
-    no_args_is_help=True,
-    add_completion=False,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 PANELS: dict[str, dict[str, Callable[..., Any]]] = {
@@ -74,7 +74,7 @@ for panel, commands in PANELS.items():
     for name, command in commands.items():
         app.command(name, help=_help(command), rich_help_panel=panel)(command)
 
-bench = typer.Typer(help="Measure speed and memory against other libraries.", no_args_is_help=True)
+bench = typer.Typer(help="Measure speed and memory against other libraries.", invoke_without_command=True)
 app.add_typer(bench, name="bench", rich_help_panel="Speed")
 BENCHMARKS: dict[str, Callable[..., Any]] = {
     "kl": benchmarks.bench_kl,
@@ -159,13 +159,23 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
+def _help_without_command(context: typer.Context) -> None:
+    """Help where no command is named, which is no error."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+bench.callback()(_help_without_command)
+
+
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    _help_without_command(context)
 
 
 __all__ = ["app", "main"]

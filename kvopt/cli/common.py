@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,6 +44,31 @@ def open_run(config: Path, sets: list[str] | None, out: Path | None) -> Run:
 def print_json(value: Any) -> None:
     unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
     print(json.dumps(value, indent=2, ensure_ascii=not unicode, allow_nan=False))
+
+
+def next_command(*words: object, sets: Sequence[str] | None = None, out: Path | None = None) -> None:
+    """Say what to type next, as the last line of a command; ``sets`` and ``out`` are options that it was given."""
+    options = [word for change in sets or () for word in ("--set", change)]
+    options += ["--out", str(out)] if out is not None else []
+    sys.stdout.flush()
+    say("next: " + shlex.join(["kvopt", *map(str, words), *options]))
+
+
+def next_export(folder: Path, name: str, kind: str) -> None:
+    """Say how to take a context of a run along."""
+    next_command("export", f"{folder}#{name}", "--to", "text" if kind == "text" else "peft")
+
+
+def next_of_board(board: LeaderboardDocument, folder: Path) -> None:
+    """Say how to take the recommended context of a run along, or where there is none, how to look at the run."""
+    from kvopt.report.board_table import recommended
+
+    name = recommended(board)
+    row = next((row for row in board.contexts if row.name == name), None)
+    if row is None:
+        next_command("compare", folder)
+    else:
+        next_export(folder, row.name, row.kind)
 
 
 def show_board(board: LeaderboardDocument, folder: Path, as_json: bool, students: Sequence[StudentRecord] = ()) -> None:

@@ -7,9 +7,22 @@ from typing import Annotated
 
 import typer
 
-from kvopt.cli.common import ConfigPath, Json, Out, Sets, open_run, print_json, show_board
+from kvopt.cli.common import (
+    ConfigPath,
+    Json,
+    Out,
+    Sets,
+    next_command,
+    next_export,
+    next_of_board,
+    open_run,
+    print_json,
+    show_board,
+)
+from kvopt.cli.growing_board import growing_board
 from kvopt.cli.report import leave_page
 from kvopt.cli.students import prepared, show_students
+from kvopt.errors import counted
 
 
 def run_all(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json = False) -> None:
@@ -20,12 +33,17 @@ def run_all(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Jso
     run = open_run(config, sets, out)
     train_students = prepared(run)
     with run.opened():
-        board = run.run()
+        with growing_board(run.directory.path) as show:
+            board = run.run(show)
         records = train_students()
     show_board(board, run.directory.path, as_json, records)
     if not as_json:
         show_students(records, run.directory.path, False)
     leave_page(run.directory.path)
+    if records and not as_json:
+        next_command("evaluate", config, sets=sets, out=out)
+    elif not as_json:
+        next_of_board(board, run.directory.path)
 
 
 def mutate(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json = False) -> None:
@@ -45,6 +63,7 @@ def mutate(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json
     for reason, count in counts.items():
         print(f"{count:6d}  {reason}")
     print(run.directory / "mutations.jsonl")
+    next_command("run", config, sets=sets, out=out)
 
 
 def score(
@@ -69,20 +88,28 @@ def score(
     leaderboard and page.
     """
     run = open_run(config, sets, out)
+    from kvopt.report.board_table import recommended
     from kvopt.run.leaderboard import build_leaderboard
 
+    specs = context or ["original", "none"]
     with run.opened():
-        contexts = [c for spec in context or ["original", "none"] for c in run.stored_contexts(spec)]
+        of_specs = [run.stored_contexts(spec) for spec in specs]
+        contexts = [context for of_spec in of_specs for context in of_spec]
         measures = run.measures()
-        entries = [measures.entry(c) for c in contexts]
+        entries = [measures.entry(context) for context in run.at.progress.over("scoring", contexts)]
         board = build_leaderboard(run.task(), entries, [], measures.noise_floor)
         landed = run.put_on_board(contexts)
     if as_json:
         print_json({**board.to_json(), "contexts": [entry.row().to_json() for entry in entries]})
-    else:
-        show_board(board, run.directory.path, False)
+        return
+    show_board(board, run.directory.path, False)
     if landed is not None:
         leave_page(run.directory.path)
+    own = {c.name for spec, of_spec in zip(specs, of_specs, strict=True) for c in of_spec if spec == c.name}
+    if recommended(board) in own:
+        next_of_board(board, run.directory.path)
+    else:
+        next_command("run", config, sets=sets, out=out)
 
 
 def optimize(
@@ -117,8 +144,13 @@ def optimize(
         folder = run.directory / "contexts" / row["name"]
         kl = row["kl_forward"]["mean"]
         curve = ", ".join(f"{point['step']}: {point['held_out_kl']:.4f}" for point in row["history"])
-        print(f"{row['name']}: {row['tokens']} {row['kind']} slots, forward KL {kl:.4f}, {folder}")
+        print(f"{row['name']}: {counted(row['tokens'], row['kind'] + ' slot')}, forward KL {kl:.4f}, {folder}")
         print(f"  held-out KL by step: {curve}")
+    if rows:
+        best = min(rows, key=lambda row: float(row["kl_forward"]["mean"]))
+        next_export(run.directory.path, best["name"], best["kind"])
+    else:
+        next_command("config")
 
 
 def inspect(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvopt.cli.common import ConfigPath, Json, Out, Sets, open_run, print_json
+from kvopt.cli.common import ConfigPath, Json, Out, Sets, next_command, open_run, print_json
 from kvopt.cli.report import leave_page, renew_page
 
 if TYPE_CHECKING:
@@ -50,6 +50,14 @@ def evaluate(
         return
     show(tables(documents))
     print(f"run directory: {run.directory.path}")
+    if run.config.study is not None:
+        next_command("study", config, sets=sets, out=out)
+    elif run.config.students and all(document.student is None for document in documents):
+        next_command("train", config, sets=sets, out=out)
+    elif (run.directory / "leaderboard.json").is_file():
+        next_command("compare", run.directory.path)
+    else:
+        next_command("run", config, sets=sets, out=out)
 
 
 def study(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json = False) -> None:
@@ -79,6 +87,7 @@ def study(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json 
         return
     show(tables(document))
     print(run.directory / "study.json")
+    next_command("compare", run.directory.path)
 
 
 def show(views: list[Any]) -> None:

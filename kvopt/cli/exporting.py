@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvopt.cli.common import Json, Sets, print_json, say
+from kvopt.cli.common import Json, Sets, next_command, print_json, say
 from kvopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ def export(
     print(f"{result['folder']}: README.md says how to use it")
     if "pushed_to" in result:
         print(result["pushed_to"])
+    next_command("inspect", result["folder"])
 
 
 def move(
@@ -216,3 +217,4 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
             f"  {row['name']:24s} {row['tokens']:5d} slots  forward KL {row['kl_forward']['mean']:.4f} ({row['split']})"
         )
     print(result["folder"])
+    next_command("inspect", result["folder"])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvopt.cli.common import Json, Sets, print_json, say
+from kvopt.cli.common import Json, Sets, next_command, print_json, say
 from kvopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -85,7 +85,9 @@ def _base_of(students: list[Path], base: str | None) -> Base:
     for folder in students:
         record = read_student_record(folder)
         if record is None and not folder.is_dir():
-            raise InputError("no such folder", where=str(folder), fix="give a folder from students/")
+            raise InputError(
+                f"no such folder in {folder.parent.resolve()}", where=str(folder), fix="give a folder from students/"
+            )
         name = name or (record.base.name if record and record.base else None)
     if name is None:
         raise InputError("does not say what its base is", where=str(students[0]), fix="give --base")
@@ -126,3 +128,4 @@ def _tell(merge: StudentMerge, out: Path, as_json: bool) -> None:
     rank = "" if merge.rank is None else f", rank {merge.rank}{lost}"
     value = "" if merge.value is None else f", gold NLL {merge.value:.4f}"
     print(f"{out}: {merge.by} of {names}{rank}{value}")
+    next_command("inspect", out)

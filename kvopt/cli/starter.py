@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib import resources
 from pathlib import Path
@@ -11,8 +12,14 @@ import yaml
 from kvopt.errors import InputError
 from kvopt.storage.files import write_bytes, write_jsonl, write_text
 from kvopt.task.rendered_prompts import infer_file
+from kvopt.task.template import Static, Template, parse
 
 CONFIG = "kvopt.yaml"
+CHARACTERS = 8
+"""Characters of text that hold a token for sure: a context must not have more slots than its template has tokens."""
+
+MESSAGES = r"^  messages:\n(?:(?: .*)?\n)+?(?=# )"
+"""The messages of the starter config, up to the next comment."""
 
 
 def write_starter(folder: Path, force: bool = False) -> list[Path]:
@@ -35,18 +42,60 @@ def write_inferred(prompts: Path, folder: Path, force: bool = False) -> list[Pat
     """
     inferred = infer_file(prompts)
     _check_free(folder, (CONFIG, "train.jsonl"), force)
-    config = {
-        "name": re.sub(r"[^A-Za-z0-9._-]+", "-", prompts.stem).strip("-._") or "run",
-        "template": inferred.template.to_json(),
-        "data": {"train": "train.jsonl", "output": "output"},
-    }
-    write_jsonl(folder / "train.jsonl", inferred.rows())
+    rows = inferred.rows()
     notes = [f"the template is {inferred.coverage:.0%} of the prompts' text; slots are the rest", *inferred.notes]
     if inferred.outputs is None:
         notes.append('train.jsonl has no outputs yet: add an "output" to every row')
-    note = "".join(f"# {line}\n" for line in notes)
-    write_text(folder / CONFIG, note + yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    text = (resources.files("kvopt") / "configs" / "template.yaml").read_text("utf-8")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", prompts.stem).strip("-._") or "run"
+    header = "".join(f"# {line}\n" for line in notes)
+    write_jsonl(folder / "train.jsonl", rows)
+    write_text(folder / CONFIG, header + _adapted(text, name, inferred.template, len(rows)))
     return [folder / CONFIG, folder / "train.jsonl"]
+
+
+def _adapted(text: str, name: str, template: Template, rows: int) -> str:
+    """The starter config with its comments, for another template and so many rows."""
+    told = yaml.dump(template.to_json(), Dumper=_Readable, sort_keys=False, allow_unicode=True, width=10**6)
+    leading = _leading_characters(template)
+    slots = max(2, min(32, leading // CHARACTERS))
+    without = "without this file, some of train are set aside"
+    changes = {
+        r"^name: \S+": f"name: {json.dumps(name)}",
+        MESSAGES: "".join(f"  {line}\n" if line else "\n" for line in told.splitlines()) + "\n",
+        r"^  validation: \S+ +#.*": f"  validation: null                 # {without}",
+        r"^    selection: \S+": f"    selection: {max(1, min(32, rows // 5))}",
+        r"^    tokens: 32": f"    tokens: {slots:<2}",
+        r"kv-32": f"kv-{slots}",
+    }
+    if not leading:
+        changes[r"^    init: template   "] = "    init: random-text"
+    for pattern, value in changes.items():
+        text, count = re.subn(pattern, lambda _, value=value: value, text, flags=re.MULTILINE)  # type: ignore[misc]
+        assert count, f"the starter config has nothing like {pattern}"
+    return text
+
+
+def _leading_characters(template: Template) -> int:
+    """Characters of static text before the first slot."""
+    count = 0
+    for field in template.fields:
+        for part in parse(field):
+            if not isinstance(part, Static):
+                return count
+            count += len(part.text)
+    return count
+
+
+class _Readable(yaml.SafeDumper):
+    """Writes texts of several lines as such."""
+
+
+def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Readable.add_representer(str, _text_node)
 
 
 def _check_free(folder: Path, names: object, force: bool) -> None:

@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from kvopt.cli.common import ConfigPath, Json, Out, Sets, open_run, print_json, say, show_board
+from kvopt.cli.common import (
+    ConfigPath,
+    Json,
+    Out,
+    Sets,
+    next_command,
+    next_of_board,
+    open_run,
+    print_json,
+    say,
+    show_board,
+)
+from kvopt.cli.growing_board import growing_board
 from kvopt.cli.report import leave_page
 from kvopt.errors import InputError
 
@@ -32,10 +44,12 @@ def demo(
     source = resources.files("kvopt") / "configs" / ("demo-full.yaml" if full else "demo.yaml")
     with resources.as_file(source) as path:
         run = open_run(path, sets, out)
-        with run.opened():
-            board = run.run()
+        with run.opened(), growing_board(run.directory.path) as show:
+            board = run.run(show)
     show_board(board, run.directory.path, as_json)
     leave_page(run.directory.path)
+    if not as_json:
+        next_of_board(board, run.directory.path)
 
 
 def init(
@@ -55,7 +69,7 @@ def init(
     written = write_inferred(infer, folder, force) if infer else write_starter(folder, force)
     for path in written:
         say(f"wrote {path}")
-    say(f"next: kvopt validate {folder / 'kvopt.yaml'}")
+    next_command("validate", folder / "kvopt.yaml")
 
 
 def validate(config: ConfigPath, sets: Sets = None, as_json: Json = False) -> None:
@@ -64,7 +78,7 @@ def validate(config: ConfigPath, sets: Sets = None, as_json: Json = False) -> No
 
     settings, base_dir = load_config(config, sets or ())
     from kvopt.run.inputs import read_inputs
-    from kvopt.run.validate import check
+    from kvopt.run.validate import check, report_text
     from kvopt.train.early_checks import check_evaluation, check_students
 
     inputs = read_inputs(settings, base_dir)
@@ -76,9 +90,8 @@ def validate(config: ConfigPath, sets: Sets = None, as_json: Json = False) -> No
         return
     for warning in report["warnings"]:
         say(f"warning: {warning}")
-    for key, value in report.items():
-        if key != "warnings":
-            print(f"{key}: {value}")
+    print(report_text(report))
+    next_command("run", config, sets=sets)
 
 
 def show_config(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvopt.cli.common import ConfigPath, Json, Out, Sets, open_run, print_json
+from kvopt.cli.common import ConfigPath, Json, Out, Sets, next_command, open_run, print_json
+from kvopt.errors import counted
 
 if TYPE_CHECKING:
     from kvopt.documents.student_record import StudentRecord
@@ -36,6 +37,8 @@ def train(
     records = train_students(run, only or ())
     if records is not None:
         show_students(records, run.directory.path, as_json)
+        if not as_json:
+            next_command("evaluate", config, sets=sets, out=out)
 
 
 def export_data(
@@ -73,7 +76,7 @@ def export_data(
         print_json({"file": str(file), "rows": len(rows), "contexts": dict(counts)})
     else:
         parts = ", ".join(f"{name} {count}" for name, count in counts.items())
-        print(f"{file}: {len(rows)} rows ({parts})")
+        print(f"{file}: {counted(len(rows), 'row')} ({parts})")
 
 
 def prepared(run: Run) -> Callable[[], list[StudentRecord]]:
@@ -95,6 +98,7 @@ def show_students(records: list[StudentRecord], folder: Path, as_json: bool) -> 
         return
     for record in records:
         place = folder / "students" / str(record.name)
-        losses = [point.loss for point in record.history if point.loss is not None]
-        curve = f"loss {losses[0]:.4f} to {losses[-1]:.4f}" if losses else "no step"
-        print(f"{record.name}: {record.steps} steps, {record.tokens} tokens, {curve}, {place}")
+        size = f"{counted(record.steps or 0, 'step')}, {counted(record.tokens or 0, 'token')}"
+        measured = [point.gold_nll for point in record.held_out]
+        curve = f", held-out NLL {measured[0]:.4f} to {measured[-1]:.4f}" if measured else ""
+        print(f"{record.name}: {size}{curve}, {place}")

@@ -11,6 +11,14 @@ from rich.table import Table
 WIDTH_OF_FILES = 120
 """Columns of a table that goes to a file or a pipe."""
 
+DUST = 1e-9
+"""An interval narrower than this is rounding of the arithmetic, not uncertainty about a value."""
+
+
+def has_width(interval: tuple[float, float]) -> bool:
+    """Whether an interval (low, high) says anything: False for one that rounding alone makes."""
+    return interval[1] - interval[0] > DUST
+
 
 def console() -> Console:
     """Standard output for tables: as wide as the terminal, or :data:`WIDTH_OF_FILES` where there is none."""

@@ -19,7 +19,7 @@ from kvopt.base.prefix import Prefix, prefill
 from kvopt.contexts.compaction import fewer_slots
 from kvopt.contexts.context import KVContext, SoftContext
 from kvopt.contexts.folder import TensorContext, rotated
-from kvopt.errors import InputError
+from kvopt.errors import InputError, counted
 from kvopt.task.seam import Row
 
 Way = Literal["refitted", "attention", "first", "last"]
@@ -114,7 +114,9 @@ def shortened(
     name = name or f"{context.name}-{tokens}"
     if not 1 <= tokens < context.tokens:
         raise InputError(
-            f"{tokens} of {context.tokens} slots wanted", where=context.name, fix=f"give 1 to {context.tokens - 1}"
+            f"{tokens} of {counted(context.tokens, 'slot')} wanted",
+            where=context.name,
+            fix=f"give 1 to {context.tokens - 1}",
         )
     if way in WITH_ROWS:
         prefix = Prefix.unstack(context.states.to(base.device), torch.float32)

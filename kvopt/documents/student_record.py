@@ -29,6 +29,13 @@ class TrainingPoint(DocumentPart):
     learning_rate: float | None = Field(None, description="of this step")
 
 
+class HeldOutPoint(DocumentPart):
+    """One measurement on rows that a student is not trained on, under the original or its first context."""
+
+    step: int = Field(description="optimizer steps done")
+    gold_nll: float = Field(description="nats per gold token")
+
+
 class PoolScoring(DocumentPart):
     """One scoring of the pool of contexts under the student as it was (schedule state-adaptive)."""
 
@@ -83,6 +90,7 @@ class StudentFacts(DocumentPart):
     gold_tokens: int | None = Field(None, description="tokens that the loss was computed on")
     stages: list[PoolScoring] = Field([], description="every scoring of the pool (schedule state-adaptive)")
     history: list[TrainingPoint] = Field([], description="the learning curve")
+    held_out: list[HeldOutPoint] = Field([], description="gold NLL on selection rows now and then")
     made: StudentMerge | None = Field(None, description="of a student that was merged, not trained")
 
 

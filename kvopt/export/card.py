@@ -6,7 +6,9 @@ from typing import Any
 
 from kvopt.base.builtin import HUB_ID
 from kvopt.config.model import BUILTIN_BASE
+from kvopt.console.tables import has_width
 from kvopt.documents.part import BaseIdentity
+from kvopt.errors import counted
 from kvopt.export.export_format import Written
 from kvopt.export.source import Source
 from kvopt.version import VERSION
@@ -49,11 +51,13 @@ def _what_it_is(source: Source) -> str:
     if record is not None:
         rows += [(what, f"`{value[:16]}…`") for what, key in _DATA if (value := getattr(record, key))]
         if record.settings:
-            rows.append(("learned", f"{record.best_step} steps from `init: {record.settings.get('init')}`"))
+            rows.append(
+                ("learned", f"{counted(record.best_step or 0, 'step')} from `init: {record.settings.get('init')}`")
+            )
         if record.origin:
             rows.append(("made by", f"`{record.origin.operation}`"))
     if source.template_tokens:
-        rows.append(("stands for", f"{source.template_tokens} tokens of the original template"))
+        rows.append(("stands for", f"{counted(source.template_tokens, 'token')} of the original template"))
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows if value is not None)
 
 
@@ -66,7 +70,7 @@ def _metrics(source: Source) -> str:
         what = "text:template.json" if source.kind == "text" else "FOLDER"
         return f"Not measured. `kvopt score CONFIG --context {what}` measures it on a template and its data."
     kl = metrics.kl_forward
-    interval = f" (95 % interval {kl.ci95[0]:.4f} to {kl.ci95[1]:.4f})" if kl.ci95 else ""
+    interval = f" (95 % interval {kl.ci95[0]:.4f} to {kl.ci95[1]:.4f})" if kl.ci95 and has_width(kl.ci95) else ""
     lines = [f"On the {metrics.split} rows: forward KL {kl.mean:.4f} nats per gold token{interval}."]
     if metrics.gold_nll is not None:
         lines.append(f"Gold NLL {metrics.gold_nll:.4f}, top-1 agreement {metrics.top1_agreement:.1%}")

@@ -18,7 +18,7 @@ from kvopt.contexts.context import KVContext
 from kvopt.contexts.folder import TensorContext, load_context, save_context
 from kvopt.contexts.moving import WAYS, WITH_ROWS, Way, joined, moved, shortened
 from kvopt.documents.context_record import FILE_NAME, ContextFacts, ContextOrigin, OriginSource, RecordedScores
-from kvopt.errors import InputError
+from kvopt.errors import InputError, counted
 from kvopt.export.source import Source, open_source
 from kvopt.run.run import Run
 from kvopt.run.stages import MATCHING_ROWS
@@ -132,7 +132,7 @@ def truncate(
         "tokens": tokens,
         "by": way,
         "measured": measured,
-        "summary": f"{name}: {tokens} of {whole.tokens} slots, by {way}" + _unmeasured(run),
+        "summary": f"{name}: {tokens} of {counted(whole.tokens, 'slot')}, by {way}" + _unmeasured(run),
     }
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kvopt.console.tables import has_width
 from kvopt.contexts.adapter import STUDENT, check_finite, kind_of, read_tensor
 from kvopt.documents.export_record import ExportRecord
 from kvopt.documents.student_record import StudentRecord
 from kvopt.documents.validated import validated_record
-from kvopt.errors import InputError
+from kvopt.errors import InputError, counted
 from kvopt.export.source import open_source
 from kvopt.storage.files import read_json
 
@@ -103,12 +104,12 @@ def describe_text(facts: dict[str, Any]) -> str:
 
 def _context_lines(facts: dict[str, Any]) -> list[str]:
     lines = [
-        f"{facts['name']}: a {facts['kind']} context of {facts['tokens']} slots"
-        f" ({facts['bytes'] / 2**20:.1f} MiB, PEFT {facts['peft_type']})",
+        f"{facts['name']}: a {facts['kind']} context of {counted(facts['tokens'], 'slot')}"
+        f" ({size_of(facts['bytes'])}, PEFT {facts['peft_type']})",
         f"base: {facts['base']['name']}; written by {facts['written_by']}",
     ]
     if facts["template_tokens"]:
-        lines.append(f"stands for {facts['template_tokens']} tokens of its template")
+        lines.append(f"stands for {counted(facts['template_tokens'], 'token')} of its template")
     if facts["origin"]:
         sources = ", ".join(part["name"] for part in facts["origin"].get("of", []))
         lines.append(f"made by {facts['origin'].get('operation')} of {sources}")
@@ -135,12 +136,19 @@ def _context_lines(facts: dict[str, Any]) -> list[str]:
     ]
 
 
+def size_of(count: int) -> str:
+    """``900 B``, ``12.5 KiB`` or ``3.0 MiB``."""
+    if count < 1024:
+        return f"{count} B"
+    return f"{count / 2**10:.1f} KiB" if count < 2**20 else f"{count / 2**20:.1f} MiB"
+
+
 def _formats(kind: str) -> str:
     return "hf-cache (plain transformers) or vllm" if kind == "kv" else "prompt-embeds (vLLM) or hf-cache"
 
 
 def _export_lines(facts: dict[str, Any]) -> list[str]:
-    slots = f", {facts['tokens']} slots" if facts.get("tokens") and facts["kind"] != "text" else ""
+    slots = f", {counted(facts['tokens'], 'slot')}" if facts.get("tokens") and facts["kind"] != "text" else ""
     return [
         f"{facts['name']}: an export for {facts['to']} of a {facts['kind']} context{slots}",
         facts["summary"],
@@ -156,11 +164,17 @@ def _student_lines(facts: dict[str, Any]) -> list[str]:
     names = [str(c.get("name")) if isinstance(c, dict) else str(c) for c in contexts]
     lines = [
         f"{facts['name']}: a student trained by {facts['method']}"
-        + (f" ({facts['steps']} steps, {facts['epochs']:.3g} epochs)" if facts["steps"] and facts["epochs"] else ""),
+        + (
+            f" ({counted(facts['steps'], 'step')}, {facts['epochs']:.3g} epochs)"
+            if facts["steps"] and facts["epochs"]
+            else ""
+        ),
         f"base: {(facts['base'] or {}).get('name')}; written by kvopt {facts['kvopt_version']}",
     ]
     if names:
-        lines.append(f"trained on {len(names)} contexts: {', '.join(names[:8])}" + (", …" if len(names) > 8 else ""))
+        lines.append(
+            f"trained on {counted(len(names), 'context')}: {', '.join(names[:8])}" + (", …" if len(names) > 8 else "")
+        )
     if facts["last"]:
         shown = {k: v for k, v in facts["last"].items() if isinstance(v, int | float) and not isinstance(v, bool)}
         lines.append("last measurement: " + ", ".join(f"{key} {value:.4g}" for key, value in shown.items()))
@@ -178,7 +192,7 @@ def _metric_lines(metrics: dict[str, Any] | None) -> list[str]:
     if not metrics or "gold_nll" not in metrics:
         return []
     kl = metrics["kl_forward"]
-    interval = f" ({kl['ci95'][0]:.4f} to {kl['ci95'][1]:.4f})" if kl.get("ci95") else ""
+    interval = f" ({kl['ci95'][0]:.4f} to {kl['ci95'][1]:.4f})" if kl.get("ci95") and has_width(kl["ci95"]) else ""
     return [
         f"{metrics['split']} rows: forward KL {kl['mean']:.4f}{interval} nats per gold token, gold NLL"
         f" {metrics['gold_nll']:.4f}, top-1 agreement {metrics['top1_agreement']:.1%}"

@@ -172,7 +172,8 @@ def optimize(
         choose: a value of a state, given its prefix and its scores on ``held_out``; the state with the lowest is kept,
             of equal ones that with the lowest KL. Default: the KL itself.
         checkpoint: file to go on from and to write now and then; with ``key`` it is only taken up by the same job.
-        report: called after each step with (step, train KL, held-out KL where it was just measured).
+        report: called with (step, train KL, held-out KL where it was just measured): at once with the step that this
+            call begins at, and after each step.
 
     Raises:
         KvoptError: the loss or the gradient is not finite; the last checkpoint is kept.
@@ -185,8 +186,8 @@ def optimize(
     job = _Job(base, config, head, train, held_out, reference, moments, seed, choose)
     if not state.history:
         _measure(job, state)
-        if report:
-            report(0, None, state.best_kl)
+    if report:
+        report(state.step, None, state.history[-1]["held_out_kl"])
     saved = time.monotonic()
     while state.step < config.steps and state.trainable.numel():
         if config.patience is not None and state.since_best >= config.patience:

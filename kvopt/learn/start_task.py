@@ -13,7 +13,7 @@ from kvopt.base.loading import Base
 from kvopt.base.prefix import Prefix, prefill
 from kvopt.config.contexts import Start
 from kvopt.contexts.context import KVContext, SoftContext
-from kvopt.errors import InputError
+from kvopt.errors import InputError, counted
 from kvopt.task.seam import Row
 
 
@@ -48,7 +48,7 @@ class StartTask:
         """``ids`` on the device. Raises InputError when they are fewer than the slots wanted."""
         if len(self.ids) < self.tokens:
             raise InputError(
-                f"{self.tokens} slots wanted, the text to start from has {len(self.ids)} tokens",
+                f"{counted(self.tokens, 'slot')} wanted, the text to start from has {counted(len(self.ids), 'token')}",
                 where=f"contexts.{self.name}.tokens",
                 fix="lower tokens, start from a longer text, or use init: random-text",
             )

@@ -35,8 +35,14 @@ class StoredMoments:
         self._places = {example_id: place for place, example_id in enumerate(self._ids)}
         self._files: dict[int, list[Moments]] = {}
 
-    def build(self, head: Head, progress: Callable[[int], None] | None = None) -> int:
-        """Computes the files that are missing, and returns how many; files of an earlier, longer build go.
+    def build(
+        self,
+        head: Head,
+        progress: Callable[[int], None] | None = None,
+        stored: Callable[[int], None] | None = None,
+    ) -> int:
+        """Computes the files that are missing, and returns how many; files of an earlier, longer build go. ``progress``
+        is called with the number of rows finished, ``stored`` with that of rows that were there already.
 
         Raises InputError for a head whose logits have no moments.
         """
@@ -45,13 +51,14 @@ class StoredMoments:
         drop_moments(self.reference.folder, len(groups))
         for number, ids in enumerate(groups):
             path = self._path(number)
-            if stored_key(path) != self.key:
+            there = stored_key(path) == self.key
+            if not there:
                 computed += 1
                 moments = moments_of(self.reference.hidden(ids).to(head.weight.device), head)
                 tensors = {"mean_weight": moments.mean_weight, "mean_bias": moments.mean_bias}
                 write_tensors(path, {**tensors, "entropy": moments.entropy}, self.key)
-            if progress:
-                progress(len(ids))
+            if report := stored if there else progress:
+                report(len(ids))
         return computed
 
     def of(self, example_ids: Sequence[str], device: torch.device | str) -> Moments:

@@ -127,6 +127,7 @@ def build_reference(
     batch_size: int = 16,
     wanted: Collection[str] | None = None,
     progress: Progress | None = None,
+    stored: Progress | None = None,
 ) -> Reference:
     """Compute what is missing of the reference in ``folder`` and open it.
 
@@ -138,13 +139,15 @@ def build_reference(
         batch_size: rows a batch.
         wanted: ids of the examples that are needed now; default: all.
         progress: called with the number of rows finished.
+        stored: called with the number of wanted rows that were there already.
     """
     key = reference_key(base, encoded, batch_size)
     shards = _kept_shards(folder, key)
-    stored = {example_id for shard in shards for example_id, _ in shard}
-    missing = [
-        row for row in encoded.rows if row.example_id not in stored and (wanted is None or row.example_id in wanted)
-    ]
+    kept = {example_id for shard in shards for example_id, _ in shard}
+    rows = [row for row in encoded.rows if wanted is None or row.example_id in wanted]
+    missing = [row for row in rows if row.example_id not in kept]
+    if stored and len(missing) < len(rows):
+        stored(len(rows) - len(missing))
     for first in range(0, len(missing), ROWS_PER_SHARD):
         part = missing[first : first + ROWS_PER_SHARD]
         hidden = _hidden_of(base, prefix, part, batch_size, progress)

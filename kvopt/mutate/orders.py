@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from kvopt.config.names import Order
-from kvopt.errors import InputError
+from kvopt.errors import InputError, counted
 from kvopt.task.template import Template
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ def first_mutations(
     else:
         names = list(ranked())
     if len(names) < count:
-        what = f"{count} mutations are wanted, but there are only {len(names)}"
+        what = f"{counted(count, 'mutation')} wanted, but there {'is' if len(names) == 1 else 'are'} only {len(names)}"
         raise InputError(what, where=where, fix="raise mutations.count and run again")
     return names[:count]
 

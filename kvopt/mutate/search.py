@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 
 from kvopt.config.mutations import FAMILIES, MutationsConfig
+from kvopt.errors import counted
 from kvopt.mutate.generators.rules import compose
 from kvopt.mutate.mutation import Journal, Mutation, counts_by_reason
 from kvopt.mutate.operator import RULE_FAMILIES, Operator, operators
@@ -257,7 +258,9 @@ def summary(mutations: Sequence[Mutation], config: MutationsConfig) -> str:
     counts = counts_by_reason(mutations)
     done = counts.pop("accepted")
     reasons = ", ".join(f"{reason} {count}" for reason, count in counts.items())
-    line = f"{done} mutations accepted, {len(mutations) - done} rejected" + (f" ({reasons})" if reasons else "")
+    line = f"{counted(done, 'mutation')} accepted, {len(mutations) - done} rejected" + (
+        f" ({reasons})" if reasons else ""
+    )
     if done >= config.count:
         return line
     used_up = len(mutations) >= config.attempts

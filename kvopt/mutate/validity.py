@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from kvopt.errors import InputError
+from kvopt.errors import InputError, counted
 from kvopt.mutate.spans import find_spans, numbering
 from kvopt.task.template import SLOT, Slot, Template, parse
 
@@ -215,7 +215,7 @@ class Checker:
         if name := self.seen_tokens.get(ids):
             return Rejection("duplicate-tokens", f"same token ids as {name}")
         if self.window is not None and len(ids) > self.window:
-            return Rejection("over-window", f"{len(ids)} tokens, the window has {self.window}")
+            return Rejection("over-window", f"{counted(len(ids), 'token')}, the window has {self.window}")
         return None
 
 

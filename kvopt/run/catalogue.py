@@ -15,6 +15,7 @@ from kvopt.errors import InputError
 from kvopt.mutate.mutation import Mutation, read_mutations
 from kvopt.mutate.orders import first_mutations
 from kvopt.run.encoded_task import EncodedTask
+from kvopt.storage.files import missing_file
 from kvopt.task.template import Template
 from kvopt.task.template_files import template_from_file
 
@@ -97,7 +98,7 @@ class Catalogue:
 
     def _of_journal(self, path: Path) -> list[TextContext]:
         if not path.is_file():
-            raise InputError("no such file", where=str(path), fix="give a mutations.jsonl")
+            raise missing_file(path, fix="give a mutations.jsonl")
         contexts = [self.task.mutation_context(m) for m in read_mutations(path) if m.accepted]
         if not contexts:
             raise InputError("holds no accepted mutation", where=str(path))

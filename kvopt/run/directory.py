@@ -38,6 +38,8 @@ class RunDirectory:
 
     path: Path
     manifest: RunManifest = field(default_factory=RunManifest)
+    stages_worked: int = field(default=0, init=False)
+    """Stages that this process did itself, rather than find them done."""
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -146,6 +148,7 @@ class RunDirectory:
             entry.seconds = round(time.perf_counter() - start, 3)
             entry.peak_memory_bytes = peak_resident()
             if not entry.is_left_out:
+                self.stages_worked += 1
                 self._append_to_ledger((canonical_json(entry.to_json()) + "\n").encode("utf-8"))
 
     def _append_to_ledger(self, line: bytes) -> None:

@@ -11,7 +11,7 @@ from kvopt.base.loading import Base
 from kvopt.config.document import Config
 from kvopt.contexts.context import Context, NoContext, TextContext
 from kvopt.documents.leaderboard_file import MutationLineage
-from kvopt.errors import InputError
+from kvopt.errors import InputError, counted
 from kvopt.mutate.mutation import Mutation
 from kvopt.run.inputs import Inputs
 from kvopt.task.examples import Dataset
@@ -100,7 +100,8 @@ class EncodedTask:
         window, longest = self.base.geometry.window, self.longest
         if tokens + longest > window:
             raise InputError(
-                f"{tokens} slots and the longest row ({longest} tokens) do not fit the window of {window} tokens",
+                f"{counted(tokens, 'slot')} and the longest row ({counted(longest, 'token')}) do not fit the window of"
+                f" {window} tokens",
                 where=f"contexts.{name}.tokens",
                 fix=f"at most {window - longest} fit",
             )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from itertools import count
 
 from kvopt.base.completion import local_completion
 from kvopt.base.prefix import Prefix
@@ -56,12 +57,11 @@ def make_reference(task: EncodedTask, at: Workspace, wanted: Collection[str] | N
     with suppress(InputError):  # not there or not whole: what is missing is computed now
         reference = read_reference(task, at)
         stored = set(reference.index)
-    rows = [row for row in task.encoded.rows if row.example_id not in stored]
-    if wanted is not None:
-        rows = [row for row in rows if row.example_id in wanted]
+    asked = [row for row in task.encoded.rows if wanted is None or row.example_id in wanted]
+    rows = [row for row in asked if row.example_id not in stored]
     if not rows:
         return reference
-    with at.directory.ledger("reference") as entry, at.progress.bar("reference", len(rows)) as bar:
+    with at.directory.ledger("reference") as entry, at.progress.bar("reference", len(asked)) as bar:
         entry.rows = len(rows)
         reference = build_reference(
             task.base,
@@ -71,6 +71,7 @@ def make_reference(task: EncodedTask, at: Workspace, wanted: Collection[str] | N
             batch_size=batch_size,
             wanted=wanted,
             progress=advance(bar),
+            stored=bar.take_over,
         )
         entry.tokens_in = len(task.encoded.prefix) + sum(map(len, rows))
         entry.gold_tokens = sum(len(row.gold) for row in rows)
@@ -88,7 +89,7 @@ def make_moments(task: EncodedTask, reference: Reference, at: Workspace) -> Stor
         at.progress.bar("moments", len(rows)) as bar,
     ):
         entry.rows = len(rows)
-        if not moments.build(task.base.head, advance(bar)):
+        if not moments.build(task.base.head, advance(bar), bar.take_over):
             entry.leave_out()
     return moments
 
@@ -116,6 +117,11 @@ def make_mutations(task: EncodedTask, at: Workspace) -> list[Mutation]:
         section.generator, task.template, complete=local_completion(base, usage), folder=task.inputs.base_dir
     )
     with at.directory.ledger("mutations") as entry, at.progress.bar("mutations", section.count, "mutation") as bar:
+        seen = count()
+
+        def progress(mutation: Mutation) -> None:
+            (bar.take_over if next(seen) < before else bar.update)(int(mutation.accepted))
+
         tried = mutate(
             task.template,
             section,
@@ -125,7 +131,7 @@ def make_mutations(task: EncodedTask, at: Workspace) -> list[Mutation]:
             window=base.geometry.window,
             generator=generator,
             journal=journal,
-            progress=lambda mutation: advance(bar)(int(mutation.accepted)),
+            progress=progress,
         )
         entry.accepted, entry.tried = sum(m.accepted for m in tried), len(tried)
         entry.model_calls, entry.tokens_in, entry.tokens_out = (

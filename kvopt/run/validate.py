@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kvopt.base.loading import load_tokenizer
+from kvopt.base.loading import choose_device, load_tokenizer
 from kvopt.config.contexts import ContextConfig
-from kvopt.errors import InputError
+from kvopt.errors import InputError, counted
 from kvopt.run.inputs import Inputs
 from kvopt.task.seam import Encoded, Encoder
 from kvopt.task.template_files import template_from_file
+
+LONGEST_QUOTE = 160  # characters of a text that is shown
 
 
 def check(inputs: Inputs) -> dict[str, Any]:
@@ -18,6 +20,8 @@ def check(inputs: Inputs) -> dict[str, Any]:
     the first fault.
     """
     config, template, dataset = inputs.config, inputs.template, inputs.dataset
+    if config.model.device not in ("auto", "cpu"):
+        choose_device(config.model.device)
     tokenizer, window = load_tokenizer(config.model)
     encoder = Encoder(tokenizer, config.template.chat_kwargs, config.template.end_token)
     encoded = encoder.encode(template, (*dataset.train, *dataset.selection, *dataset.validation), window=window)
@@ -44,6 +48,30 @@ def check(inputs: Inputs) -> dict[str, Any]:
     }
 
 
+def report_text(report: dict[str, Any]) -> str:
+    """What :func:`check` found, as lines for people; the last one is OK."""
+    rows, slots = report["rows"], report["slots"]
+    longest, window = report["longest_row_tokens"], report["context_window"]
+    per_row = report["gold_tokens"] / sum(rows.values())
+    lines = [
+        f"template: {report['template']} with {counted(len(slots), 'slot')} ({', '.join(slots)});"
+        f" {counted(report['context_tokens'], 'token')} stand before the first slot, and contexts replace them",
+        f"rows: {rows['train']} to train on, {rows['selection']} to choose by, {rows['validation']} to report on;"
+        f" {report['gold_tokens']:,} gold tokens, {per_row:.1f} a row",
+        f"window: the longest row takes {longest:,} of {window:,} tokens ({longest / window:.0%})",
+        f"context ends with {_quoted(report['context_ends_with'])}",
+        f"first body: {_quoted(report['first_body'])}",
+        f"first gold: {_quoted(report['first_gold'])}",
+        "OK",
+    ]
+    return "\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    """Text on one line, its middle left out where it is long."""
+    return repr(text if len(text) <= LONGEST_QUOTE else f"{text[: LONGEST_QUOTE // 2]} … {text[-LONGEST_QUOTE // 2 :]}")
+
+
 @dataclass(frozen=True)
 class _Starts:
     """Checks where each learned context starts and whether its slots fit."""
@@ -60,14 +88,15 @@ class _Starts:
         slots = context.tokens or available or 0
         if available is not None and slots > available:
             raise InputError(
-                f"{slots} slots wanted, the text to start from has {available} tokens",
+                f"{counted(slots, 'slot')} wanted, the text to start from has {counted(available, 'token')}",
                 where=f"{where}.tokens",
                 fix="lower tokens, start from a longer text, or use init: random-text",
             )
         longest = max(len(row) for row in self.encoded.rows)
         if slots + longest > self.window:
             raise InputError(
-                f"{slots} slots and the longest row ({longest} tokens) do not fit the window of {self.window} tokens",
+                f"{counted(slots, 'slot')} and the longest row ({counted(longest, 'token')}) do not fit the window of"
+                f" {self.window} tokens",
                 where=f"{where}.tokens",
                 fix=f"at most {self.window - longest} fit",
             )

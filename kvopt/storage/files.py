@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kvopt.errors import InputError, KvoptError
+from kvopt.storage.locks import LockHeld, acquire_lock
 
 _FULL = {
     errno.ENOSPC: "the disk is full",
@@ -24,7 +26,20 @@ _FULL = {
 }
 _PLACE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT, errno.ELOOP)
 
+WRITING = ".writing"
+"""A lock file in a folder that is not whole yet."""
+
 RELATIVE = "paths are relative to the config file"
+
+
+def missing_file(path: Path, name: str | None = None, fix: str | None = None) -> InputError:
+    """The error for a file that is not there: it says which folder was searched, where ``name`` (default: the path)
+    does not.
+    """
+    name = str(path) if name is None else name
+    folder = path.parent.resolve()
+    searched = "" if Path(name).is_absolute() else f" in {folder}" if folder.is_dir() else f": there is no {folder}"
+    return InputError(f"no such file{searched}", where=name, fix=fix)
 
 
 def read_text(path: Path, fix: str | None = None) -> str:
@@ -34,7 +49,7 @@ def read_text(path: Path, fix: str | None = None) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise InputError("no such file", where=str(path), fix=fix) from None
+        raise missing_file(path, fix=fix) from None
     except UnicodeDecodeError as error:
         raise InputError(f"is not UTF-8 text (at byte {error.start})", where=str(path)) from None
     except OSError as error:
@@ -138,15 +153,19 @@ def write_jsonl(path: Path | str, rows: list[Any]) -> None:
 
 @contextlib.contextmanager
 def replacing_directory(path: Path | str) -> Iterator[Path]:
-    """Yield an empty folder beside ``path`` that takes its place when the block ends without an error."""
+    """Yield an empty folder beside ``path`` that takes its place when the block ends without an error. What a killed
+    process left there for the same ``path`` is removed first.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     except OSError as error:
         raise write_error(error, path) from error
     try:
-        yield temporary
+        with _being_written(temporary):
+            yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 with file.open("rb") as handle:
@@ -158,6 +177,30 @@ def replacing_directory(path: Path | str) -> Iterator[Path]:
         raise write_error(error, path) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _being_written(folder: Path) -> Iterator[None]:
+    """Hold a lock that tells a folder in work from a leftover; without effect where the file system has no locks."""
+    try:
+        lock = acquire_lock(folder / WRITING, wait=False)
+    except InputError:
+        lock = contextlib.nullcontext()
+    try:
+        with lock:
+            yield
+    finally:
+        (folder / WRITING).unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Delete the half-written folders for ``path`` that no process is writing."""
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[^.]+\.partial(\.old)?")
+    for leftover in [child for child in path.parent.iterdir() if ours.fullmatch(child.name) and child.is_dir()]:
+        with contextlib.suppress(LockHeld, InputError, OSError):
+            with acquire_lock(leftover / WRITING, wait=False):
+                pass
+            shutil.rmtree(leftover)
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:

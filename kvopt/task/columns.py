@@ -1,7 +1,8 @@
 """From a row's columns to an example's slot values and output, by column name, by path, or out of chat ``messages``.
 
 A path names a column, or a place inside one: ``meta.title``, ``messages.0.content``, ``messages.user`` (the last user
-message before the output), ``messages.system``, ``messages.assistant`` (the last assistant message).
+message before the output), ``messages.system``, ``messages.assistant`` (the last assistant message). Without a column
+of its name, the only slot of a template takes the last user message, or what an Alpaca row asks.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MESSAGES = "messages"
+from kvopt.task.public_layouts import CONVERSATIONS, INPUT, INSTRUCTION, MESSAGES, is_alpaca, request
+
 DEFAULT_OUTPUT = "output"
 
 
@@ -34,6 +36,7 @@ class Columns:
 
     def values(self, fields: Mapping[str, Any]) -> dict[str, str]:
         """The slot values of one row. Raises NoValue."""
+        self._check_alpaca(fields)
         return {slot: self._value(slot, fields) for slot in self.slots}
 
     def gold(self, fields: Mapping[str, Any]) -> str:
@@ -52,7 +55,9 @@ class Columns:
     def used(self, fields: Mapping[str, Any]) -> set[str]:
         """The top-level columns that a row's values and output come from."""
         paths = [self._path(slot, fields) for slot in self.slots] + [self.output, MESSAGES]
-        used = {path if path in fields else path.split(".")[0] for path in paths}
+        used = {path if path in fields else path.split(".")[0] for path in paths} | {CONVERSATIONS}
+        if any(self._is_request(slot, fields) for slot in self.slots):
+            used |= {INSTRUCTION, INPUT}
         from_messages = self.output not in fields or any(path.startswith(f"{MESSAGES}.") for path in paths)
         return used if from_messages else used - {MESSAGES}
 
@@ -62,7 +67,24 @@ class Columns:
         implicit = slot not in fields and len(self.slots) == 1 and MESSAGES in fields
         return f"{MESSAGES}.user" if implicit else slot
 
+    def _is_request(self, slot: str, fields: Mapping[str, Any]) -> bool:
+        """Whether a slot takes an Alpaca row's instruction and input together."""
+        implicit = slot not in self.paths and slot not in fields and len(self.slots) == 1
+        return implicit and is_alpaca(fields) and MESSAGES not in fields
+
+    def _check_alpaca(self, fields: Mapping[str, Any]) -> None:
+        """Refuse an Alpaca row whose input no slot takes though one takes its instruction by name. Raises NoValue."""
+        by_name = INSTRUCTION in self.slots and INSTRUCTION not in self.paths
+        taken = INPUT in self.slots or INPUT in self.paths.values()
+        if by_name and not taken and is_alpaca(fields) and str(fields[INPUT] or "").strip():
+            raise NoValue(
+                "the row has an input beside its instruction, and no slot takes it; add {{input}} to the template, or"
+                " name instruction in data.columns to leave it out"
+            )
+
     def _value(self, slot: str, fields: Mapping[str, Any]) -> str:
+        if self._is_request(slot, fields):
+            return as_text(request(fields), f"slot {slot!r} ('instruction')")
         path = self._path(slot, fields)
         return as_text(find(fields, path, f"slot {slot!r}"), f"slot {slot!r} ({path!r})")
 

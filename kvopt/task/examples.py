@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kvopt.config.data import DataConfig, Policy
-from kvopt.errors import InputError
+from kvopt.errors import InputError, counted
 from kvopt.storage.files import canonical_json, sha256_json
 from kvopt.task.columns import Columns, NoValue, as_text, find, unseen_turns
 from kvopt.task.readers import read_records
@@ -93,11 +93,13 @@ def load_dataset(config: DataConfig, template: Template, base_dir: Path, seed: i
     if config.leakage == "drop":
         kept = [example for example in train if example.key not in reported]
         if len(kept) < len(train):
-            warnings.append(f"{config.train}: {len(train) - len(kept)} rows dropped whose values are in validation")
+            dropped = counted(len(train) - len(kept), "row")
+            warnings.append(f"{config.train}: {dropped} dropped, with values that are in validation")
         train = kept
     used = _without_repeats(train, limit.train, config.duplicates, warnings)
     _check_leakage(used, validation, config.leakage, warnings)
-    used, selection = _select(train, used, reported, limit.selection, config.train, seed, warnings)
+    is_set = "selection" in limit.model_fields_set
+    used, selection = _select(train, used, reported, limit.selection, config.train, seed, warnings, is_set)
     return Dataset(tuple(used), tuple(selection), tuple(validation), tuple(warnings))
 
 
@@ -194,7 +196,7 @@ def _faulty(faults: dict[str, list[str]]) -> InputError:
     elif "is null" in what or "is empty" in what:
         fix = "fill it in or remove the row"
     return InputError(
-        what + (f"; {others} more rows have other faults" if others else ""), where=_places(sources), fix=fix
+        what + (f"; {counted(others, 'more row')} with other faults" if others else ""), where=_places(sources), fix=fix
     )
 
 
@@ -259,8 +261,11 @@ def _select(
     source: str,
     seed: int,
     warnings: list[str],
+    is_set: bool,
 ) -> tuple[list[Example], list[Example]]:
-    """Selection rows from beyond the training rows, or else out of them; never the values of another part's row."""
+    """Selection rows from beyond the training rows, or else out of them; never the values of another part's row. Too
+    few of them are worth a warning where a user set their ``count``.
+    """
     taken = taken | {example.key for example in train}
     last = train[-1].id if train else ""
     beyond = iter(rows)
@@ -282,8 +287,8 @@ def _select(
     carved = set(keys[: min(count - len(selection), max(len(keys) // 4, 0 if selection else 1))])
     chosen = {example.key: example for example in reversed(train) if example.key in carved}
     selection = sorted([*chosen.values(), *selection], key=_row_number)
-    if len(selection) < count:
-        warnings.append(f"{source}: only {len(selection)} rows for selection, not {count}")
+    if len(selection) < count and is_set:
+        warnings.append(f"{source}: only {counted(len(selection), 'row')} for selection, not {count}")
     return [example for example in train if example.key not in carved], selection
 
 

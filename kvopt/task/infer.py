@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvopt.errors import InputError
+from kvopt.errors import InputError, counted
 from kvopt.task.template import Part, Slot, Static, Template, unparse
 
 MIN_ROWS = 3
@@ -72,7 +72,7 @@ def infer_template(prompts: Sequence[Prompt], names: Sequence[str] | None = None
     names = names or [f"row {i}" for i in range(1, len(prompts) + 1)]
     if len(prompts) < MIN_ROWS:
         raise InputError(
-            f"{len(prompts)} prompts are too few to tell the template from the inputs", fix="give three or more"
+            f"{counted(len(prompts), 'prompt')}: too few to tell the template from the inputs", fix="give three or more"
         )
     roles = _roles(prompts, names)
     texts = [[p] if isinstance(p, str) else [m["content"] for m in p] for p in prompts]

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kvopt.errors import InputError, from_extra
+from kvopt.errors import InputError, counted, from_extra
+from kvopt.storage.files import RELATIVE, missing_file
 from kvopt.task.builtin_data import BUILTIN_NAME, stdlib_docstrings
+from kvopt.task.public_layouts import BadTurn, with_messages
 
 BOM = b"\xef\xbb\xbf"
 BUILTIN = f"builtin:{BUILTIN_NAME}"
@@ -59,7 +61,7 @@ def read_records(source: str, base_dir: Path, part: str) -> Iterator[Record]:
     if path.is_dir():
         yield from _hugging_face(HF + source, base_dir, part)
     elif not path.exists():
-        raise InputError("no such file", where=source, fix="paths are relative to the config file")
+        raise missing_file(path, source, RELATIVE)
     else:
         yield from _reader(source, path)(source, path)
 
@@ -141,7 +143,14 @@ def _record(row: Any, where: str) -> Record:
     if not isinstance(row, dict):
         kind = {list: "a list", str: "text or a number", bool: "a boolean"}.get(type(row), "null")
         raise InputError(f"the row is {kind}, not an object", where=where, fix='write {"column": "value", …}')
-    return Record(row, where)
+    return _recorded(row, where)
+
+
+def _recorded(fields: dict[str, Any], where: str) -> Record:
+    try:
+        return Record(with_messages(fields), where)
+    except BadTurn as error:
+        raise InputError(str(error), where=where, fix='write {"from": "human", "value": "…"}') from None
 
 
 def _jsonl(source: str, path: Path) -> Iterator[Record]:
@@ -216,7 +225,7 @@ def _csv(source: str, path: Path) -> Iterator[Record]:
         for row, where in rows:
             if len(row) != len(names):
                 raise InputError(
-                    f"{len(row)} fields for {len(names)} columns",
+                    f"{counted(len(row), 'field')} for {counted(len(names), 'column')}",
                     where=where,
                     fix="quote fields that hold a separator, a quote or a line break",
                 )
@@ -267,7 +276,7 @@ def _hugging_face(source: str, base_dir: Path, part: str) -> Iterator[Record]:
         split, loaded = _choose_split(loaded, split, part, source)
     label = f"{name}[{split}]" if split else name
     for number, row in enumerate(loaded, 1):
-        yield Record(_plain(dict(row)), f"{label}:{number}")
+        yield _recorded(_plain(dict(row)), f"{label}:{number}")
 
 
 def _hugging_face_name(source: str) -> tuple[str, str | None, str | None]:

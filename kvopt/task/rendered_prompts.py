@@ -11,6 +11,7 @@ from kvopt.errors import InputError
 from kvopt.storage.files import read_text
 from kvopt.task.columns import NoValue, as_text
 from kvopt.task.infer import Inferred, Prompt, infer_template
+from kvopt.task.public_layouts import is_alpaca, request
 from kvopt.task.readers import Record, read_records
 
 SEPARATOR = re.compile(r"^---[ \t]*\r?(?:\n|\Z)", re.MULTILINE)
@@ -41,8 +42,9 @@ def read_rendered(path: Path) -> RenderedPrompts:
 
     Args:
         path: rows with ``prompt`` (text or messages) or ``messages`` and, if they like, ``output`` or ``completion``
-            (``.jsonl``, ``.json``, ``.csv``); a last message from the assistant is the output. Or a ``.txt`` file with
-            prompts divided by lines ``---``; the line break before such a line is not part of the prompt.
+            (``.jsonl``, ``.json``, ``.csv``), or rows in the layouts of ShareGPT and Alpaca; a last message from the
+            assistant is the output. Or a ``.txt`` file with prompts divided by lines ``---``; the line break before
+            such a line is not part of the prompt.
 
     Raises:
         InputError: naming file and line of the first row that is no prompt, or lacks the output that others have.
@@ -74,6 +76,8 @@ def _text_prompts(path: Path) -> tuple[list[str], list[str]]:
 def _prompt(record: Record) -> tuple[Prompt, str | None, str]:
     fields, where = record.fields, record.where
     prompt: Any = fields.get("prompt", fields.get("messages"))
+    if prompt is None and is_alpaca(fields):
+        prompt = request(fields)
     output: Any = next((fields[name] for name in OUTPUT_COLUMNS if fields.get(name) is not None), None)
     if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
         if prompt and prompt[-1].get("role") == "assistant" and output is None:

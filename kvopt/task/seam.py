@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvopt.errors import InputError
+from kvopt.errors import InputError, counted
 from kvopt.storage.files import sha256_json
 from kvopt.task.examples import Example
 from kvopt.task.plain_tokens import PlainTokens, Span
@@ -184,9 +184,9 @@ def _check_window(rows: Sequence[Row], prefix: int, examples: Sequence[Example],
         if prefix + len(row) > window
     ]
     if too_long:
-        more = f"; {len(too_long) - 1} more rows are too long" if len(too_long) > 1 else ""
+        more = f"; {counted(len(too_long) - 1, 'more row')} too long" if len(too_long) > 1 else ""
         raise InputError(
-            f"{too_long[0][1]} tokens with the template, more than the context window of {window}{more}",
+            f"{counted(too_long[0][1], 'token')} with the template, more than the context window of {window}{more}",
             where=too_long[0][0],
             fix="shorten or drop these rows",
         )

@@ -108,7 +108,7 @@ def test_a_descent_is_gone_on_with_from_its_checkpoint(older: Path, monkeypatch:
     monkeypatch.setattr(stages, "step_reporter", lambda bar: lambda step, train, held_out: steps.append(step))
     with open_run(older).opened() as run:
         (context,) = run.learned(["kv-6"])
-    assert steps == [4, 5, 6], "the checkpoint of step 3 was taken up"
+    assert steps == [3, 4, 5, 6], "the checkpoint of step 3 was taken up"
     torch.testing.assert_close(context.tensor.flatten(1), stored, rtol=1e-4, atol=1e-5)
 
 

@@ -15,13 +15,13 @@ from kvopt.base.generate import generate, stop_ids
 from kvopt.config.names import ContextName
 from kvopt.config.students import StudentConfig
 from kvopt.contexts import KVContext
-from kvopt.documents.evaluation_file import EvaluationDocument
+from kvopt.documents.evaluation_file import EvaluationDocument, GroupEstimate
 from kvopt.errors import InputError
 from kvopt.storage.files import write_json
 from kvopt.train.commands import evaluate_all, evaluator_of, train_chosen
 from kvopt.train.evaluation.conditions import held_out_mutations, mutations_in_use
 from kvopt.train.evaluation.models import subject
-from kvopt.train.evaluation.tables import tables
+from kvopt.train.evaluation.tables import further_quantities, tables
 from kvopt.train.metrics.judge import Judge
 from kvopt.train.training import chosen
 from tests.jobs import artefacts, stages_in, write_rows
@@ -210,6 +210,23 @@ def test_quantities_are_shown_as_a_metric_names_them(evaluated):
     assert "own.[/x]" in console.file.getvalue()
 
 
+def test_every_key_of_a_metric_is_shown(evaluated):
+    documents = [EvaluationDocument.model_validate(document) for document in evaluated[2].values()]
+    assert further_quantities(documents) == []
+    for document in documents:
+        document.quantities += ["own.short", "own.polite"]
+        for group in document.groups:
+            group.quantities["own.short"] = GroupEstimate(mean=0.125, ci95=(0.0, 0.25), spread=0.0)
+            group.quantities["own.polite"] = GroupEstimate(mean=0.75, ci95=(0.75, 0.75), spread=0.0)
+    console = Console(file=io.StringIO(), width=400)
+    for table in tables(documents):
+        console.print(table)
+    shown = console.file.getvalue()
+    assert all(text in shown for text in ("own.short", "own.polite", "0.125±0.125"))
+    assert "0.750 " in shown, "an interval without width is not shown"
+    assert "0.750±" not in shown
+
+
 def test_another_student_moves_only_the_held_out_mutations_that_it_is_trained_on(tmp_path):
     run = open_evaluated(write_evaluated(tmp_path), tmp_path / "out")
 
@@ -231,9 +248,7 @@ def test_too_few_mutations_to_hold_out_are_one_clear_warning(copied):
     config, out = copied
     _, run = again(config, out, ["base"], ["held-out"], ("evaluate.held_out_mutations=5",))
     warnings = [line for line in run.lines if "held out" in line]
-    assert warnings == [
-        "warning: 4 mutations are held out, not 5: of 6 accepted ones 2 are trained on; raise mutations.count"
-    ]
+    assert warnings == ["warning: 4 mutations held out, not 5: 2 of 6 accepted are trained on; raise mutations.count"]
 
 
 def test_a_second_evaluation_does_nothing_again_and_leaves_the_same_bytes(evaluated, copied):
@@ -390,7 +405,7 @@ def test_a_judge_is_asked_once_for_each_answer_and_again_only_where_it_failed(co
             evaluation.__dict__["metrics"] = [judge.through(httpx.MockTransport(handle))]
             document = evaluation.evaluate(subject(run.task(), "base", run.at)).to_json()
         counts.append(len(asked))
-        warnings.append([line for line in run.lines if "judge" in line])
+        warnings.append([line for line in run.lines if "judge" in line and line.startswith("warning")])
         values.append({q: v["mean"] for q, v in document["contexts"][0]["quantities"].items() if q.startswith("judge")})
     assert counts == [4, 5, 5]
     what = "judge has no score for 1 of 4 answers (original.judge), for the first because of: failed: status 400: no"

@@ -13,6 +13,7 @@ from kvopt.base.generate import answer_text, generate
 from kvopt.config.metrics import Item
 from kvopt.config.students import OwnAnswersConfig, StudentConfig
 from kvopt.console.progress import advance
+from kvopt.errors import counted
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.run.inputs import Inputs
@@ -45,7 +46,8 @@ def with_own_answers(task: EncodedTask, config: StudentConfig, pool: Pool, at: W
         and all(item.slots + len(item.rows[i].body) + len(golds[row.example_id]) <= limit for item in pool.contexts)
     }
     contexts = tuple(replace(item, encoded=_with_gold(item.encoded, fitting)) for item in pool.contexts)
-    at.say(f"student {config.name}: {len(fitting)} of {pool.rows} gold outputs are the base's own answers")
+    golds_of_pool = counted(pool.rows, "gold output")
+    at.say(f"student {config.name}: {len(fitting)} of {golds_of_pool} taken from the base's own answers")
     return replace(pool, contexts=contexts, own=len(fitting))
 
 

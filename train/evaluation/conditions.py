@@ -13,7 +13,7 @@ from kvopt.config.evaluation import EvaluateConfig
 from kvopt.config.names import MUTATION, ContextName
 from kvopt.config.students import StudentConfig
 from kvopt.contexts import Context, TextContext
-from kvopt.errors import InputError
+from kvopt.errors import InputError, counted
 from kvopt.run.catalogue import Catalogue
 from kvopt.run.inputs import Inputs
 from kvopt.storage.files import file_name, sha256_json
@@ -125,17 +125,19 @@ def held_out_mutations(
     config = catalogue.task.config
     if settings.held_out_mutations == 0:
         return []
+    is_set = "held_out_mutations" in settings.model_fields_set  # nobody is warned of a number that nobody set
     if config.mutations.count == 0:
-        catalogue.say("warning: no held-out mutations, because mutations.count is 0")
+        if is_set:
+            catalogue.say("warning: no held-out mutations, because mutations.count is 0")
         return []
     used = mutations_in_use(catalogue, students)
     free = [context for name, context in catalogue.mutations.items() if name not in used]
     drawn = sorted(free, key=lambda context: sha256_json(["held-out", config.seed, context.template.sha256]))
     chosen = drawn[: settings.held_out_mutations]
-    if len(chosen) < settings.held_out_mutations:
+    if len(chosen) < settings.held_out_mutations and is_set:
         catalogue.say(
-            f"warning: {len(chosen)} mutations are held out, not {settings.held_out_mutations}: of"
-            f" {len(catalogue.mutations)} accepted ones {len(used)} are trained on; raise mutations.count"
+            f"warning: {counted(len(chosen), 'mutation')} held out, not {settings.held_out_mutations}:"
+            f" {len(used)} of {len(catalogue.mutations)} accepted are trained on; raise mutations.count"
         )
     return sorted(chosen, key=lambda context: context.name)
 

@@ -11,12 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from kvopt.base.generate import answer_text, generate
 from kvopt.config.metrics import Item, Metric, Verdict
-from kvopt.console.progress import advance
+from kvopt.console.progress import Bar, advance
 from kvopt.documents.evaluation_file import EvaluationDocument
+from kvopt.errors import counted
 from kvopt.storage.files import file_name, sha256_json, write_json
 from kvopt.storage.keyed_rows import stored_rows, write_rows
 from kvopt.train.evaluation.conditions import Condition
@@ -49,9 +48,9 @@ class Evaluator(EvaluationPlan):
 
     def measure(self, model: Subject) -> Measured:
         """All stages for one model, each stored as it ends."""
-        self.at.say(f"evaluating {model.name} under {len(self.conditions)} contexts")
         work = len(self.conditions) * (len(self.answered) + len(self.scored))
-        with self.at.progress.bar(model.name, work) as bar:
+        begin = f"evaluating {model.name} under {counted(len(self.conditions), 'context')}"
+        with self.at.progress.bar(model.name, work, begin=begin) as bar:
             rows = {condition.name: self.answers(model, condition, bar) for condition in self.conditions}
         verdicts = {name: self._verdicts(model, name, of_context) for name, of_context in rows.items()}
         results = measured(
@@ -72,7 +71,7 @@ class Evaluator(EvaluationPlan):
             write_json(model.folder / "evaluation.json", document.to_json())
         return document
 
-    def answers(self, model: Subject, condition: Condition, bar: tqdm) -> list[dict[str, Any]]:
+    def answers(self, model: Subject, condition: Condition, bar: Bar) -> list[dict[str, Any]]:
         """Answer (of the first ``rows`` rows) and gold likelihood of every validation row under one context."""
         rows = condition.context.bodies(self.task.rows_for(condition.context, "validation")).rows
         stream = [(row.example_id, row.body, row.gold) for row in rows]
@@ -80,7 +79,7 @@ class Evaluator(EvaluationPlan):
         key = self._key(model, [condition.context.sha256(), stream, limits])
         path = self._path(model, f"{file_name(condition.name)}.jsonl")
         if (stored := stored_rows(path, key, len(rows))) is not None:
-            bar.update(len(self.answered) + len(rows))
+            bar.take_over(len(self.answered) + len(rows))
             return stored
         limit = self.settings.max_new_tokens
         with self.at.directory.ledger(f"evaluate/{model.name}/{condition.name}") as entry:
@@ -143,7 +142,7 @@ class Evaluator(EvaluationPlan):
             ]
             write_rows(path, key, rows)
         if failed := [verdict for verdict in in_order if not verdict.ratios[metric.headline][1]]:
-            what = f"{metric.label} has no score for {len(failed)} of {len(in_order)} answers ({path.stem})"
+            what = f"{metric.label} has no score for {len(failed)} of {counted(len(in_order), 'answer')} ({path.stem})"
             self.at.say(f"warning: {what}, for the first because of: {failed[0].note}")
         return in_order
 

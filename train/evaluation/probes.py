@@ -52,6 +52,7 @@ class Probes:
                 at.directory / "probes",
                 batch_size=self.batch_size,
                 progress=advance(bar),
+                stored=bar.take_over,
             )
 
     def sha256(self) -> str:

@@ -134,7 +134,7 @@ def build_document(evaluation: EvaluationPlan, model: Subject, measured: Measure
 def _without_history(record: StudentRecord | None) -> StudentRecord:
     """What a student's folder says of it; nothing for an adapter of another tool."""
     known = record.given() if record else {}
-    return StudentRecord(**{name: value for name, value in known.items() if name != "history"})
+    return StudentRecord(**{name: value for name, value in known.items() if name not in ("history", "held_out")})
 
 
 def _groups(conditions: Sequence[Condition]) -> dict[str, list[str]]:

@@ -7,14 +7,20 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from kvopt.console.tables import plain_table
+from kvopt.console.tables import has_width, plain_table
 from kvopt.documents.evaluation_file import EvaluationDocument, GroupEstimate
 from kvopt.documents.part import Estimate
+from kvopt.errors import counted
+
+NO_METRIC = ("answer_cut", "gold_nll", "kl_from_base", "top1_agreement")
+"""Quantities of an evaluation that no metric of the config measures."""
 
 
 def tables(documents: Sequence[EvaluationDocument]) -> list[Table]:
-    """Answers by group of contexts, then what was forgotten."""
+    """Answers by group of contexts, what metrics say beside their headlines, then what was forgotten."""
     tables = [answers_table(documents)]
+    if further_quantities(documents):
+        tables.append(metrics_table(documents))
     if any(document.forgetting or document.frozen_prompt or document.no_context for document in documents):
         tables.append(forgetting_table(documents))
     return tables
@@ -24,7 +30,7 @@ def answers_table(documents: Sequence[EvaluationDocument]) -> Table:
     """One line for each model and group."""
     headlines, rows = documents[0].headlines, documents[0].rows
     view = plain_table(
-        f"answers to {rows.answered} validation rows, likelihoods of {rows.scored}",
+        f"answers to {counted(rows.answered, 'validation row')}, likelihoods of {rows.scored}",
         "means over the group's contexts; ± half of the 95 % interval over examples; spread: highest − lowest context",
     )
     view.add_column("model", overflow="fold", min_width=6)
@@ -42,6 +48,28 @@ def answers_table(documents: Sequence[EvaluationDocument]) -> Table:
             cells += [_mean(group.consistency, 2)]
             cells += [_plain(quantities[q].mean, 3) for q in ("gold_nll", "kl_from_base")]
             view.add_row(*cells, end_section=group is document.groups[-1])
+    return view
+
+
+def further_quantities(documents: Sequence[EvaluationDocument]) -> list[str]:
+    """What the metrics measure of answers beside their headlines, such as the keys of a function's own dictionary."""
+    known = [name for document in documents for name in document.quantities]
+    return [name for name in dict.fromkeys(known) if name not in (*documents[0].headlines, *NO_METRIC)]
+
+
+def metrics_table(documents: Sequence[EvaluationDocument]) -> Table:
+    """One line for each model and group: every key of every metric that is no headline."""
+    names = further_quantities(documents)
+    view = plain_table("metrics beside the headlines", "means over the group's contexts; ± as above")
+    view.add_column("model", overflow="fold", min_width=6)
+    view.add_column("under", no_wrap=True)
+    for name in names:
+        view.add_column(escape(name), justify="right", overflow="fold")
+    for document in documents:
+        for group in document.groups:
+            cells = [with_interval(group.quantities.get(name)) for name in names]
+            end = group is document.groups[-1]
+            view.add_row(escape(document.name), group.group, *cells, end_section=end)
     return view
 
 
@@ -72,7 +100,7 @@ def with_interval(value: Estimate | GroupEstimate | None, digits: int = 3, *, be
     """``0.461±0.042``, with ``between`` before the ±; a dash for what does not exist."""
     if value is None or value.mean is None:
         return "–"
-    half = f"{between}±{(value.ci95[1] - value.ci95[0]) / 2:.{digits}f}" if value.ci95 else ""
+    half = f"{between}±{(value.ci95[1] - value.ci95[0]) / 2:.{digits}f}" if value.ci95 and has_width(value.ci95) else ""
     return f"{value.mean:.{digits}f}{half}"
 
 

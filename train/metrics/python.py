@@ -79,7 +79,7 @@ def load_function(target: str, base_dir: Path) -> Function:
 
 def _from_file(path: Path, target: str) -> Any:
     if not path.is_file():
-        raise InputError(f"no such file: {path}", where=target, fix="paths are relative to the config file")
+        raise InputError(f"no such file: {path.resolve()}", where=target, fix="paths are relative to the config file")
     spec = importlib.util.spec_from_file_location(f"kvopt_metric_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from kvopt.base.loading import Base
 from kvopt.config.sequence import SequenceConfig
+from kvopt.console.progress import Bar
 from kvopt.documents.evaluation_file import EvaluationDocument
 from kvopt.documents.sequence_file import SequenceArm, SequenceDocument, SequenceStage, TransferMeans
 from kvopt.documents.student_record import StudentRecord
@@ -73,7 +74,8 @@ def conduct(config: SequenceConfig, tasks: Sequence[SequenceTask], out: Path) ->
         ]
         before = [_scores(document) for document in documents]
         names = [name for name in before[0] if all(name in scores for scores in before)]
-        arms = [_arm(arm.name, tasks, evaluations, before, names) for arm in config.arms]
+        with tasks[0].run.at.progress.bar("sequence", len(config.arms) * len(tasks), unit="stage") as bar:
+            arms = [_arm(arm.name, tasks, evaluations, before, names, bar) for arm in config.arms]
         headlines = [name for name in documents[0].headlines if name in names]
         base = tasks[0].run.load_base().name
     document = SequenceDocument(
@@ -99,11 +101,13 @@ def _arm(
     evaluations: Sequence[Evaluator],
     before: list[Scores],
     names: Sequence[str],
+    bar: Bar,
 ) -> SequenceArm:
     """One arm through all stages."""
     after, stages = [before], []
     for number, task in enumerate(tasks, 1):
         task.run.at.say(f"{name}, stage {number} of {len(tasks)}: {task.name}")
+        worked = _stages_worked(tasks)
         [record] = train_chosen(task.run, chosen(task.run.inputs, [name]))
         stages.append(_stage(task, record))
         learned = _Learned(task.folder(name), tasks[0].run.load_base())
@@ -113,8 +117,13 @@ def _arm(
                 for measured, evaluation in zip(tasks, evaluations, strict=True)
             ]
         )
+        (bar.update if _stages_worked(tasks) > worked else bar.take_over)(1)
     matrices = {quantity: [[scores[quantity] for scores in row] for row in after] for quantity in names}
     return SequenceArm(name=name, stages=stages, R=matrices, transfer={q: _transfer(r) for q, r in matrices.items()})
+
+
+def _stages_worked(tasks: Sequence[SequenceTask]) -> int:
+    return sum(task.run.directory.stages_worked for task in tasks)
 
 
 def _subject(

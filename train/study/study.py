@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 from kvopt.config.document import Config
 from kvopt.config.students import StudentConfig
@@ -80,10 +81,12 @@ class StudyRunner:
         check_quantities(self.config, base)
         results: list[Result] = []
         document = self._written(base, results, False)
-        for seed in self.settings.seeds:
-            done: dict[str, Result] = {}
-            for arm in self.arms:
+        done: dict[str, Result] = {}
+        with self.at.progress.bar("study", self.size, unit="student") as bar:
+            for seed, arm in product(self.settings.seeds, self.arms):
+                done = {} if arm is self.arms[0] else done
                 self.at.say(f"arm {arm.name}, seed {seed}, equal {arm.budget}: {len(results) + 1} of {self.size}")
+                worked = self.at.directory.stages_worked
                 result = self._result(arm, seed, done)
                 if arm.budget != EQUAL_SECONDS:
                     done[arm.name] = result
@@ -91,6 +94,7 @@ class StudyRunner:
                 document = self._written(base, results, len(results) == self.size)
                 if report:
                     report(document)
+                (bar.update if self.at.directory.stages_worked > worked else bar.take_over)(1)
         return document
 
     @property

@@ -6,6 +6,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvopt.documents.export_record import ExportFacts
+from kvopt.errors import counted
 from kvopt.export.export_format import ExportFormat, Written, base_lines, body_line
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class CacheFormat(ExportFormat):
         script = resources.files("kvopt.export.scripts") / "generate.py"
         write_bytes(place / "generate.py", script.read_bytes())
         return Written(
-            summary=f"A KV prefix of {states.shape[0]} slots in {states.shape[1]} layers, and a script that uses it.",
+            summary=f"A KV prefix of {counted(states.shape[0], 'slot')} in {counted(states.shape[1], 'layer')}, and a"
+            " script that uses it.",
             snippet=SNIPPET.format(base=base_lines(source.base_name), body=body_line(source)),
             library="transformers",
             notes=(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from kvopt.documents.export_record import ExportFacts
-from kvopt.errors import InputError
+from kvopt.errors import InputError, counted
 from kvopt.export.export_format import ExportFormat, Written
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class TrlFormat(ExportFormat):
         rows = list(export_rows(inputs, source.run.path, [ContextChoice(context=source.name)], config.seed))
         write_text(place / FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return Written(
-            summary=f"{len(rows)} training rows under the context {source.name}, as prompt and completion.",
+            summary=f"{counted(len(rows), 'training row')} under the context {source.name}, as prompt and completion.",
             snippet=SNIPPET,
             library="datasets",
             notes=(

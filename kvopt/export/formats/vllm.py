@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from kvopt.documents.export_record import ExportFacts
-from kvopt.errors import InputError
+from kvopt.errors import InputError, counted
 from kvopt.export.export_format import ExportFormat, Written, base_lines, body_line
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class VllmFormat(ExportFormat):
             place / "kvopt_vllm_connector.py", (resources.files("kvopt.export") / "vllm_connector.py").read_bytes()
         )
         return Written(
-            summary=f"A KV context of {slots} slots for vLLM, with the connector that serves it."
+            summary=f"A KV context of {counted(slots, 'slot')} for vLLM, with the connector that serves it."
             " **Untested on a server.**",
             snippet=SNIPPET.format(base=base_lines(source.base_name), body=body_line(source)),
             library="vllm",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from kvopt.config.contexts import Start
-from kvopt.errors import InputError
+from kvopt.errors import InputError, counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,9 @@ class Existing(Start):
             raise InputError("init: context:NAME names no context", where=where)
         if source.tokens != task.tokens:
             raise InputError(
-                f"{source.name} has {source.tokens} slots, {task.tokens} wanted", where=where, fix="leave tokens out"
+                f"{source.name} has {counted(source.tokens, 'slot')}, {task.tokens} wanted",
+                where=where,
+                fix="leave tokens out",
             )
         if source.kind == task.kind:
             return source.tensor.to(task.base.device)
