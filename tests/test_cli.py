@@ -202,7 +202,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
 
 
 def test_ctrl_c_says_how_to_go_on(kvopt, job, monkeypatch):
-    def interrupt(self):
+    def interrupt(self, shown=None):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("kvopt.run.run.Run.run", interrupt)
@@ -212,7 +212,7 @@ def test_ctrl_c_says_how_to_go_on(kvopt, job, monkeypatch):
 
 
 def test_ctrl_c_that_native_code_turns_into_an_error_is_still_ctrl_c(kvopt, job, monkeypatch):
-    def swallow(self):
+    def swallow(self, shown=None):
         try:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
@@ -231,7 +231,7 @@ def test_ctrl_c_that_native_code_turns_into_an_error_is_still_ctrl_c(kvopt, job,
 
 
 def test_an_error_without_ctrl_c_is_not_hidden(kvopt, job, monkeypatch):
-    def fail(self):
+    def fail(self, shown=None):
         raise ValueError("a fault of ours")
 
     monkeypatch.setattr("kvopt.run.run.Run.run", fail)

@@ -352,7 +352,7 @@ class Run:
         """
         task, best = self.task(), self.config.score.best
         written, board = self.written(), Board(self.measures(), shown)
-        at_once, later = self._by_cost()
+        at_once, later = stages.by_cost(task)
         board.add(task.original, task.none, *written.values())
         for config in at_once:
             board.add(self._learn(config))
@@ -372,20 +372,6 @@ class Run:
         self.directory.keep_stages(stage_names | ({"mutations"} if self.config.mutations.count else set()))
         self._drop_stale()
         return document
-
-    def _by_cost(self) -> tuple[list[ContextConfig], list[ContextConfig]]:
-        """The contexts that need no step and no mutation, and the others, by the tokens that their steps take in: each
-        after the context that it starts from.
-        """
-        cost: dict[str, int] = {}
-        for config in self.config.learned:
-            source = config.start.source
-            mutated = source is not None and source.form in ("counted", "mutation")
-            before = cost.get(source.argument, 0) if source is not None else 0
-            rows = min(config.batch_size, len(self.task().dataset.train))
-            cost[config.name] = before + config.steps * rows * self.task().longest + (1 if mutated else 0)
-        ordered = sorted(self.config.learned, key=lambda config: cost[config.name])
-        return [c for c in ordered if cost[c.name] == 0], [c for c in ordered if cost[c.name] > 0]
 
     def _drop_stale(self) -> None:
         """Remove what this config does not give: contexts, scores against another reference, states, mutations."""

@@ -161,6 +161,21 @@ def mutation_contexts(task: EncodedTask, mutations: Sequence[Mutation], at: Work
 # ---- learned contexts
 
 
+def by_cost(task: EncodedTask) -> tuple[list[ContextConfig], list[ContextConfig]]:
+    """The config's contexts that need no step and no mutation, and the others by the tokens that their steps take in:
+    each after the context that it starts from.
+    """
+    cost: dict[str, int] = {}
+    for config in task.config.learned:
+        source = config.start.source
+        mutated = source is not None and source.form in ("counted", "mutation")
+        before = cost.get(source.argument, 0) if source is not None else 0
+        rows = min(config.batch_size, len(task.dataset.train))
+        cost[config.name] = before + config.steps * rows * task.longest + (1 if mutated else 0)
+    ordered = sorted(task.config.learned, key=lambda config: cost[config.name])
+    return [c for c in ordered if cost[c.name] == 0], [c for c in ordered if cost[c.name] > 0]
+
+
 def drawn_rows(task: EncodedTask) -> set[str]:
     """Ids of the training rows that the steps of the config's contexts draw; all of them with stored moments."""
     train = [example.id for example in task.dataset.train]
