@@ -83,7 +83,7 @@ def test_selection_takes_what_is_beyond_and_carves_the_rest(load):
 def test_few_rows_give_a_small_selection_and_a_warning(load):
     data = load(rows(4), rows(5, 1000))
     assert (len(data.train), len(data.selection)) == (3, 1)
-    assert "only 1 rows for selection, not 32" in data.warnings[0]
+    assert "only 1 row for selection, not 32" in data.warnings[0]
 
 
 def test_one_training_row_is_too_few(load):

@@ -48,7 +48,7 @@ def headline_agreements(board: LeaderboardDocument) -> list[dict[str, Any]]:
 
 def _agreement(over: str, split: str, scored: Sequence[tuple[str, SplitScores]]) -> dict[str, Any]:
     points = [{"name": n, "kl_forward": s.kl_forward.mean, "gold_nll": s.gold_nll} for n, s in scored]
-    found = _correlations([p["kl_forward"] for p in points], [p["gold_nll"] for p in points])
+    found = _correlations([s.kl_forward.mean for _, s in scored], [s.gold_nll for _, s in scored])
     values = dict(zip(("spearman", "spearman_p", "kendall", "kendall_p"), found, strict=True))
     words = in_words(values["spearman"], values["spearman_p"])
     return {"over": over, "split": split, "n": len(points), "points": points, **values, "in_words": words}

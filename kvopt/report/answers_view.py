@@ -19,7 +19,7 @@ ROOM = 300_000  # characters of answers on one page
 
 
 @dataclass(frozen=True)
-class Verdict:
+class MetricVerdict:
     """What one metric says of one answer; ``passed`` is None where the metric is no matter of pass or fail."""
 
     headline: str
@@ -29,11 +29,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class AnswerCell:
-    """One answer; ``text`` is None where there was no room for one. ``pieces`` lead from the original's answer to it."""
+    """One answer; ``text`` is None where there was no room for one. ``pieces`` lead to it from the original's."""
 
     text: str | None
     cut: bool = False
-    verdicts: Sequence[Verdict] = ()
+    verdicts: Sequence[MetricVerdict] = ()
     pieces: Sequence[Piece] = ()
     other_words: int = 0
 
@@ -154,17 +154,17 @@ def _columns(contexts: Sequence[NamedContext], board: LeaderboardDocument) -> li
     return [original, *ordered[: len(ordered) - len(last)][: COLUMNS - 1 - len(last)], *last]
 
 
-def _verdicts(document: AnswersDocument, values: Mapping[str, float | None]) -> list[Verdict]:
+def _verdicts(document: AnswersDocument, values: Mapping[str, float | None]) -> list[MetricVerdict]:
     found = []
     for headline in document.headlines:
         value = values.get(headline)
         passed = value >= 1 if value is not None and headline in document.pass_or_fail else None
-        found.append(Verdict(headline, value, passed))
+        found.append(MetricVerdict(headline, value, passed))
     return found
 
 
 def _cell(
-    original_text: str | None, text: str | None, cut: bool, verdicts: Sequence[Verdict], *, original: bool
+    original_text: str | None, text: str | None, cut: bool, verdicts: Sequence[MetricVerdict], *, original: bool
 ) -> AnswerCell:
     if text is None or original or original_text is None:
         return AnswerCell(text, cut, verdicts, [Piece("same", text)] if text is not None else ())
@@ -186,7 +186,8 @@ def _telling(rows: Sequence[AnswerRow]) -> list[AnswerRow]:
         fails = sum(verdict.passed is False for cell in row.cells for verdict in cell.verdicts)
         return -fails, -sum(cell.other_words > 0 for cell in row.cells)
 
-    shown, room = [], ROOM
+    shown: list[AnswerRow] = []
+    room = ROOM
     for row in sorted(rows, key=told)[:ROWS]:
         room -= sum(len(cell.text or "") for cell in row.cells) + sum(map(len, row.values.values()))
         if shown and room < 0:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvopt.documents.leaderboard_file import LeaderboardRow
-from kvopt.report.choice import share_kept, shown_interval
+from kvopt.report.choice import BUILT_IN, share_kept, shown_interval
 from kvopt.report.reading import RunFiles
 
 RENDERING = ("template.chat_kwargs", "template.end_token")
@@ -14,7 +14,7 @@ RENDERING = ("template.chat_kwargs", "template.end_token")
 
 def compare_runs(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """``comparable`` (bool, or None where an old run does not say), ``why`` (sentences), ``config`` and ``identity``
-    (what differs, by key and run), ``contexts`` (:func:`merged_contexts`), ``results`` (those of them that are in several runs).
+    (what differs, by key and run), ``contexts`` (:func:`merged_contexts`), ``results`` (those in several runs).
     """
     labels, contexts = [run.label for run in runs], merged_contexts(runs)
     identities = [identity(run) for run in runs]
@@ -127,7 +127,9 @@ def merged_contexts(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
                 "kl_forward": [row.kl_forward.mean if row else None for row in mine],
                 "ci95": [shown_interval(row.kl_forward.ci95) if row else None for row in mine],
                 "tokens": [row.tokens if row else None for row in mine],
-                "share_kept": [share_kept(row, run.board) if row else None for row, run in zip(mine, runs, strict=True)],
+                "share_kept": [
+                    share_kept(row, run.board) if row else None for row, run in zip(mine, runs, strict=True)
+                ],
                 "apart": _apart(there) if len(there) > 1 else None,
             }
         )
@@ -135,8 +137,12 @@ def merged_contexts(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
 
 
 def _changed_first(context: Mapping[str, Any]) -> tuple[int, float]:
-    """What changed for certain, then what is in several runs, then what is in one; each by its lowest KL."""
+    """What changed for certain, then what is in several runs, then what is in one, each by its lowest KL; what is not
+    learned or written, the original and no context, comes last.
+    """
     known = [kl for kl in context["kl_forward"] if kl is not None]
+    if context["name"] in BUILT_IN:
+        return 3, min(known)
     return (0 if context["apart"] else 1 if len(known) > 1 else 2), min(known)
 
 

@@ -35,7 +35,9 @@ class Gate:
             if limit is not None and not math.isfinite(limit):
                 raise InputError(f"{limit} is not a limit", where=option, fix="give a finite number")
         if self.context is not None and self.fail_above is None and self.metric is None:
-            raise InputError("needs a limit", where="--context", fix="--fail-above KL, or --metric NAME --fail-below VALUE")
+            raise InputError(
+                "needs a limit", where="--context", fix="--fail-above KL, or --metric NAME --fail-below VALUE"
+            )
 
     @property
     def checks_something(self) -> bool:
@@ -67,7 +69,9 @@ class Gate:
         board = run.board
         if self.context is None and not board.complete:
             raise InputError(
-                "the run still goes, so the context to take may change", where=str(run.folder), fix="give --context NAME"
+                "the run still goes, so the context to take may change",
+                where=str(run.folder),
+                fix="give --context NAME",
             )
         name = self.context or recommended(board)
         found = next((row for row in board.contexts if row.name == name), None)
@@ -83,6 +87,8 @@ class Gate:
         if value is not None:
             return value
         if metric in known:
-            raise InputError(f"{metric} is not defined for {row.name}", where=str(run.folder), fix="check another metric")
+            raise InputError(
+                f"{metric} is not defined for {row.name}", where=str(run.folder), fix="check another metric"
+            )
         has = f"it has {', '.join(known)}" if known else "it has none: set evaluate.metrics in the config and run again"
         raise InputError(f"no metric {metric!r} for {row.name}", where=str(run.folder), fix=has)

@@ -24,6 +24,7 @@ from kvopt.report.choice import shown_interval
 from kvopt.report.pictures import Mark, growth_picture, interval_strips, trade_picture
 from kvopt.report.pictures.trade import Point, trade_front
 from kvopt.report.study_words import (
+    differs,
     interval_of,
     lower_is_better,
     measured_somewhere,
@@ -40,6 +41,7 @@ class StudyView:
     study: StudyDocument
     verdict: Sequence[str]
     forest: Sequence[tuple[str, str, Markup]]
+    alike: Sequence[str]
     trade: tuple[Markup, Sequence[str]] | None
     paths: Sequence[str]
     rows: Sequence[tuple[ArmResult, Sequence[tuple[OverSeeds | None, bool | None]]]]
@@ -65,6 +67,7 @@ def study_view(study: StudyDocument) -> StudyView:
         study,
         verdict(study),
         [picture for n, path in enumerate(_told(study, compared)) if (picture := _forest(study, path, f"forest-{n}"))],
+        [path_words(path) for path in _told(study, compared) if _measured_alike(study, path)],
         _trade(study),
         paths,
         [(arm, [_cell(arm, path) for path in paths]) for arm in study.arms],
@@ -81,7 +84,10 @@ def study_view(study: StudyDocument) -> StudyView:
                 path_words(path),
                 curve,
                 growth_picture(
-                    path_words(path), curve.values, curve.fit.model_dump() if curve.fit else None, id=f"growth-{position}"
+                    path_words(path),
+                    curve.values,
+                    curve.fit.model_dump() if curve.fit else None,
+                    id=f"growth-{position}",
                 ),
             )
             for position, (path, curve) in enumerate((study.curve or {}).items())
@@ -107,13 +113,24 @@ def _forest(study: StudyDocument, path: str, id: str) -> tuple[str, str, Markup]
             continue
         low, high = interval_of(against.difference) or (None, None)
         marks.append(Mark(arm.name, against.difference.mean, low, high, (), "kv"))
-    if not marks:
+    if not any(_differs(arm, path) for arm in study.arms):
         return None
     words = path_words(path)
     lower = lower_is_better(path)
     side = "" if lower is None else "left of the line is better" if lower else "right of the line is better"
     title = f"{words}: difference from {study.reference}"
     return words, side, interval_strips(marks, title, f"difference from {study.reference}", id=id, zero=True)
+
+
+def _measured_alike(study: StudyDocument, path: str) -> bool:
+    """Whether arms were compared with the reference arm in this, and none differs."""
+    found = [against for arm in study.arms if (against := (arm.against_reference or {}).get(path))]
+    return any(one.difference.mean is not None for one in found) and not any(_differs(arm, path) for arm in study.arms)
+
+
+def _differs(arm: ArmResult, path: str) -> bool:
+    against = (arm.against_reference or {}).get(path)
+    return against is not None and against.difference.mean is not None and differs(against.difference)
 
 
 def _trade(study: StudyDocument) -> tuple[Markup, Sequence[str]] | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from kvopt.documents.study_file import FORGETTING, LIKELIHOOD, ArmResult, OverSeeds, StudyDocument
-from kvopt.report.choice import shown_interval, signed
+from kvopt.report.choice import DUST, shown_interval, signed
 
 GROUP_WORDS = {
     "original": "under the original template",
@@ -30,6 +31,7 @@ WHOLE_PATHS = {
     "wordings/consistency": "same answer under all wordings",
     "learned/consistency": "same answer under all learned contexts",
 }
+MOST = 6  # arms that a verdict names
 LOSS_FIRST = tuple(f"{group}/{LIKELIHOOD}" for group in ("templates", "held-out", "original", "none"))
 """What a verdict compares: the first of these that was measured."""
 
@@ -45,7 +47,6 @@ def path_words(path: str) -> str:
         over = "wordings" if group == "wordings" else GROUP_WORDS.get(group, group)
         return f"spread of {words} over {over}" if group == "wordings" else f"spread of {words} {over}"
     return f"{words} {GROUP_WORDS.get(group, group)}"
-
 
 
 def lower_is_better(path: str) -> bool | None:
@@ -76,7 +77,9 @@ def verdict(study: StudyDocument) -> list[str]:
         found = _difference(arm, path) if path else None
         return sign * found.mean if found is not None and found.mean is not None else float("inf")
 
-    return [_against(study, arm, path) for arm in sorted(arms, key=place)]
+    lines = [_against(study, arm, path) for arm in sorted(arms, key=place)]
+    more = len(lines) - MOST
+    return lines if more <= 0 else [*lines[:MOST], f"{more} more {'arm' if more == 1 else 'arms'}: see the details."]
 
 
 def _difference(arm: ArmResult, path: str) -> OverSeeds | None:
@@ -88,32 +91,32 @@ def _against(study: StudyDocument, arm: ArmResult, path: str | None) -> str:
     parts, forgotten = [], next((p for p in FORGETTING if _difference(arm, p)), None)
     for one in (path, forgotten):
         value = _difference(arm, one) if one else None
-        if one is None or value is None or value.mean is None:
-            continue
-        parts.append(f"{path_words(one)} {signed(value.mean)}{_in_brackets(value)}{_meaning(one, value)}")
+        if one is not None and value is not None:
+            parts.append(f"{path_words(one)} {_number_and_meaning(one, value)}")
     if not parts:
         return f"{arm.name} against {study.reference}: nothing was measured for both."
     return f"{arm.name} against {study.reference}: {'; '.join(parts)}."
 
 
-def _in_brackets(value: OverSeeds) -> str:
-    interval = interval_of(value)
-    return f" [{signed(interval[0])}, {signed(interval[1])}]" if interval else ""
+def differs(value: OverSeeds) -> bool:
+    """Whether there is any difference to speak of, or an interval around none."""
+    return interval_of(value) is not None or abs(value.mean or 0.0) > DUST
 
 
-def _meaning(path: str, value: OverSeeds) -> str:
-    """Better, worse, or not told apart: what the sign and the interval say."""
+def _number_and_meaning(path: str, value: OverSeeds) -> str:
+    """``−0.130 [−0.200, −0.050] (better)``: what sign and interval say."""
     interval, mean = interval_of(value), value.mean or 0.0
-    if abs(mean) < 5e-4 and interval is None:
-        return " (no difference)"
+    if not differs(value):
+        return "without a difference"
+    largest = max(abs(number) for number in (mean, *(interval or ())))
+    digits = min(max(2, 1 - math.floor(math.log10(largest))), 6)
     if interval is None:
-        return " (no interval)"
+        return f"{signed(mean, digits)} (no interval)"
+    words = f"{signed(mean, digits)} [{signed(interval[0], digits)}, {signed(interval[1], digits)}]"
     if interval[0] <= 0 <= interval[1]:
-        return " (not told apart from no difference)"
+        return f"{words} (cannot be told from no difference)"
     lower = lower_is_better(path)
-    if lower is None:
-        return ""
-    return " (better)" if (mean < 0) == lower else " (worse)"
+    return words if lower is None else f"{words} ({'better' if (mean < 0) == lower else 'worse'})"
 
 
 def _alone(study: StudyDocument) -> list[str]:

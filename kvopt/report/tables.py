@@ -180,8 +180,8 @@ def _board(report: dict[str, Any], width: int) -> Table:
             view.add_column(heading, overflow="fold", min_width=8)
         else:
             view.add_column(escape(heading), justify="left" if heading == "kind" else "right", no_wrap=True)
-    for cells in zip(*columns.values(), strict=True):
-        view.add_row(*map(escape, cells))
+    for line in zip(*columns.values(), strict=True):
+        view.add_row(*map(escape, line))
     return view
 
 

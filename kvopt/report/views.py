@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
+from kvopt.documents.leaderboard_file import LeaderboardRow
 from kvopt.report.answers_view import AnswersView, Wording, answers_view, wordings
 from kvopt.report.cards import Card, cards
 from kvopt.report.choice import BUILT_IN, rivals, shown_interval
@@ -123,7 +124,7 @@ def run_view(run: RunFiles, report: Mapping[str, Any]) -> Page:
 
 def several_view(runs: Sequence[RunFiles], report: Mapping[str, Any]) -> Page:
     """The page of several runs: their contexts on one leaderboard and one picture, and what changed between them."""
-    rows = [(f"{row.name} · {run.label}", row) for run in runs for row in rivals(run.board)]
+    rows = _labelled(runs)
     floor = max(run.board.noise_floor.kl_forward for run in runs)
     same_length = {run.board.template_tokens for run in runs}
     tokens = same_length.pop() if len(same_length) == 1 else None
@@ -134,6 +135,19 @@ def several_view(runs: Sequence[RunFiles], report: Mapping[str, Any]) -> Page:
         several=report["runs"],
         changes=report["changes"],
     )
+
+
+def _labelled(runs: Sequence[RunFiles]) -> list[tuple[str, LeaderboardRow]]:
+    """The contexts of several runs with their run's label; once, and without it, where all runs say the same of one."""
+    found: dict[tuple[str, int, float], list[tuple[str, LeaderboardRow]]] = {}
+    for run in runs:
+        for row in rivals(run.board):
+            found.setdefault((row.name, row.tokens, row.kl_forward.mean), []).append((run.label, row))
+    labelled = []
+    for same in found.values():
+        all_runs = len(same) == len(runs)
+        labelled += [(r.name if all_runs else f"{r.name} · {label}", r) for label, r in same[: 1 if all_runs else None]]
+    return labelled
 
 
 def _all_lengths(run: RunFiles) -> Markup | None:

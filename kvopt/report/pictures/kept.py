@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from kvopt.documents.leaderboard_file import LeaderboardDocument, LeaderboardRow
 from kvopt.report.choice import number, pareto_front, rivals, share_kept, shown_interval
-from kvopt.report.pictures.drawing import Labels, Picture, Scale, log_scale
+from kvopt.report.pictures.drawing import CHARACTER, Labels, Picture, Scale, log_scale
 
 WIDTH, HEIGHT = 420, 330
 LEFT, RIGHT, TOP, BOTTOM = 50, 16, 34, 46
@@ -85,7 +85,8 @@ def _drawn(
     words = "; ".join(f"{row.name}: {row.tokens} tokens, {axis.words(axis.value(row))}" for row in rows[:20])
     picture = Picture(id, WIDTH, HEIGHT, title, f"{words}.")
     picture.axes(x, y, "length in tokens", axis.label, x_ticks=5, y_ticks=6)
-    labels = Labels(LEFT + 2, WIDTH - 4, top=TOP - 8, bottom=HEIGHT - BOTTOM - 2)
+    labels = Labels(LEFT + 2, WIDTH - 4, top=2, bottom=HEIGHT - BOTTOM - 2)
+    labels.taken.append((0, y.end - 24, LEFT + len(axis.label) * CHARACTER, y.end - 6))
     if board.template_tokens <= longest:
         at = x(board.template_tokens)
         picture.line([(at, y.start), (at, y.end)], "floor")

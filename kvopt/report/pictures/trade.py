@@ -1,4 +1,4 @@
-"""Steadiness against forgetting: one point an arm of a study, and the Pareto front. Lower and further left is better."""
+"""Steadiness against forgetting: one point an arm of a study, and the Pareto front. Low and far left is good."""
 
 from __future__ import annotations
 
