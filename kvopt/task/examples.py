@@ -283,8 +283,8 @@ def _select(
     chosen = {example.key: example for example in reversed(train) if example.key in carved}
     selection = sorted([*chosen.values(), *selection], key=_row_number)
     if len(selection) < count:
-        rows = "row" if len(selection) == 1 else "rows"
-        warnings.append(f"{source}: only {len(selection)} {rows} for selection, not {count}")
+        noun = "row" if len(selection) == 1 else "rows"
+        warnings.append(f"{source}: only {len(selection)} {noun} for selection, not {count}")
     return [example for example in train if example.key not in carved], selection
 
 
