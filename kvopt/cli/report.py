@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvopt.cli.common import Json, print_json, say
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvopt.report.gate import Gate
+    from kvopt.report.reading import RunFiles
 
 SEVERAL = Path("comparison")
 
@@ -18,34 +24,69 @@ def compare(
         Path | None,
         typer.Option(
             "--out",
-            metavar="DIR",
-            help="Where to write (default: the run; for several, comparison).",
+            metavar="PATH",
+            help="Where to write: a folder, or one page NAME.html (default: the run; for several, comparison).",
         ),
     ] = None,
     formats: Annotated[
         str | None,
         typer.Option("--format", metavar="LIST", help="Some of html,json,csv,markdown (default: all)."),
     ] = None,
+    fail_above: Annotated[
+        float | None,
+        typer.Option("--fail-above", metavar="KL", help="Exit with 1 where the context's forward KL is above this."),
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option("--metric", metavar="NAME", help="The metric that --fail-below is about.")
+    ] = None,
+    fail_below: Annotated[
+        float | None,
+        typer.Option("--fail-below", metavar="VALUE", help="Exit with 1 where the context's --metric is below this."),
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option("--context", metavar="NAME", help="Which context is checked (default: the recommended one)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare the contexts of one or more runs: a table, and one offline page that says which to take and why.
 
     No model is loaded. With --json, files are written only if --out or --format asks for them.
-    """
-    from kvopt.report import report_of, write_report
 
+    With --fail-above or --fail-below it is a gate for CI: it prints one line, exits with 1 where a limit is broken, and
+    writes files only if --out or --format asks for them.
+    """
+    from kvopt.report import report_of, write_files
+    from kvopt.report.gate import Gate
+
+    gate = Gate(fail_above, metric, fail_below, context)
     chosen = chosen_formats(formats)
-    folder = out or (runs[0] if len(runs) == 1 else SEVERAL)
-    if as_json and out is None and formats is None:
-        print_json(report_of(runs)[0])
-        return
-    report, written = write_report(runs, folder, chosen)
+    if out is not None and out.suffix.lower() == ".html" and formats is not None and chosen != ("html",):
+        from kvopt.errors import InputError
+
+        raise InputError("is one page and cannot hold other formats", where="--out", fix="give a folder to --out")
+    report, files = report_of(runs)
+    asked = out is not None or formats is not None
+    written: list[Path] = []
+    if asked or not (as_json or gate.checks_something):
+        written = write_files(report, files, out or (runs[0] if len(runs) == 1 else SEVERAL), chosen)
     if as_json:
         print_json(report)
-    else:
-        show_report(report, runs)
+    if gate.checks_something:
+        check(gate, files)
+        return
+    if not as_json:
+        show_report(report)
     for path in written:
         say(f"wrote {path}")
+
+
+def check(gate: Gate, runs: Sequence[RunFiles]) -> None:
+    """One line on standard error, and exit code 1 where a limit is broken."""
+    fails, passes = gate.check(runs)
+    say(f"failed: {'; '.join(fails)}" if fails else f"passed: {'; '.join(passes)}")
+    if fails:
+        raise typer.Exit(1)
 
 
 def chosen_formats(formats: str | None) -> tuple[str, ...]:
@@ -63,13 +104,13 @@ def chosen_formats(formats: str | None) -> tuple[str, ...]:
     return names
 
 
-def show_report(report: dict[str, Any], folders: list[Path]) -> None:
+def show_report(report: dict[str, Any]) -> None:
     """The table of one run or several, what to take, and whether their numbers can be compared."""
     from kvopt.console.tables import console
     from kvopt.report.tables import terminal_table
 
     out = console()
-    out.print(terminal_table(report))
+    out.print(terminal_table(report, out.width))
     several = len(report["runs"]) > 1
     for run in report["runs"]:
         start = f"{run['label']}: " if several else ""

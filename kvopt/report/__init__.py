@@ -34,14 +34,26 @@ def write_report(
 
     Returns the document of ``report.json`` and the files written. Raises InputError as :func:`report_of` does.
     """
+    report, runs = report_of(folders)
+    return report, write_files(report, runs, Path(out), formats)
+
+
+def write_files(
+    report: dict[str, Any], runs: Sequence[RunFiles], out: Path, formats: Sequence[str] = FORMATS
+) -> list[Path]:
+    """As :func:`write_report`, of what :func:`report_of` gave. Where ``out`` ends in ``.html``, that file is the page,
+    and the only one written.
+    """
     from kvopt.report.page import render
     from kvopt.report.tables import to_csv, to_markdown
     from kvopt.storage.files import write_json, write_text
 
-    report, runs = report_of(folders)
+    if out.suffix.lower() == ".html":
+        write_text(out, render(report, runs))
+        return [out]
     written = []
     for name in formats:
-        path = Path(out) / f"report.{'md' if name == 'markdown' else name}"
+        path = out / f"report.{'md' if name == 'markdown' else name}"
         if name == "html":
             write_text(path, render(report, runs))
         elif name == "json":
@@ -49,4 +61,4 @@ def write_report(
         else:
             write_text(path, to_csv(report) if name == "csv" else to_markdown(report))
         written.append(path)
-    return report, written
+    return written

@@ -1,4 +1,6 @@
-"""Rank agreement of forward KL with the pre-update loss (gold NLL): would choosing by either choose the same?"""
+"""Rank agreement of forward KL with the pre-update loss (gold NLL) and with the config's metrics: would choosing by
+either choose the same?
+"""
 
 from __future__ import annotations
 
@@ -30,20 +32,38 @@ def rank_agreements(board: LeaderboardDocument) -> list[dict[str, Any]]:
     ]
 
 
+def headline_agreements(board: LeaderboardDocument) -> list[dict[str, Any]]:
+    """Spearman's ρ of forward KL with each headline over the contexts that have both (``headline``, ``n``,
+    ``spearman``, ``spearman_p``, ``in_words``). ρ is negative where contexts closer to the template score higher.
+    """
+    found = []
+    for headline in board.headlines:
+        known = [(row.kl_forward.mean, (row.metrics or {}).get(headline)) for row in rivals(board)]
+        pairs = [(kl, value.mean) for kl, value in known if value is not None and value.mean is not None]
+        rho, p, _, _ = _correlations([kl for kl, _ in pairs], [value for _, value in pairs])
+        words = in_words_of_headline(rho, p)
+        found.append({"headline": headline, "n": len(pairs), "spearman": rho, "spearman_p": p, "in_words": words})
+    return found
+
+
 def _agreement(over: str, split: str, scored: Sequence[tuple[str, SplitScores]]) -> dict[str, Any]:
     points = [{"name": n, "kl_forward": s.kl_forward.mean, "gold_nll": s.gold_nll} for n, s in scored]
-    values: dict[str, float | None] = dict.fromkeys(("spearman", "spearman_p", "kendall", "kendall_p"))
-    if len(points) >= FEWEST:
-        from scipy.stats import ConstantInputWarning, kendalltau, spearmanr
-
-        kl, nll = [p["kl_forward"] for p in points], [p["gold_nll"] for p in points]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConstantInputWarning)
-            correlations = {"spearman": spearmanr(kl, nll), "kendall": kendalltau(kl, nll)}
-        for name, result in correlations.items():
-            values |= {name: _finite(result.statistic), f"{name}_p": _finite(result.pvalue)}
+    found = _correlations([s.kl_forward.mean for _, s in scored], [s.gold_nll for _, s in scored])
+    values = dict(zip(("spearman", "spearman_p", "kendall", "kendall_p"), found, strict=True))
     words = in_words(values["spearman"], values["spearman_p"])
     return {"over": over, "split": split, "n": len(points), "points": points, **values, "in_words": words}
+
+
+def _correlations(x: Sequence[float], y: Sequence[float]) -> tuple[float | None, ...]:
+    """Spearman's ρ and its p-value, Kendall's τ-b and its p-value; None where they are not defined."""
+    if len(x) < FEWEST:
+        return (None,) * 4
+    from scipy.stats import ConstantInputWarning, kendalltau, spearmanr
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        spearman, kendall = spearmanr(x, y), kendalltau(x, y)
+    return tuple(map(_finite, (spearman.statistic, spearman.pvalue, kendall.statistic, kendall.pvalue)))
 
 
 def in_words(rho: float | None, p: float | None) -> str:
@@ -59,6 +79,18 @@ def in_words(rho: float | None, p: float | None) -> str:
     if rho > -SOME:
         return "one order says little about the other"
     return "they rank them in opposite order: the one with the lower loss tends to be further from the template"
+
+
+def in_words_of_headline(rho: float | None, p: float | None) -> str:
+    """What the rank correlation of KL with a headline means for choosing."""
+    if rho is None or p is None:
+        return "too few, or all equal, for a rank correlation"
+    if p > CHANCE:
+        return "not told apart from chance"
+    if abs(rho) < SOME:
+        return "the distance says little about this metric"
+    strength = "" if abs(rho) >= ALIKE else ", in part"
+    return f"contexts closer to the template score {'higher' if rho < 0 else 'lower'}{strength}"
 
 
 def _finite(value: float) -> float | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvopt.documents.leaderboard_file import LeaderboardRow
+from kvopt.report.choice import BUILT_IN, share_kept, shown_interval
 from kvopt.report.reading import RunFiles
 
 RENDERING = ("template.chat_kwargs", "template.end_token")
@@ -13,9 +14,9 @@ RENDERING = ("template.chat_kwargs", "template.end_token")
 
 def compare_runs(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """``comparable`` (bool, or None where an old run does not say), ``why`` (sentences), ``config`` and ``identity``
-    (what differs, by key and run), ``results`` (contexts that are in several runs).
+    (what differs, by key and run), ``contexts`` (:func:`merged_contexts`), ``results`` (those in several runs).
     """
-    labels = [run.label for run in runs]
+    labels, contexts = [run.label for run in runs], merged_contexts(runs)
     identities = [identity(run) for run in runs]
     comparable, why = _comparable([one | _rendering(run) for one, run in zip(identities, runs, strict=True)])
     return {
@@ -24,7 +25,8 @@ def compare_runs(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "why": why,
         "identity": _differing(identities),
         "config": _differing([flatten(run.config) for run in runs]),
-        "results": _results(runs),
+        "results": [one for one in contexts if sum(kl is not None for kl in one["kl_forward"]) > 1],
+        "contexts": contexts,
     }
 
 
@@ -107,27 +109,41 @@ def _list(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def _results(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
-    """Contexts that stand in at least two runs, by name, mutations by their text too, because each run numbers its own;
-    ``apart`` says whether their intervals do not overlap.
+def merged_contexts(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
+    """Every context of any run, once: ``name``, ``kind``, and by run ``kl_forward``, ``tokens``, ``share_kept`` (None
+    where a run lacks it); ``apart`` says whether intervals do not overlap, None without intervals or a second run.
+
+    Mutations are the same context where their texts are the same, whatever each run calls them; others by their names.
     """
-    rows = [{(row.name, row.lineage.id): row for row in run.board.contexts} for run in runs]
-    keys = dict.fromkeys(key for one in rows for key in one)
-    changes = []
-    for key in keys:
+    rows = [{row.lineage.id or row.name: row for row in run.board.contexts} for run in runs]
+    merged = []
+    for key in dict.fromkeys(key for one in rows for key in one):
         mine = [one.get(key) for one in rows]
         there = [row for row in mine if row is not None]
-        if len(there) < 2:
-            continue
-        changes.append(
+        merged.append(
             {
-                "name": key[0],
+                "name": " / ".join(dict.fromkeys(row.name for row in there)),
+                "kind": there[0].kind,
                 "kl_forward": [row.kl_forward.mean if row else None for row in mine],
+                "ci95": [shown_interval(row.kl_forward.ci95) if row else None for row in mine],
                 "tokens": [row.tokens if row else None for row in mine],
-                "apart": _apart(there),
+                "share_kept": [
+                    share_kept(row, run.board) if row else None for row, run in zip(mine, runs, strict=True)
+                ],
+                "apart": _apart(there) if len(there) > 1 else None,
             }
         )
-    return changes
+    return sorted(merged, key=_changed_first)
+
+
+def _changed_first(context: Mapping[str, Any]) -> tuple[int, float]:
+    """What changed for certain, then what is in several runs, then what is in one, each by its lowest KL; what is not
+    learned or written, the original and no context, comes last.
+    """
+    known = [kl for kl in context["kl_forward"] if kl is not None]
+    if context["name"] in BUILT_IN:
+        return 3, min(known)
+    return (0 if context["apart"] else 1 if len(known) > 1 else 2), min(known)
 
 
 def _apart(rows: Sequence[LeaderboardRow]) -> bool | None:

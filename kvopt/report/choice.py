@@ -10,6 +10,7 @@ from kvopt.documents.scores_file import SplitScores
 
 BUILT_IN = ("original", "none")
 KEPT = 0.9  # of the way from no context to the template: what a shorter context must keep to be advised
+DUST = 1e-9  # widths of intervals, by the size of their ends, that are rounding errors
 SHORTER = 0.75  # of the template's tokens: what counts as shorter
 
 
@@ -38,6 +39,25 @@ def share_kept(row: LeaderboardRow, board: LeaderboardDocument) -> float | None:
     """1 − KL / KL of no context: how much of the template's effect a context keeps; None without "no context"."""
     bare = next((r.kl_forward.mean for r in board.contexts if r.name == "none"), None)
     return 1 - row.kl_forward.mean / bare if bare and bare > 0 else None
+
+
+def is_mutation(row: LeaderboardRow) -> bool:
+    """Whether a row is another wording that a search made of the original."""
+    return bool(row.lineage.id) or row.selection is not None
+
+
+def own_prompt(board: LeaderboardDocument) -> LeaderboardRow | None:
+    """The user's own wording that is closest to the original, of those that are shorter where there are such; None
+    where the board has no text context but the original, no context and mutations.
+    """
+    own = [row for row in rivals(board) if row.kind == "text" and row.template is not None and not is_mutation(row)]
+    return min(own, key=lambda row: row.tokens >= board.template_tokens, default=None)
+
+
+def recommended(board: LeaderboardDocument) -> str | None:
+    """The name of the context to take: the best shorter one, or the closest where no shorter one is advised."""
+    found = advice(board)
+    return found["shorter"] or found["closest"]
 
 
 def advice(board: LeaderboardDocument) -> dict[str, Any]:
@@ -108,13 +128,27 @@ def _list(rows: Sequence[LeaderboardRow], most: int = 3) -> str:
 
 
 def _distance(row: LeaderboardRow) -> str:
-    interval = row.kl_forward.ci95
+    interval = shown_interval(row.kl_forward.ci95)
     spread = f" (95 % interval {number(interval[0])}–{number(interval[1])})" if interval else ""
     return f"{number(row.kl_forward.mean)} nats per gold token{spread}"
 
 
 def _tokens(row: LeaderboardRow) -> str:
     return f"{row.tokens} token" + ("" if row.tokens == 1 else "s")
+
+
+def shown_interval(interval: Sequence[float] | None) -> tuple[float, float] | None:
+    """An interval that says something; None where it is as narrow as rounding errors (all rows or seeds are equal)."""
+    if interval is None:
+        return None
+    low, high = interval
+    return None if high - low <= DUST * max(1.0, abs(low), abs(high)) else (low, high)
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """``+0.120`` or ``−0.120``; what rounds to nothing has no sign."""
+    text = f"{value:+.{digits}f}"
+    return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "−")
 
 
 def number(value: float) -> str:

@@ -10,9 +10,9 @@ from kvopt.documents.context_record import ContextRecord
 from kvopt.documents.evaluation_file import EvaluationDocument
 from kvopt.documents.leaderboard_file import LeaderboardRow, UnreportedMutation
 from kvopt.mutate.mutation import Mutation, counts_by_reason
-from kvopt.report.agreement import rank_agreements
+from kvopt.report.agreement import headline_agreements, rank_agreements
 from kvopt.report.changes import compare_runs
-from kvopt.report.choice import advice, on_selection, pareto_front, rivals, share_kept
+from kvopt.report.choice import advice, on_selection, own_prompt, pareto_front, recommended, rivals, share_kept
 from kvopt.report.costs import build_costs, stage_costs, total_costs
 from kvopt.report.reading import RunFiles
 from kvopt.version import VERSION
@@ -41,13 +41,19 @@ def run_document(run: RunFiles) -> dict[str, Any]:
         "template_tokens": board.template_tokens,
         "rows": board.rows.to_json(),
         "noise_floor": board.noise_floor.to_json(),
+        "complete": board.complete,
         "advice": advice(board),
+        "recommended": recommended(board),
+        "own_prompt": own.name if (own := own_prompt(board)) else None,
+        "headlines": board.headlines,
+        "answered": board.answered,
         "contexts": _contexts(run),
         "other_mutations": [_known(row) for row in board.other_mutations],
         "chosen": _chosen(run),
         "curves": [_curve(record) for record in run.learned],
         "mutations": _mutations(run),
         "rank_agreement": rank_agreements(board),
+        "headline_agreement": headline_agreements(board),
         "samples": run.samples.model_dump(mode="json") if run.samples else None,
         "evaluations": [_evaluation(one) for one in run.evaluations],
         "study": run.study.model_dump(mode="json") if run.study else None,

@@ -20,9 +20,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from kvopt.report.choice import number
+from kvopt.report.choice import number, shown_interval, signed
 from kvopt.report.reading import RunFiles
-from kvopt.report.tables import build_text, duration, interval_text
+from kvopt.report.study_words import interval_of, path_words, words_of_explained
+from kvopt.report.tables import build_text, changed_words, duration, interval_text
 from kvopt.report.views import Page, run_view, several_view
 from kvopt.report.worddiff import diff
 
@@ -72,6 +73,12 @@ def _environment() -> Environment:
         "diff": diff,
         "heat": heat,
         "token": token_markup,
+        "signed": signed,
+        "shown": shown_interval,
+        "path": path_words,
+        "explained": words_of_explained,
+        "interval_of": interval_of,
+        "changed": changed_words,
         "plural": lambda count, word: f"{count} {word}" if count == 1 else f"{count} {word}s",
     }
     return environment

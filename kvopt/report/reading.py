@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from kvopt.documents.answers_file import AnswersDocument
 from kvopt.documents.context_record import ContextRecord
 from kvopt.documents.evaluation_file import BASE, EvaluationDocument
 from kvopt.documents.leaderboard_file import LeaderboardDocument
@@ -43,6 +44,7 @@ class RunFiles:
     mutations: list[Mutation] = field(default_factory=list)
     learned: list[ContextRecord] = field(default_factory=list)
     samples: SamplesDocument | None = None
+    answers: AnswersDocument | None = None
     evaluations: list[EvaluationDocument] = field(default_factory=list)
     study: StudyDocument | None = None
 
@@ -87,7 +89,7 @@ def read_run(folder: Path, label: str | None = None) -> RunFiles:
         raise InputError(what, where=str(folder), fix="give a run directory in which kvopt run has finished")
     board = read_leaderboard(path)
     config = _yaml(folder / "config.yaml")
-    samples, study = folder / "samples.json", folder / "study.json"
+    samples, answers, study = (folder / f"{name}.json" for name in ("samples", "answers", "study"))
     return RunFiles(
         folder,
         label or board.name,
@@ -102,6 +104,7 @@ def read_run(folder: Path, label: str | None = None) -> RunFiles:
             if file.is_file()
         ],
         samples=read_document(SamplesDocument, samples) if samples.is_file() else None,
+        answers=read_document(AnswersDocument, answers) if answers.is_file() else None,
         evaluations=_evaluations(folder, _names(config.get("students"))),
         study=read_document(StudyDocument, study, NO_STUDY) if study.is_file() else None,
     )

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from kvopt.documents.evaluation_file import BASE, WORDINGS, EvaluationDocument, GroupEstimate
 from kvopt.documents.part import Estimate
+from kvopt.report.choice import shown_interval
 from kvopt.report.pictures import Mark, interval_strips
 
 GROUPS = ("original", "held-out", "templates", "wordings", "none", "learned")
@@ -24,7 +25,7 @@ class StudentsView:
     tables: Sequence[dict[str, Any]]
     robustness: Sequence[tuple[str, Markup]]
     forgetting: Sequence[tuple[str, Markup]]
-    habits: bool
+    habits: Sequence[tuple[str, Sequence[Estimate | None]]]
 
 
 def students_view(evaluations: Sequence[EvaluationDocument]) -> StudentsView:
@@ -46,7 +47,7 @@ def students_view(evaluations: Sequence[EvaluationDocument]) -> StudentsView:
             )
             if (picture := _forgetting(evaluations, name, words))
         ],
-        any(one.no_context or one.frozen_prompt for one in evaluations),
+        known_habits(evaluations),
     )
 
 
@@ -63,7 +64,7 @@ def shown_quantities(evaluations: Sequence[EvaluationDocument]) -> list[str]:
 
 def group_table(evaluations: Sequence[EvaluationDocument], quantity: str) -> dict[str, Any]:
     """``groups`` (those that exist), and for each student a row: name, a value by group, and the wordings' spread."""
-    groups = [name for name in GROUPS if any(one.group(name) for one in evaluations)]
+    groups = [name for name in GROUPS if any(_measured(one, name, quantity) for one in evaluations)]
     rows = []
     for one in evaluations:
         values = {name: group.quantities.get(quantity) if (group := one.group(name)) else None for name in groups}
@@ -77,6 +78,23 @@ def group_table(evaluations: Sequence[EvaluationDocument], quantity: str) -> dic
             }
         )
     return {"quantity": quantity, "groups": groups, "rows": rows}
+
+
+def _measured(one: EvaluationDocument, group: str, quantity: str) -> bool:
+    found = one.group(group)
+    value = found.quantities.get(quantity) if found else None
+    return value is not None and value.mean is not None
+
+
+def known_habits(evaluations: Sequence[EvaluationDocument]) -> list[tuple[str, list[Estimate | None]]]:
+    """What models do without being asked, by heading, with a value for each; those that some model was measured for."""
+    columns = []
+    for part, situation in (("no_context", "no context"), ("frozen_prompt", "other instruction")):
+        for share, words in (("same_as_original", "as under the original"), ("looks_like_task", "looks like the task")):
+            values = [getattr(getattr(one, part), share, None) for one in evaluations]
+            if any(value is not None and value.mean is not None for value in values):
+                columns.append((f"{situation}: {words}", values))
+    return columns
 
 
 def _robustness(evaluations: Sequence[EvaluationDocument], quantity: str, id: str) -> Markup | None:
@@ -108,5 +126,5 @@ def _forgetting(evaluations: Sequence[EvaluationDocument], name: str, words: str
 def _mark(label: str, value: Estimate | GroupEstimate | None, dots: tuple[float, ...]) -> Mark | None:
     if value is None or value.mean is None:
         return None
-    low, high = value.ci95 or (None, None)
+    low, high = shown_interval(value.ci95) or (None, None)
     return Mark(label, value.mean, low, high, dots, "text" if label == BASE else "kv")

@@ -7,11 +7,12 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
+from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
 
-from kvopt.console.tables import plain_table
-from kvopt.report.choice import number
+from kvopt.console.tables import WIDTH_OF_FILES, plain_table
+from kvopt.report.choice import number, shown_interval
 
 COLUMNS = (
     "run", "name", "kind", "tokens", "kl_forward", "kl_forward_low", "kl_forward_high", "kl_forward_p95", "gold_nll",
@@ -19,6 +20,7 @@ COLUMNS = (
     "build_tokens_in", "build_tokens_out", "build_model_calls", "build_shared_by", "operators", "students",
 )  # fmt: skip
 
+FOLDED = 16  # columns of a terminal from which on names of contexts are folded
 STUDENTS = 3  # columns for students on a terminal; more of them stand on the page
 
 
@@ -103,7 +105,8 @@ def mark(row: dict[str, Any]) -> str:
 
 
 def interval_text(interval: Any) -> str:
-    return f"{number(interval[0])}–{number(interval[1])}" if interval else "–"
+    shown = shown_interval(interval)
+    return f"{number(shown[0])}–{number(shown[1])}" if shown else "–"
 
 
 def build_text(build: dict[str, Any] | None) -> str:
@@ -133,32 +136,86 @@ def _short(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
-def terminal_table(report: dict[str, Any]) -> Table:
-    """The leaderboard for a terminal; with a column for the run where there are several."""
-    several = len(report["runs"]) > 1
-    students = list(dict.fromkeys(name for _, row in rows_of(report) for name in row["students"]))
-    students = students if len(students) <= STUDENTS else []
-    title = None if several else escape(f"{report['runs'][0]['label']} · {report['runs'][0]['base']}")
-    view = plain_table(title, _caption(report))
-    if several:
-        view.add_column("run", overflow="fold")
-    view.add_column("context", overflow="fold", min_width=8)
-    view.add_column("kind", no_wrap=True)
-    for heading in ("tokens", "forward KL", "95 % interval", "p95", "gold NLL", "top-1", "build", *students):
-        view.add_column(escape(heading), justify="right", no_wrap=True)
-    last = None
-    for label, row in rows_of(report):
-        if last is not None and label != last:
-            view.add_section()
+def terminal_table(report: dict[str, Any], width: int = WIDTH_OF_FILES) -> Table:
+    """The leaderboard for a terminal of that many columns: what does not fit is left out, and the caption says so. Of
+    several runs, every context once, with its KL in each.
+    """
+    return _merged_table(report) if len(report["runs"]) > 1 else _board(report, width)
+
+
+DISPENSABLE = ("p95", "gold NLL", "95 % interval", "top-1", "kind", "build")
+"""Columns of a narrow terminal's table, the first to be left out first."""
+
+
+def _board(report: dict[str, Any], width: int) -> Table:
+    (run,) = report["runs"]
+    students = list(dict.fromkeys(name for row in run["contexts"] for name in row["students"]))
+    columns: dict[str, list[str]] = {"context": [], "kind": []}
+    for row in run["contexts"]:
         kl = row["kl_forward"]
-        cells = [
-            row["name"], row["kind"], str(row["tokens"]), number(kl["mean"]) + mark(row), interval_text(kl["ci95"]),
-            f"{kl['p95']:.3f}", f"{row['gold_nll']:.4f}", f"{row['top1_agreement']:.1%}", build_text(row["build"]),
-            *(_short(row["students"].get(name, {}).get("mean")) for name in students),
-        ]  # fmt: skip
-        view.add_row(*map(escape, ["" if label == last else label, *cells] if several else cells))
-        last = label
+        cells = {
+            "context": row["name"],
+            "kind": row["kind"],
+            "tokens": str(row["tokens"]),
+            "forward KL": number(kl["mean"]) + mark(row),
+            "95 % interval": interval_text(kl["ci95"]),
+            "p95": f"{kl['p95']:.3f}",
+            "gold NLL": f"{row['gold_nll']:.4f}",
+            "top-1": f"{row['top1_agreement']:.1%}",
+            "build": build_text(row["build"]),
+        }
+        if len(students) <= STUDENTS:
+            cells |= {name: _short(row["students"].get(name, {}).get("mean")) for name in students}
+        for heading, cell in cells.items():
+            columns.setdefault(heading, []).append(cell)
+    left_out = []
+    for heading in (*reversed(students), *DISPENSABLE):
+        if heading in columns and _room(columns) > width:
+            left_out.append(heading)
+            del columns[heading]
+    caption = _caption(report) + (escape(f"; too narrow for {', '.join(left_out)}") if left_out else "")
+    view = plain_table(escape(f"{run['label']} · {run['base']}"), caption)
+    for heading in columns:
+        if heading == "context":
+            view.add_column(heading, overflow="fold", min_width=8)
+        else:
+            view.add_column(escape(heading), justify="left" if heading == "kind" else "right", no_wrap=True)
+    for line in zip(*columns.values(), strict=True):
+        view.add_row(*map(escape, line))
     return view
+
+
+def _room(columns: dict[str, list[str]]) -> int:
+    """Columns of a terminal that a table with one space on both sides of each cell takes; long names are folded."""
+    widths = {heading: max(map(cell_len, [heading, *cells])) for heading, cells in columns.items()}
+    return sum(widths.values()) - max(0, widths["context"] - FOLDED) + 2 * len(widths)
+
+
+def _merged_table(report: dict[str, Any]) -> Table:
+    view = plain_table(None, _caption(report))
+    view.add_column("context", overflow="fold", min_width=8)
+    view.add_column("tokens", justify="right", no_wrap=True)
+    for run in report["runs"]:
+        view.add_column(escape(f"KL in {run['label']}"), justify="right", overflow="fold", min_width=7)
+    view.add_column("changed", overflow="fold", min_width=8)
+    for context in report["changes"]["contexts"]:
+        lengths = dict.fromkeys(str(count) for count in context["tokens"] if count is not None)
+        kls = ["–" if kl is None else number(kl) for kl in context["kl_forward"]]
+        view.add_row(*map(escape, [context["name"], " / ".join(lengths), *kls, changed_words(report, context)]))
+    return view
+
+
+def changed_words(report: dict[str, Any], context: dict[str, Any]) -> str:
+    """Whether a context's KL differs between the runs."""
+    if sum(kl is not None for kl in context["kl_forward"]) < 2:
+        return "in one run only"
+    if report["changes"]["comparable"] is False:
+        return "not comparable"
+    if len({kl for kl in context["kl_forward"] if kl is not None}) == 1:
+        return "the same"
+    if context["apart"] is None:
+        return "no intervals"
+    return "yes" if context["apart"] else "not told apart"
 
 
 def _caption(report: dict[str, Any]) -> str:
@@ -167,5 +224,5 @@ def _caption(report: dict[str, Any]) -> str:
     for run in report["runs"]:
         words = f"{_rows(run)}, noise floor {number(run['noise_floor']['kl_forward'])}"
         floors.append(f"{run['label']}: {words}" if several else words)
-    ties = any(row.get("separable_from_best") is False for _, row in rows_of(report))
+    ties = not several and any(row.get("separable_from_best") is False for _, row in rows_of(report))
     return escape(f"nats per gold token; {'; '.join(floors)}" + ("; ~ not separable from the best" if ties else ""))

@@ -9,8 +9,11 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from kvopt.report.choice import rivals
-from kvopt.report.pictures import learning_curve, length_picture, rank_picture
+from kvopt.documents.leaderboard_file import LeaderboardRow
+from kvopt.report.answers_view import AnswersView, Wording, answers_view, wordings
+from kvopt.report.cards import Card, cards
+from kvopt.report.choice import BUILT_IN, rivals, shown_interval
+from kvopt.report.pictures import distance_picture, kept_picture, learning_curve, length_picture, rank_picture
 from kvopt.report.pictures.curves import curve_values
 from kvopt.report.pictures.drawing import Scale, log_scale
 from kvopt.report.pictures.length import Chosen
@@ -20,6 +23,7 @@ from kvopt.report.study_view import StudyView, study_view
 from kvopt.report.worddiff import Piece, template_diff
 
 DIFFS = 40  # mutations whose text is shown
+FEW = 3  # mutations on the board that are not folded
 REJECTED = 3  # rejected candidates of each reason whose text is shown
 
 
@@ -30,6 +34,10 @@ class Strip:
     at: float
     low: float
     width: float
+
+
+BoardRow = tuple[Mapping[str, Any], Strip]
+"""A row of the board, and its KL as a picture."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +54,15 @@ class Page:
     """Everything the template shows; ``run`` is None on a page of several runs."""
 
     title: str
-    rows: Sequence[tuple[str, Mapping[str, Any], Strip]]
-    students: Sequence[str]
-    length: Markup | None
+    rows: Sequence[BoardRow] = ()
+    folded: Sequence[BoardRow] = ()
+    students: Sequence[str] = ()
+    length: Markup | None = None
+    cards: Sequence[Card] = ()
+    kept: Markup | None = None
+    distance: Markup | None = None
+    answers: AnswersView | None = None
+    wordings: Sequence[Wording] = ()
     run: Mapping[str, Any] | None = None
     several: Sequence[Mapping[str, Any]] = ()
     changes: Mapping[str, Any] | None = None
@@ -66,9 +80,6 @@ class Page:
 
 def run_view(run: RunFiles, report: Mapping[str, Any]) -> Page:
     """The page of one run."""
-    others = [Chosen(r.name, r.tokens, r.selection.kl_forward.mean) for r in run.board.other_mutations]
-    rows = [(row.name, row) for row in run.board.contexts if row.name != "original"]
-    floor = run.board.noise_floor.kl_forward
     best = min(
         ((r.name, r.selection.kl_forward.mean) for r in run.board.contexts if r.selection),
         key=lambda p: p[1],
@@ -77,11 +88,18 @@ def run_view(run: RunFiles, report: Mapping[str, Any]) -> Page:
     values = curve_values(run.learned)
     kinds = {row.name: row.kind for row in run.board.contexts}
     mutations, more, rejected = _texts(run, report)
+    shown, folded = _board_rows(report)
     return Page(
         title=run.board.name,
-        rows=_rows([report]),
+        rows=shown,
+        folded=folded,
         students=_student_names([report]),
-        length=length_picture(rows, others, floor, run.board.template_tokens) if rows else None,
+        length=_all_lengths(run),
+        cards=cards(run.board, run.folder),
+        kept=kept_picture(run.board, advised=report["recommended"]),
+        distance=distance_picture(run.board, advised=report["recommended"]),
+        answers=answers_view(run),
+        wordings=wordings(run),
         run=report,
         curves=[
             (facts, learning_curve(one, values, best, id=f"curve-{position}"))
@@ -106,32 +124,60 @@ def run_view(run: RunFiles, report: Mapping[str, Any]) -> Page:
 
 def several_view(runs: Sequence[RunFiles], report: Mapping[str, Any]) -> Page:
     """The page of several runs: their contexts on one leaderboard and one picture, and what changed between them."""
-    rows = [(f"{row.name} · {run.label}", row) for run in runs for row in rivals(run.board)]
+    rows = _labelled(runs)
     floor = max(run.board.noise_floor.kl_forward for run in runs)
     same_length = {run.board.template_tokens for run in runs}
     tokens = same_length.pop() if len(same_length) == 1 else None
     comparable = report["changes"]["comparable"] is not False
     return Page(
         title=" · ".join(run.label for run in runs),
-        rows=_rows(report["runs"]),
-        students=_student_names(report["runs"]),
         length=length_picture(rows, [], floor, tokens) if rows and comparable else None,
         several=report["runs"],
         changes=report["changes"],
     )
 
 
-def _rows(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any], Strip]]:
-    values = [row["kl_forward"]["mean"] for report in reports for row in report["contexts"]]
-    values += [v for report in reports for row in report["contexts"] for v in row["kl_forward"]["ci95"] or ()]
+def _labelled(runs: Sequence[RunFiles]) -> list[tuple[str, LeaderboardRow]]:
+    """The contexts of several runs with their run's label; once, and without it, where all runs say the same of one."""
+    found: dict[tuple[str, int, float], list[tuple[str, LeaderboardRow]]] = {}
+    for run in runs:
+        for row in rivals(run.board):
+            found.setdefault((row.name, row.tokens, row.kl_forward.mean), []).append((run.label, row))
+    labelled = []
+    for same in found.values():
+        all_runs = len(same) == len(runs)
+        labelled += [(r.name if all_runs else f"{r.name} · {label}", r) for label, r in same[: 1 if all_runs else None]]
+    return labelled
+
+
+def _all_lengths(run: RunFiles) -> Markup | None:
+    """KL by length of everything that was measured, the mutations that were not reported too."""
+    others = [Chosen(r.name, r.tokens, r.selection.kl_forward.mean) for r in run.board.other_mutations]
+    rows = [(row.name, row) for row in run.board.contexts if row.name != "original"]
+    floor = run.board.noise_floor.kl_forward
+    return length_picture(rows, others, floor, run.board.template_tokens) if rows else None
+
+
+def _board_rows(report: Mapping[str, Any]) -> tuple[list[BoardRow], list[BoardRow]]:
+    """The board, the recommended context first, original and no context last; and the mutations that are folded: all
+    but the closest few, where there are more.
+    """
+    contexts = report["contexts"]
+    values = [row["kl_forward"]["mean"] for row in contexts]
+    values += [end for row in contexts for end in row["kl_forward"]["ci95"] or ()]
     scale = log_scale(values, 0.0, 100.0)
-    return [
-        (report["label"], row, _strip(row["kl_forward"], scale)) for report in reports for row in report["contexts"]
-    ]
+
+    def place(row: Mapping[str, Any]) -> int:
+        return 0 if row["name"] == report["recommended"] else 2 if row["name"] in BUILT_IN else 1
+
+    rows = [(row, _strip(row["kl_forward"], scale)) for row in sorted(contexts, key=place)]
+    mutated = [row["name"] for row, _ in rows if row["lineage"].get("id") or row.get("selection")]
+    hidden = set(mutated[FEW:]) - {report["recommended"]}
+    return [r for r in rows if r[0]["name"] not in hidden], [r for r in rows if r[0]["name"] in hidden]
 
 
 def _strip(kl: Mapping[str, Any], scale: Scale) -> Strip:
-    low, high = kl["ci95"] or (kl["mean"], kl["mean"])
+    low, high = shown_interval(kl["ci95"]) or (kl["mean"], kl["mean"])
     return Strip(round(scale(kl["mean"]), 1), round(scale(low), 1), round(scale(high) - scale(low), 1))
 
 

@@ -116,6 +116,67 @@ def samples() -> dict[str, Any]:
     }
 
 
+HEADLINES = ["json-valid", "rouge-l"]
+
+
+def own_prompt() -> dict[str, Any]:
+    """A board's row of a short wording that the user wrote."""
+    text = {"messages": [{"role": "system", "content": "Sort it.\n"}, {"role": "user", "content": "Message: {{text}}"}]}
+    return row("mine", "text", 12, 0.06, separable_from_best=True, template=text)
+
+
+def answers() -> dict[str, Any]:
+    """Three rows under five contexts, with one metric of pass or fail and one that is a number."""
+    texts = {
+        "original": ["rain", "sun", "snow"],
+        "kv-16": ["rain", "sun", "snow and ice"],
+        "kv-full": ["rain", "sun", "snow"],
+        "mine": ["rain", "It is sun", "hail"],
+        "none": ["Hello!", "Hi!", "Good day"],
+    }
+    fails = {("kv-16", 2), ("mine", 1), ("mine", 2), ("none", 0), ("none", 1), ("none", 2)}
+    kinds = {"original": ("text", 40), "kv-16": ("kv", 16), "kv-full": ("kv", 40), "mine": ("text", 12)}
+
+    def answer(name: str, n: int) -> dict[str, Any]:
+        metrics = {"json-valid": float((name, n) not in fails), "rouge-l": None if name == "none" else 0.5}
+        return {"text": texts[name][n], "cut": (name, n) == ("none", 2), "metrics": metrics}
+
+    return {
+        "split": "validation",
+        "max_new_tokens": 8,
+        "headlines": HEADLINES,
+        "pass_or_fail": ["json-valid"],
+        "contexts": [
+            {"name": name, "kind": kinds.get(name, ("text", 0))[0], "tokens": kinds.get(name, ("text", 0))[1]}
+            for name in texts
+        ],
+        "examples": [
+            {
+                "id": f"validation:{n}",
+                "values": {"text": f"Will it rain? ({n})"},
+                "output": texts["original"][n],
+                "answers": {name: answer(name, n) for name in texts},
+            }
+            for n in range(3)
+        ],
+    }
+
+
+def add_metrics(folder: Path) -> None:
+    """Give a run that was made here metrics on its board, answers, and a prompt of the user's own."""
+    board, document = leaderboard(), answers()
+    board["contexts"].insert(-1, own_prompt())
+    shares = {"kv-full": 1.0, "m002": 0.9, "m001": 0.7, "kv-16": 0.8, "mine": 0.4, "soft-16": 0.3, "original": 1.0}
+    for one in board["contexts"]:
+        share = shares.get(one["name"], 0.0)
+        one["metrics"] = {
+            "json-valid": {"mean": share, "ci95": [max(0.0, share - 0.1), min(1.0, share + 0.1)]},
+            "rouge-l": {"mean": None, "ci95": None} if one["name"] == "none" else {"mean": 0.5, "ci95": [0.5, 0.5]},
+        }
+    put(folder / "leaderboard.json", board | {"headlines": HEADLINES, "answered": 12})
+    put(folder / "answers.json", document)
+
+
 def ledger() -> list[dict[str, Any]]:
     def entry(stage: str, seconds: float, outcome: str = "done", **more: Any) -> dict[str, Any]:
         return {"stage": stage, "outcome": outcome, "seconds": seconds, "peak_memory_bytes": 2**30} | more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -9,11 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from kvopt.cli import app
 from kvopt.cli.report import renew_page
 from kvopt.errors import InputError
+from kvopt.report import report_of
+from kvopt.report.tables import terminal_table
 from tests.jobs import write_job
 from tests.report.made import change, write_run
 
@@ -51,6 +55,34 @@ def test_formats_and_folder_are_chosen(run: Path, tmp_path: Path):
         kvopt("compare", run, "--format", ",")
 
 
+def test_a_name_that_ends_in_html_is_the_page_itself(run: Path, tmp_path: Path):
+    _, err = kvopt("compare", run, "--out", tmp_path / "cmp.html")
+    assert (tmp_path / "cmp.html").read_text("utf-8").startswith("<!DOCTYPE html>")
+    assert err.splitlines() == [f"wrote {tmp_path / 'cmp.html'}"]
+    kvopt("compare", run, "--out", tmp_path / "cmp.HTML", "--format", "html")
+    assert (tmp_path / "cmp.HTML").is_file()
+    kvopt("compare", run, "--out", tmp_path / "folder.v2")
+    assert reports(tmp_path / "folder.v2") == FILES
+    with pytest.raises(InputError, match="cannot hold other formats"):
+        kvopt("compare", run, "--out", tmp_path / "cmp.html", "--format", "json")
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_terminal_gets_whole_columns_and_says_what_is_left_out(run: Path, width: int):
+    report, _ = report_of([run])
+    out = Console(width=width, file=io.StringIO())
+    with out.capture() as got:
+        out.print(terminal_table(report, width))
+    text = got.get()
+    head = next(line for line in text.splitlines() if "context" in line and "tokens" in line)
+    assert "…" not in text
+    left_out = " ".join(text.split()).partition("too narrow for ")[2]
+    for name in ("context", "tokens", "forward KL", "build", "p95", "gold NLL", "top-1", "95 % interval"):
+        assert (name in head) != (name in left_out), name
+    assert "build" in head or width < 80
+    assert all(len(line.rstrip()) <= width for line in text.splitlines())
+
+
 def test_json_is_the_report_and_writes_nothing_unasked(run: Path, tmp_path: Path):
     out, _ = kvopt("compare", run, "--json")
     assert reports(run) == set()
@@ -70,6 +102,9 @@ def test_several_runs_are_one_table_one_page_and_what_changed(
     assert "KLs can be compared" in " ".join(out.split())
     lines = (tmp_path / "comparison" / "report.csv").read_text("utf-8").splitlines()
     assert len(lines) == 1 + 2 * 7
+    rows = [line for line in out.splitlines() if "kv-16" in line and "keeps" not in line]
+    assert len(rows) == 1, "one row for a context that is in both"
+    assert "the same" in rows[0]
 
 
 def test_markdown_has_the_advice_and_a_row_for_each_context(run: Path):

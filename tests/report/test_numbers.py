@@ -239,6 +239,19 @@ def test_mutations_of_one_name_and_different_texts_are_different_contexts(run: P
     assert {"m002", "kv-16"} <= set(names)
 
 
+def test_mutations_of_one_text_are_one_context_whatever_each_run_calls_them(run: Path, tmp_path: Path):
+    other = write_run(tmp_path / "other")
+    document = leaderboard()
+    for one in document["contexts"]:
+        if one["name"] == "m002":
+            one["name"] = "m007"
+    change(other / "leaderboard.json", contexts=document["contexts"])
+    found = compare_runs(read_runs([run, other]))
+    names = [one["name"] for one in found["contexts"]]
+    assert "m002 / m007" in names
+    assert len(names) == 7
+
+
 @pytest.mark.parametrize(
     ("file", "values", "words"),
     [

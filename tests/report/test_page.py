@@ -16,7 +16,7 @@ import yaml
 from kvopt.report import write_report
 from kvopt.report.page import heat, token_markup
 from kvopt.report.pictures.drawing import Labels, Scale, log_scale
-from tests.report.made import EVIL, change, leaderboard, mutations, put_lines, samples, study, template, write_run
+from tests.report.made import EVIL, change, leaderboard, mutations, put_lines, row, samples, study, template, write_run
 
 NS = "{http://www.w3.org/1999/xhtml}"
 
@@ -125,12 +125,12 @@ def test_control_characters_are_shown_and_the_page_stays_valid(run: Path, tmp_pa
 def test_every_number_of_the_page_s_data_is_that_of_report_json(run: Path, tmp_path: Path):
     html = page_of([run], tmp_path)
     assert data_of(html) == json.loads((tmp_path / "report.json").read_text("utf-8"))
-    row = next(r for r in data_of(html)["runs"][0]["contexts"] if r["name"] == "kv-16")
-    assert row["kl_forward"] == {"mean": 0.02, "ci95": [0.016, 0.024], "p95": 0.06}
-    assert row["build"]["seconds"] == 12
+    found = next(r for r in data_of(html)["runs"][0]["contexts"] if r["name"] == "kv-16")
+    assert found["kl_forward"] == {"mean": 0.02, "ci95": [0.016, 0.024], "p95": 0.06}
+    assert found["build"]["seconds"] == 12
     assert data_of(html)["runs"][0]["totals"]["seconds"] == 149
     assert "2 min 29 s in all" in html
-    assert row["pareto"] is True
+    assert found["pareto"] is True
 
 
 def test_the_same_run_gives_the_same_bytes(run: Path, tmp_path: Path):
@@ -208,7 +208,17 @@ def test_a_page_of_two_runs_has_their_contexts_and_what_changed(run: Path, tmp_p
     text = re.sub(r"\s+", " ", "".join(parsed(page_of([run, other], tmp_path)).itertext()))
     assert "What changed" in text
     assert "KLs can be compared across the runs" in text
+    assert "kv-16 · other" not in text, "what both runs say of a context stands once"
+    rows = leaderboard()["contexts"]
+    rows[4] = row("kv-16", "kv", 16, 0.05)
+    change(other / "leaderboard.json", contexts=rows)
+    html = page_of([run, other], tmp_path)
+    text = re.sub(r"\s+", " ", "".join(parsed(html).itertext()))
     assert "kv-16 · other" in text
+    assert html.index('id="changes"') < html.index('id="leaderboard"')
+    table = re.search(r'<table id="board".*?</table>', html, re.S)[0]
+    names = re.findall(r'<span class="name">([^<]+)</span>', table)
+    assert names == ["kv-16", "kv-full", "m002", "m001", "soft-16", "original", "none"], "what changed comes first"
     change(other / "manifest.json", template_sha256="other")
     text = "".join(parsed(page_of([run, other], tmp_path)).itertext())
     assert "The template differs between the runs" in text
@@ -284,7 +294,7 @@ def test_text_has_enough_contrast_in_both_schemes(run: Path, tmp_path: Path, sch
     css = re.search(r"<style>(.*?)</style>", page_of([run], tmp_path), re.S)[1]
     blocks = re.findall(r":root \{(.*?)\}", css, re.S)
     colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[0 if scheme == "light" else 1]))
-    for name in ("ink", "soft-ink", "text", "soft", "kv"):
+    for name in ("ink", "soft-ink", "text", "soft", "kv", "bad"):
         assert contrast(colours[name], colours["page"]) >= 4.5, name
     for ground in ("new", "gone", "quiet"):
         assert contrast(colours["ink"], colours[ground]) >= 4.5, ground

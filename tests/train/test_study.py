@@ -366,7 +366,7 @@ def test_the_command_shows_tables_or_one_document(finished, capsys, monkeypatch,
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert "curve-1" in page
     assert "Differences from plain" in page
-    assert "none/gold_nll by arm" in page
+    assert "loss without a context by arm" in page
     names = [row["name"] for row in json.loads((tmp_path / "out" / "leaderboard.json").read_text("utf-8"))["contexts"]]
     assert {"original", "none", "kv-8"} <= set(names)
 

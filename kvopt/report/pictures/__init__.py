@@ -4,8 +4,20 @@ light, dark and print. Every picture has a title and a description in words; its
 
 from kvopt.report.pictures.curves import learning_curve
 from kvopt.report.pictures.growth import growth_picture
+from kvopt.report.pictures.kept import distance_picture, kept_picture
 from kvopt.report.pictures.length import length_picture
 from kvopt.report.pictures.ranks import rank_picture
 from kvopt.report.pictures.strips import Mark, interval_strips
+from kvopt.report.pictures.trade import trade_picture
 
-__all__ = ["Mark", "growth_picture", "interval_strips", "learning_curve", "length_picture", "rank_picture"]
+__all__ = [
+    "Mark",
+    "distance_picture",
+    "growth_picture",
+    "interval_strips",
+    "kept_picture",
+    "learning_curve",
+    "length_picture",
+    "rank_picture",
+    "trade_picture",
+]

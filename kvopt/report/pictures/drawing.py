@@ -136,6 +136,8 @@ class Labels:
     left: float
     right: float
     taken: list[tuple[float, float, float, float]] = field(default_factory=list)
+    top: float = -math.inf
+    bottom: float = math.inf
 
     def keep_free(self, x: float, y: float, r: float = 6) -> None:
         self.taken.append((x - r, y - r, x + r, y + r))
@@ -149,7 +151,7 @@ class Labels:
         ):  # fmt: skip
             left = x + dx - {"start": 0, "end": width, "middle": width / 2}[anchor]
             box = (left, y + dy - 11, left + width, y + dy + 3)
-            inside = box[0] >= self.left and box[2] <= self.right
+            inside = self.left <= box[0] and box[2] <= self.right and self.top <= box[1] and box[3] <= self.bottom
             if inside and not any(_overlap(box, other) for other in self.taken):
                 self.taken.append(box)
                 return x + dx, y + dy, anchor

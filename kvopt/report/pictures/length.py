@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from kvopt.documents.leaderboard_file import LeaderboardRow
-from kvopt.report.choice import BUILT_IN, number, pareto_front
+from kvopt.report.choice import BUILT_IN, number, pareto_front, shown_interval
 from kvopt.report.pictures.drawing import Labels, Picture, Scale, log_scale
 
 WIDTH, HEIGHT = 720, 400
@@ -69,9 +69,10 @@ def length_picture(
 
 def _point(picture: Picture, x: Scale, y: Scale, label: str, row: LeaderboardRow, on_front: bool) -> None:
     kl = row.kl_forward
-    if kl.ci95:
-        picture.line([(x(row.tokens), y(kl.ci95[0])), (x(row.tokens), y(kl.ci95[1]))], f"whisker {row.kind}")
-    interval = f" ({number(kl.ci95[0])}–{number(kl.ci95[1])})" if kl.ci95 else ""
+    ends = shown_interval(kl.ci95)
+    if ends:
+        picture.line([(x(row.tokens), y(ends[0])), (x(row.tokens), y(ends[1]))], f"whisker {row.kind}")
+    interval = f" ({number(ends[0])}–{number(ends[1])})" if ends else ""
     title = f"{label}: {row.kind}, {row.tokens} tokens, KL {number(kl.mean)}{interval}"
     picture.mark(x(row.tokens), y(kl.mean), row.kind, 5.5 if on_front else 4, "front-mark" if on_front else "", title)
 

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from kvopt.report.pictures.drawing import CHARACTER, LINE, Picture, Scale
 
-WIDTH = 720
+WIDTH = 480
 RIGHT, TOP, BOTTOM, ROW = 20, 12, 40, 26
 
 
@@ -34,7 +34,7 @@ def interval_strips(marks: Sequence[Mark], title: str, unit: str, *, id: str, ze
     height = TOP + ROW * len(marks) + BOTTOM
     words = "; ".join(f"{m.label} {m.mean:.4g}" for m in marks)
     picture = Picture(id, WIDTH, height, title, f"{unit}: {words}.")
-    for value in x.ticks(7):
+    for value in x.ticks(5):
         picture.line([(x(value), TOP), (x(value), height - BOTTOM)], "zero" if value == 0 else "grid")
         picture.text(x(value), height - BOTTOM + LINE + 2, f"{value:g}", "tick", "middle")
     picture.text(x.end, height - 6, unit, "axis-label", "end")

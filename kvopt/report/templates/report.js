@@ -1,5 +1,5 @@
 "use strict";
-// Sorting and filtering of tables, the arrow keys of the heat maps, and opening everything for print.
+// Sorting and filtering of tables, the arrow keys of the heat maps, copying, and opening what a link leads to.
 (() => {
   const data = JSON.parse(document.getElementById("report-data").textContent);
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
@@ -39,7 +39,9 @@
 
   // ---- filtering: words in a row's text, and kinds
   for (const form of all("form.filter")) {
-    const rows = [...document.getElementById(form.dataset.table).tBodies[0].rows];
+    const more = document.getElementById("more-mutations");
+    const tables = [document.getElementById(form.dataset.table), ...(more ? all("table", more) : [])];
+    const rows = tables.flatMap((table) => [...table.tBodies[0].rows]);
     const status = form.querySelector("output");
     const apply = () => {
       const words = form.elements.words.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -50,6 +52,7 @@
         row.hidden = !(kinds.includes(row.dataset.kind) && words.every((word) => text.includes(word)));
         shown += !row.hidden;
       }
+      if (more && words.length) more.open = all("tbody tr:not([hidden])", more).length > 0;
       status.textContent = shown === rows.length ? `${rows.length} contexts` : `${shown} of ${rows.length} contexts`;
     };
     form.addEventListener("input", apply);
@@ -123,11 +126,29 @@
     });
   }
 
-  // ---- print: what is folded is opened, and folded again afterwards
-  let folded = [];
-  addEventListener("beforeprint", () => {
-    folded = all("details:not([open])");
-    for (const one of folded) one.open = true;
-  });
-  addEventListener("afterprint", () => { for (const one of folded) one.open = false; });
+  // ---- commands to copy; a page that may not use the clipboard selects the text instead
+  for (const button of all("button.copy")) {
+    const code = button.parentElement.querySelector("code");
+    button.hidden = false;
+    button.addEventListener("click", async () => {
+      try {
+        await navigator.clipboard.writeText(code.textContent);
+        button.textContent = "Copied";
+        setTimeout(() => { button.textContent = "Copy"; }, 2000);
+      } catch {
+        getSelection().selectAllChildren(code);
+      }
+    });
+  }
+
+  // ---- a link to a part that is folded away opens what it stands in
+  const unfold = () => {
+    const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (!target) return;
+    for (let one = target.closest("details"); one; one = one.parentElement.closest("details")) one.open = true;
+    target.scrollIntoView();
+  };
+  addEventListener("hashchange", unfold);
+  for (const link of all('a[href^="#"]')) link.addEventListener("click", () => setTimeout(unfold));
+  if (location.hash) unfold();
 })();
