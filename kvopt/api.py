@@ -131,8 +131,8 @@ def compare_contexts(
     """Learn ``contexts``, sample ``mutations`` of the text, and put all of them on one leaderboard.
 
     Args:
-        contexts: as in the config: ``{"name", "kind", "tokens", "init", "steps", …}``; a name is made where there is
-            none.
+        contexts: as in the config: ``{"name", "kind", "tokens", "init", "steps", …}``, or ``{"text": FILE}`` for
+            a wording of your own; a name is made where there is none.
         mutations: how many mutations by rules, or the config's whole section.
         template, examples, base, out, validation, settings: as for :func:`optimize_context`.
 
@@ -143,7 +143,7 @@ def compare_contexts(
         fix = 'such as [{"kind": "kv", "tokens": 32}]'
         raise InputError(f"must be a list, not {contexts!r}", where="contexts", fix=fix)
     mappings = [_mapping(c, f"contexts.{i}", '{"kind": "kv", "tokens": 32}') for i, c in enumerate(contexts)]
-    entries = [{"name": f"{c.get('kind', 'kv')}-{c.get('tokens', 'all')}", **c} for c in mappings]
+    entries = [{"name": _default_name(c), **c} for c in mappings]
     section: Mapping[str, Any] = {"count": mutations, "generator": {"kind": "none"}}
     if not isinstance(mutations, int):
         section = _mapping(mutations, "mutations", '8, or {"count": 8}')
@@ -194,8 +194,19 @@ def _mapping(value: object, where: str, example: str) -> Mapping[str, Any]:
     return value
 
 
+def _default_name(context: Mapping[str, Any]) -> str:
+    """``kv-32``, or for a wording of the caller's own its file's name."""
+    if "text" in context:
+        return Path(str(context["text"])).stem
+    return f"{context.get('kind', 'kv')}-{context.get('tokens', 'all')}"
+
+
 def _placed(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """A context's settings with the path in its ``init`` taken from the current folder, as every path of a call is."""
+    """A context's settings with the path in its ``init`` or ``text`` taken from the current folder, as every path of a
+    call is.
+    """
+    if entry.get("text") is not None:
+        return {**entry, "text": str(Path(str(entry["text"])).resolve())}
     init = entry.get("init")
     for start in PLACES if isinstance(init, str) else ():
         path = Path(str(init).removeprefix(start))

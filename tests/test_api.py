@@ -97,6 +97,15 @@ def test_compare_names_contexts_and_prints_a_table(tmp_path: Path) -> None:
     assert len(str(found).splitlines()) == len(found.rows) + 1
 
 
+def test_compare_takes_a_wording_of_the_callers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("Sort it.", "utf-8")
+    result = kvopt.compare_contexts(
+        TEMPLATE, rows(), base=str(tiny_folder("llama")), contexts=[{"text": "mine.txt"}], mutations=0, out="out"
+    )
+    assert {row["name"] for row in result.rows} == {"original", "none", "mine"}
+
+
 def test_what_is_wrong_is_one_line(learn: Any, tmp_path: Path) -> None:
     for changes, message in [
         ({"kind": "lora"}, "contexts.0.kind"),
