@@ -57,15 +57,17 @@ def edit(config, change):
 
 
 @pytest.mark.parametrize("verb", ["validate", "run", "mutate", "score", "optimize"])
-def test_a_missing_config_is_named(fails, verb):
-    assert fails(verb, "nope.yaml") == "error: nope.yaml: no such file (kvopt init writes a starter config)"
+def test_a_missing_config_is_named(fails, tmp_path, verb):
+    line = f"error: nope.yaml: no such file in {tmp_path} (kvopt init writes a starter config)"
+    assert fails(verb, "nope.yaml") == line
 
 
 @pytest.mark.parametrize("verb", ["validate", "run"])
 class TestInput:
     def test_a_missing_data_file(self, fails, job, verb):
         (job.parent / "train.jsonl").unlink()
-        assert fails(verb, job) == "error: train.jsonl: no such file (paths are relative to the config file)"
+        line = f"error: train.jsonl: no such file in {job.parent} (paths are relative to the config file)"
+        assert fails(verb, job) == line
 
     def test_a_broken_json_line(self, fails, job, verb):
         with (job.parent / "train.jsonl").open("a") as file:

@@ -117,9 +117,8 @@ def test_a_terminal_shows_at_once_where_work_goes_on(clock: Clock, lines: list[s
     with progress.bar("kv-32", 40, unit="step") as bar:
         report = step_reporter(bar)
         report(24, None, 0.0127)
-    assert "kv-32" in drawn(console)
-    assert "24/40" in drawn(console)
-    assert "held-out 0.0127" in drawn(console)
+        at_once = drawn(console)
+    assert all(text in at_once for text in ("kv-32", "24/40", "held-out 0.0127"))
     assert lines == []
 
 
