@@ -131,7 +131,7 @@ def test_many_rows_and_contexts_are_cut_and_the_page_says_so(measured: Path, tmp
     first = document["examples"][0]
     names = [f"x{n:02}" for n in range(30)]
     document["contexts"] += [{"name": name, "kind": "kv", "tokens": 4} for name in names]
-    first["answers"] |= {name: {"text": "word " * 5000, "metrics": {}} for name in names}
+    first["answers"] |= {name: {"text": "word " * 10000, "metrics": {}} for name in names}
     document["examples"] = [first | {"id": f"row:{n}"} for n in range(500)]
     put(measured / "answers.json", document)
     html = page_of([measured], tmp_path)
