@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvopt.documents.leaderboard_file import LeaderboardDocument, LeaderboardRow
-from kvopt.report.choice import advice, own_prompt, recommended, share_kept
+from kvopt.report.choice import KEPT, advice, own_prompt, recommended, share_kept
 
 EXPORTED_AS = {"text": "text", "soft": "peft", "kv": "peft"}
 """The format of ``kvopt export --to`` by kind of context."""
@@ -52,7 +52,10 @@ def cards(board: LeaderboardDocument, folder: Path) -> list[Card]:
         elif name is not None:
             titles[name], also[name] = title, []
     if found["shorter"] is None and found["closest"] is not None:
-        also[found["closest"]] = ["Nothing much shorter keeps enough to be advised.", *also[found["closest"]]]
+        name = found["closest"]
+        also[name] = [f"Nothing much shorter keeps {KEPT:.0%} of the template's effect.", *also[name]]
+        if (kept := share_kept(rows[name], board)) is not None and kept < KEPT:
+            also[name].append("It does not either: the template itself is the safer choice.")
     return [
         Card(title, also[name], rows[name], share_kept(rows[name], board), export_command(rows[name], folder))
         for name, title in titles.items()

@@ -163,8 +163,10 @@ def _board_rows(report: Mapping[str, Any]) -> tuple[list[BoardRow], list[BoardRo
     but the closest few, where there are more.
     """
     contexts = report["contexts"]
-    values = [row["kl_forward"]["mean"] for row in contexts]
-    values += [end for row in contexts for end in row["kl_forward"]["ci95"] or ()]
+    measured = [
+        row["kl_forward"] for row in contexts if row["name"] != "original"
+    ]  # which may be near 0: off the scale
+    values = [end for kl in measured for end in (kl["mean"], *(kl["ci95"] or ()))]
     scale = log_scale(values, 0.0, 100.0)
 
     def place(row: Mapping[str, Any]) -> int:

@@ -17,7 +17,6 @@ from kvopt.report.pictures.drawing import CHARACTER, Labels, Picture, Scale, log
 WIDTH, HEIGHT = 420, 330
 LEFT, RIGHT, TOP, BOTTOM = 50, 16, 34, 46
 LONGEST = 1.5  # times the template's length: what is longer stands on the right edge
-FAR = 0.5  # share kept by the better contexts: the kept axis starts below the lowest of them
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,16 @@ class Axis:
 
 
 def kept_picture(board: LeaderboardDocument, *, advised: str | None, id: str = "kept") -> Markup | None:
-    """Share kept (1 − KL / KL of no context) by tokens; None where the board has no "no context" to compare with."""
+    """Share kept (1 − KL / KL of no context) by tokens; None where the board has no "no context" to compare with. What
+    is further from the template than no context stands on the lower edge.
+    """
     rows = rivals(board)
     kept = {row.name: share for row in rows if (share := share_kept(row, board)) is not None}
     if not rows or len(kept) < len(rows):
         return None
     bare = next(row.kl_forward.mean for row in board.contexts if row.name == "none")
-    better = [share for share in kept.values() if share >= FAR] or [0.0]
-    low = max(0.0, math.floor(min(better) * 10 - 0.5) / 10)
+    comparable = [share for share in kept.values() if share >= 0] or [0.0]
+    low = max(0.0, math.floor(min(comparable) * 10 - 0.5) / 10)
 
     def ends(row: LeaderboardRow) -> tuple[float, float] | None:
         interval = shown_interval(row.kl_forward.ci95)
