@@ -14,8 +14,8 @@ from kvopt.kernels.options import Head, KernelInputError, KLOptions, Unsupported
 from kvopt.kernels.table import best_use, device_kind
 
 CPU_CHUNK_BYTES = 96 * 2**20
-"""For float32 logits; 16-bit ones get the same rows. More rows do not multiply faster, and buffers over 32 MiB are given
-back to the system by the allocator, so that each call pays for their page faults."""
+"""For float32 logits; 16-bit ones get the same rows. More rows do not multiply faster, and buffers over 32 MiB are
+given back to the system by the allocator, so that each call pays for their page faults."""
 GPU_CHUNK_BYTES = 512 * 2**20
 GPU_MIN_ROWS = 1024
 

@@ -256,7 +256,9 @@ def _packs(at: _Probe, full: Tensor) -> bool:
     Only "sdpa" is asked, whose masks are boolean, and no model with sliding windows, which has a mask for each kind of
     layer.
     """
-    if at.model.config._attn_implementation != "sdpa" or "sliding_attention" in layer_types(text_config(at.model.config)):
+    if at.model.config._attn_implementation != "sdpa" or "sliding_attention" in layer_types(
+        text_config(at.model.config)
+    ):
         return False
     two = pack([LENGTH, PREFIX], 0)
     assert two is not None
