@@ -220,7 +220,6 @@ def _our_step(config: Config, base_dir: Path, tokens: int, sizes: tuple[int, int
         rows, repeats = sizes
         if seconds is not None:
             few = make(min(2, rows))
-            our_step(few, 0)  # only its warm-up
             row_seconds = our_step(few, 1).seconds / len(few.rows)
             repeats = repeats if fitting_rows(rows, row_seconds, repeats * (2 + NAIVE / 2), seconds) == rows else 1
             rows = fitting_rows(rows, row_seconds, (repeats + 1) * (2 + NAIVE / 2), seconds)
