@@ -124,8 +124,8 @@ class KLOptions:
         backend: "reference" (float64, slow), "torch" (any device), "triton" (CUDA, ROCm; one of its two kernels alone:
             "triton-rows", "triton-store-free"), or "auto": what the table of measured times says (table.py).
         temperature: T > 0. No T² factor is folded in.
-        chunk_bytes: budget for the logit-sized buffers of one chunk, ≥ 1 MiB; None picks 96 MiB on a CPU, and on a GPU
-            512 MiB with never fewer than 1,024 rows.
+        chunk_bytes: budget for the logit-sized buffers of one chunk, ≥ 1 MiB; None picks 96 MiB on a CPU (48 MiB
+            for 16-bit logits), and on a GPU 512 MiB with never fewer than 1,024 rows.
         rows: row-wise work of the torch backend: "eager" (on a CPU blocked and in place), "compiled" (torch.compile;
             falls back to eager for good, with a warning, where compiling fails), "auto" (as the table says).
         products: "float32" computes every product in float32. "auto" uses 16-bit products where they keep the

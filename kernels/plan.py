@@ -14,6 +14,8 @@ from kvopt.kernels.options import Head, KernelInputError, KLOptions, Unsupported
 from kvopt.kernels.table import best_use, device_kind
 
 CPU_CHUNK_BYTES = 96 * 2**20
+"""For float32 logits; 16-bit ones get the same rows. More rows do not multiply faster, and buffers over 32 MiB are
+given back to the system by the allocator, so that each call pays for their page faults."""
 GPU_CHUNK_BYTES = 512 * 2**20
 GPU_MIN_ROWS = 1024
 
@@ -199,6 +201,8 @@ def rows_per_chunk(
     """Tokens per chunk so that both logit buffers fit the budget; by default at least 16 on a CPU, 1,024 on a GPU."""
     on_cpu = device.type == "cpu"
     budget = options.chunk_bytes or (CPU_CHUNK_BYTES if on_cpu else GPU_CHUNK_BYTES)
+    if on_cpu and not options.chunk_bytes:
+        budget = budget * logits.itemsize // torch.float32.itemsize
     rows = budget // (vocabulary * (2 * logits.itemsize + (product.itemsize if product != logits else 0)))
     floor = 1 if options.chunk_bytes else 16 if on_cpu else GPU_MIN_ROWS
     return max(floor, rows)

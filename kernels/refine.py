@@ -93,25 +93,24 @@ def top_tokens(logits: Tensor, count: int = TOP) -> tuple[Tensor, Tensor]:
     if width < 4 * count:
         best = logits.topk(count, -1, sorted=False)
         return best.indices, best.values.amin(-1)
-    body = logits[:, : width * GROUP]
-    groups = body.unflatten(1, (GROUP, width)).amax(1).topk(count, -1, sorted=False).indices
-    offsets = torch.arange(0, width * GROUP, width, device=logits.device)
-    tail = torch.arange(width * GROUP, vocabulary, device=logits.device).expand(len(logits), -1)
-    candidates = torch.cat([(groups[:, None, :] + offsets[None, :, None]).flatten(1), tail], 1)
-    best = logits.gather(1, candidates).topk(count, -1, sorted=False)
-    return candidates.gather(1, best.indices), best.values.amin(-1)
+    body = logits[:, : width * GROUP].unflatten(1, (GROUP, width))
+    groups = body.amax(1).topk(count, -1, sorted=False).indices
+    members = body.gather(2, groups[:, None, :].expand(-1, GROUP, -1)).flatten(1)
+    tail = logits[:, width * GROUP :]
+    best = torch.cat([members, tail], 1).topk(count, -1, sorted=False)
+    place, floor = best.indices, best.values.amin(-1)
+    in_group = groups.gather(1, place % count) + place.div(count, rounding_mode="floor") * width
+    return torch.where(place < GROUP * count, in_group, place + (width - count) * GROUP), floor
 
 
 def exact_products(tokens: Tensor, weight: Tensor, *hidden: Tensor) -> list[Tensor]:
     """For each hidden [R, D] the float32 products [R, K] with the weight rows that tokens [R, K] name."""
     count = tokens.shape[1]
-    out = [torch.empty(tokens.shape, dtype=torch.float32, device=weight.device) for _ in hidden]
+    columns = torch.stack([h.float() for h in hidden], 1)
+    out = torch.empty(len(tokens), len(hidden), count, dtype=torch.float32, device=weight.device)
     step = max(1, GATHER_BYTES // (4 * count * weight.shape[1]))
     for start in range(0, len(tokens), step):
         part = slice(start, start + step)
         rows = weight[tokens[part].flatten()].float().unflatten(0, (-1, count))
-        columns = torch.stack([h[part].float() for h in hidden], -1)
-        products = torch.bmm(rows, columns)
-        for index, target in enumerate(out):
-            target[part] = products[..., index]
-    return out
+        torch.bmm(columns[part], rows.transpose(1, 2), out=out[part])
+    return list(out.unbind(1))

@@ -23,28 +23,48 @@ from kvopt.kernels.divergences.registry import LARGE_LOG_RATIO
 
 
 class RowWork(NamedTuple):
-    """Of a block of rows: divergence [R], gradient dL/dz_s [R, V] (None unless wanted), shift log Z_s − log Z_t [R]."""
+    """Of a block of rows: divergence [R], gradient dL/dz_s [R, V] (None unless wanted), shift log Z_s − log Z_t [R].
+
+    dL/dz_s is gradient · scale[:, None] where there is a scale [R]: a factor of whole rows need not be a pass over
+    them, because what the gradient is multiplied by next is linear.
+    """
 
     value: Tensor
     gradient: Tensor | None
     shift: Tensor
+    scale: Tensor | None = None
 
 
-def divergence_rows(z_t: Tensor, u: Tensor, divergence: Divergence, want_gradient: bool) -> RowWork:
-    """The row-wise work of a block; both inputs may be overwritten.
+def divergence_rows(
+    z_t: Tensor,
+    u: Tensor,
+    divergence: Divergence,
+    want_gradient: bool,
+    center: Tensor | None = None,
+    scratch: Tensor | None = None,
+) -> RowWork:
+    """The row-wise work of a block; all inputs may be overwritten.
 
-    z_t, u: [R, V] float32 or float64. On a CPU the frequent case takes a path with few passes over memory.
+    On a CPU the frequent case takes a path with few passes over memory, and all of them in place: a fresh block costs
+    more in page faults than a pass over it.
+
+    Args:
+        z_t, u: [R, V] float32 or float64.
+        center: [R, 1], about Σ p u where that is known cheaply; any number is right, and a close one rounds less.
+        scratch: [2, R, V] as z_t, room for what is computed in between.
     """
     if u.is_cuda or not divergence.in_place:
         return divergence_rows_any_size(z_t, u, divergence, want_gradient)
-    p = torch.softmax(z_t, -1)
-    mean = (p * u).sum(-1, keepdim=True)
-    v = u.sub_(mean)
+    p, products = (torch.empty_like(z_t), torch.empty_like(z_t)) if scratch is None else scratch
+    torch.softmax(z_t, -1, out=p)
+    if center is None:
+        center = torch.mul(p, u, out=products).sum(-1, keepdim=True)
+    v = u.sub_(center)
     if v.numel() == 0 or v.max() < LARGE_LOG_RATIO:
         work = RowWork(*divergence.rows_in_place(p, v, z_t, want_gradient))
     else:
         work = divergence_rows_any_size(z_t, v, divergence, want_gradient)
-    return work._replace(shift=work.shift + mean[:, 0])
+    return work._replace(shift=work.shift + center[:, 0])
 
 
 def divergence_rows_any_size(z_t: Tensor, u: Tensor, divergence: Divergence, want_gradient: bool) -> RowWork:
@@ -73,7 +93,7 @@ def normalize_(z: Tensor) -> tuple[Tensor, Tensor]:
     return log_mass + top[:, 0], entropy
 
 
-RowFunction = Callable[[Tensor, Tensor, Divergence, bool], RowWork]
+RowFunction = Callable[[Tensor, Tensor, Divergence, bool, Tensor | None, Tensor | None], RowWork]
 
 _compiled: dict[str, Any] = {}
 
@@ -86,7 +106,14 @@ def row_function(rows: str) -> RowFunction:
     return _compiled_rows if rows == "compiled" and "failed" not in _compiled else divergence_rows
 
 
-def _compiled_rows(z_t: Tensor, u: Tensor, divergence: Divergence, want_gradient: bool) -> RowWork:
+def _compiled_rows(
+    z_t: Tensor,
+    u: Tensor,
+    divergence: Divergence,
+    want_gradient: bool,
+    center: Tensor | None = None,
+    scratch: Tensor | None = None,
+) -> RowWork:
     if "failed" not in _compiled:
         try:
             function = _compiled.setdefault("rows", torch.compile(divergence_rows_any_size, dynamic=True))
@@ -95,4 +122,4 @@ def _compiled_rows(z_t: Tensor, u: Tensor, divergence: Divergence, want_gradient
             _compiled["failed"] = error
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             warnings.warn(f'rows="compiled" is not available here, using rows="eager": {reason}', stacklevel=2)
-    return divergence_rows(z_t, u, divergence, want_gradient)
+    return divergence_rows(z_t, u, divergence, want_gradient, center, scratch)

@@ -178,7 +178,7 @@ class _Job:
             log_partition, entropy = self.facts.log_partition[rows], self.facts.entropy[rows]
         else:
             log_partition, entropy = normalize_(z_t.clone())
-        work = divergence_rows(z_t, u, options.formula, False)
+        work = divergence_rows(z_t, u, options.formula, False, block.center, block.scratch)
         out.kl[rows], out.entropy[rows] = work.value, entropy
         out.reference_nll[rows] = log_partition - gold_t
         out.nll[rows] = log_partition - gold_t - gold_u + work.shift

@@ -14,7 +14,7 @@ from kvopt.kernels.products import gradient_product, logits_product
 from kvopt.kernels.refine import Refined, refine_
 from kvopt.kernels.rows import row_function
 
-BLOCK_BYTES = 3 * 2**19
+BLOCK_BYTES = 3 * 2**20
 """float32 bytes of logits whose row-wise work is done at a time on a CPU: a few such blocks fit its cache."""
 
 GPU_BLOCK_ROWS = 128
@@ -27,6 +27,7 @@ class RowBlock(NamedTuple):
     """Some rows of a chunk as final logits: reference z_t, u = z_s − z_t, and d(z_s)/d(raw product) or None.
 
     refined: the tokens whose logits are exact, where the others were rounded to 16 bits.
+    scratch: [2, R, V] of the same dtype, on a CPU: room for the row-wise work.
     """
 
     rows: slice
@@ -34,6 +35,16 @@ class RowBlock(NamedTuple):
     u: Tensor
     slope: Tensor | None
     refined: Refined | None
+    scratch: Tensor | None
+
+    @property
+    def center(self) -> Tensor | None:
+        """[R, 1], the mean of u over the refined tokens by their share of p: close to Σ p u, for nothing."""
+        if self.refined is None:
+            return None
+        tokens = self.refined.tokens
+        share = torch.softmax(self.z_t.gather(1, tokens), -1)
+        return (share * self.u.gather(1, tokens)).sum(-1, keepdim=True)
 
 
 class LogitChunks:
@@ -46,6 +57,10 @@ class LogitChunks:
         self.u = torch.empty_like(self.z_t)
         self.gradient = self.u if plan.product == plan.logits else torch.empty_like(self.u, dtype=plan.product)
         self.block = block_rows(device, rows, vocabulary)
+        self._work: Tensor | None = None
+        if device.type == "cpu":
+            count = 4 if plan.rounded else 2
+            self._work = torch.empty(count, min(self.block, rows), vocabulary, dtype=plan.accumulate)
         self._hidden: tuple[Tensor, Tensor] | None = None
 
     def fill(self, candidate: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,9 +84,9 @@ class LogitChunks:
         """Blocks of rows of a filled chunk. With gold ids [n], those and the candidate's likeliest are refined too."""
         for start in range(0, len(z_t), self.block):
             rows = slice(start, min(start + self.block, len(z_t)))
-            block_z, block_u = z_t[rows].to(self.plan.accumulate), u[rows].to(self.plan.accumulate)
+            block_z, block_u, scratch = self._block(z_t[rows], u[rows])
             if self.plan.form != "difference":
-                yield self._direct(rows, block_z, block_u)
+                yield self._direct(rows, block_z, block_u, scratch)
                 continue
             block_z, block_u = affine_(block_z, self.plan.head), scaled_(block_u, self.plan.head)
             refined = None
@@ -86,7 +101,14 @@ class LogitChunks:
                     None if gold is None else gold[rows],
                     gold is not None,
                 )
-            yield RowBlock(rows, *self._capped(block_z, block_u), refined)
+            yield RowBlock(rows, *self._capped(block_z, block_u), refined, scratch)
+
+    def _block(self, z_t: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows of a chunk in the dtype of row-wise work (themselves where they have it), and scratch."""
+        if self._work is None:
+            return z_t.to(self.plan.accumulate), u.to(self.plan.accumulate), None
+        work = self._work[:, : len(z_t)]
+        return (work[2].copy_(z_t), work[3].copy_(u), work[:2]) if self.plan.rounded else (z_t, u, work)
 
     def reference_blocks(self, reference: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of rows of the reference's final logits alone."""
@@ -96,11 +118,11 @@ class LogitChunks:
             block = z_t[rows].to(self.plan.accumulate)
             yield rows, final_logits(block, self.plan.reference_head, self.plan.options.temperature)[0]
 
-    def _direct(self, rows: slice, x_t: Tensor, x_s: Tensor) -> RowBlock:
+    def _direct(self, rows: slice, x_t: Tensor, x_s: Tensor, scratch: Tensor | None) -> RowBlock:
         plan, temperature = self.plan, self.plan.options.temperature
         z_t, _ = final_logits(x_t, plan.reference_head, temperature)
         z_s, slope = final_logits(x_s, plan.head, temperature)
-        return RowBlock(rows, z_t, z_s - z_t, slope, None)
+        return RowBlock(rows, z_t, z_s.sub_(z_t), slope, None, scratch)
 
     def _capped(self, z_t: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Softcap and temperature of z_t and u = z_s − z_t, and the softcap's slope at z_s."""
@@ -187,18 +209,20 @@ def _fill_rows(plan: Plan, candidate: Tensor, reference: Tensor, value: Tensor, 
     for start in range(0, len(candidate), rows_per_chunk):
         part = slice(start, start + rows_per_chunk)
         z_t, u, out = chunks.fill(candidate[part], reference[part])
-        rescale = None
+        rescale, scale = None, torch.full((len(u), 1), factor, dtype=plan.accumulate, device=u.device)
         if gradient is not None and plan.product == torch.float16:
             rescale = torch.empty(len(u), 1, dtype=plan.accumulate, device=u.device)
         for block in chunks.blocks(z_t, u):
             rows = block.rows
-            work = row_work(block.z_t, block.u, divergence, gradient is not None)
+            work = row_work(block.z_t, block.u, divergence, gradient is not None, block.center, block.scratch)
             value[part][rows] = work.value
             if work.gradient is not None:
                 _store_gradient(work.gradient, block.slope, out[rows], None if rescale is None else rescale[rows])
+                if work.scale is not None:
+                    scale[rows] *= work.scale[:, None]
         if gradient is not None:
             product = gradient_product(out, plan.head.rows)
-            gradient[part] = (product if rescale is None else product * rescale) * factor
+            gradient[part] = (product if rescale is None else product * rescale) * scale
 
 
 def balanced(tokens: int, most: int) -> int:
@@ -238,10 +262,12 @@ def all_gradients(
         z_t, u, out = chunks.fill(candidate[part], reference[part])
         weights = (upstream[part] * factor).to(plan.accumulate)[:, None]
         for block in chunks.blocks(z_t, u):
-            gradient = row_work(block.z_t, block.u, divergence, True).gradient
-            assert gradient is not None
-            slope = block.slope
-            out[block.rows] = (gradient if slope is None else gradient * slope) * weights[block.rows]
+            work = row_work(block.z_t, block.u, divergence, True, block.center, block.scratch)
+            assert work.gradient is not None
+            slope, row_weights = block.slope, weights[block.rows]
+            if work.scale is not None:
+                row_weights = row_weights * work.scale[:, None]
+            out[block.rows] = (work.gradient if slope is None else work.gradient * slope) * row_weights
         by_hidden[part] = gradient_product(out, head.rows)
         by_weight[: head.size].addmm_(out.T, candidate[part].to(plan.accumulate))
         if by_bias is not None:

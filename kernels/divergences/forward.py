@@ -25,15 +25,15 @@ class Forward(Divergence):
 
     def rows_in_place(
         self, p: Tensor, v: Tensor, scratch: Tensor, want_gradient: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """By expm1(v − c) = e^−c expm1(v) + expm1(−c)."""
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """By expm1(v − c) = (expm1(v) − expm1(c)) e^−c, and expm1(c) = Σ p expm1(v)."""
         residual = torch.mul(p, v, out=scratch).sum(-1)
         moved = torch.mul(p, v.expm1_(), out=scratch)
-        c = torch.log1p(moved.sum(-1))
+        mass = moved.sum(-1)
+        c = torch.log1p(mass)
         if not want_gradient:
-            return c - residual, None, c
-        gradient = moved.mul_(torch.exp(-c)[:, None]).addcmul_(p, torch.expm1(-c)[:, None])
-        return c - residual, gradient, c
+            return c - residual, None, c, None
+        return c - residual, moved.addcmul_(p, -mass[:, None]), c, 1 / (1 + mass)
 
     def of_moments(self, log_partition: Tensor, mean_logit: Tensor, entropy: Tensor) -> Tensor:
         return log_partition - (mean_logit + entropy)

@@ -80,8 +80,10 @@ class Divergence:
 
     def rows_in_place(
         self, p: Tensor, v: Tensor, scratch: Tensor, want_gradient: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """As ``rows``, and c [R], where every v [R, V] is below LARGE_LOG_RATIO; all inputs may be overwritten."""
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """As ``rows``, and c [R] and a factor [R] of the gradient's rows (None for 1), where every v [R, V] is below
+        LARGE_LOG_RATIO and differs from what Ratios has by a constant of the row; all inputs may be overwritten.
+        """
         raise NotImplementedError
 
     def at_kl(self, kl: float) -> float:

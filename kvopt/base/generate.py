@@ -1,6 +1,6 @@
 """Answers of a model after a shared prefix: greedy or sampled decoding in batches, for every kind of context.
 
-The prefix is computed once; bodies are padded on the left after it, in batches of similar length. Sliding windows
+The prefix is computed once; bodies stand right-aligned after it, in batches of similar length. Sliding windows
 count padding as tokens, so models that have them get batches of bodies of equal length.
 """
 
@@ -14,10 +14,12 @@ import torch
 from einops import repeat
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvopt.base.loading import Base
-from kvopt.base.prefix import Prefix
+from kvopt.base.packing import pack
+from kvopt.base.prefix import Prefix, PrefixLayer, run_packed
 from kvopt.errors import InputError
 
 Progress = Callable[[int], None]
@@ -125,10 +127,14 @@ def _decode(
     ends = torch.tensor(sorted(stop), device=base.device)
     finished = torch.zeros(rows, dtype=torch.bool, device=base.device)
     chosen: list[Tensor] = []
+    packed = _packed_start(base, prefix, bodies, cache)
     while len(chosen) < limit:
-        hidden = base.backbone(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state[:, -1]
+        if packed is not None:
+            hidden, packed = packed, None
+        else:
+            hidden = base.backbone(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            ).last_hidden_state[:, -1]
         token = _choose(base, hidden, temperature, rng)
         before, finished = finished, finished | torch.isin(token, ends)
         chosen.append(torch.where(before if keep_stop else finished, -1, token))
@@ -141,12 +147,43 @@ def _decode(
     return [tuple(token for token in row if token >= 0) for row in tokens]
 
 
+def _packed_start(base: Base, prefix: Prefix, bodies: Sequence[Sequence[int]], cache: Cache) -> Tensor | None:
+    """Runs the bodies as packed rows and puts their keys and values into ``cache``, right-aligned as if they were
+    padded on the left; hidden states [B, D] of their last tokens. None, and nothing done, where padding is cheaper.
+    """
+    lengths = [len(body) for body in bodies]
+    packing = None
+    if base.device.type == "cpu" and base.capability.packs:
+        packing = pack(lengths, len(prefix))
+    if packing is None:
+        return None
+    ids = pad_sequence([torch.tensor(body) for body in bodies], batch_first=True)
+    seen = Cache(layers=[KeepingLayer(k, v) for k, v in zip(prefix.keys, prefix.values, strict=True)])
+    hidden = run_packed(base, prefix, ids, packing, seen)
+    end = len(prefix) + max(lengths)
+    for layer, states in zip(cache.layers, seen.layers, strict=True):
+        for room, new in zip(layer.room, states.new, strict=True):
+            for row, length in enumerate(lengths):
+                line, column = int(packing.line[row]), int(packing.column[row])
+                room[row, :, end - length : end] = new[line, :, column : column + length]
+        layer.length = end
+    return hidden[packing.places(torch.arange(len(bodies)), packing.lengths - 1)]
+
+
 def _choose(base: Base, hidden: Tensor, temperature: float, rng: torch.Generator) -> Tensor:
     """Next token ids [B] from hidden states [B, D] after the final norm."""
     logits = base.head.logits(hidden)
     if temperature == 0:
         return logits.argmax(-1)
     return torch.multinomial(torch.softmax(logits.float() / temperature, -1), 1, generator=rng)[:, 0]
+
+
+class KeepingLayer(PrefixLayer):
+    """A prefix's layer that remembers the keys and values that came after it, ``new``, a pair of [B, H, n, d]."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.new = key_states, value_states
+        return super().update(key_states, value_states)
 
 
 class GrowingLayer(DynamicLayer):

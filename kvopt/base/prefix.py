@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvopt.base.loading import Base
+from kvopt.base.packing import Packing, pack
 from kvopt.base.rope import Rope
 from kvopt.task.seam import Batch, Row, length_buckets, make_batch
 
@@ -142,9 +143,32 @@ def run_bodies(base: Base, prefix: Prefix, batch: Batch) -> Tensor:
 def gold_hidden(base: Base, prefix: Prefix, batch: Batch) -> Tensor:
     """Hidden states [G, D] of the positions that predict the batch's gold tokens, row by row; no other position is
     ever scored.
+
+    On a CPU rows are packed where that is cheaper than padding them; a GPU would have to wait for their lengths.
     """
-    hidden = run_bodies(base, prefix, batch)
-    return hidden[batch.predicts[:, 0], batch.predicts[:, 1]]
+    rows, columns = batch.predicts.unbind(-1)
+    packing = None
+    if base.device.type == "cpu" and base.capability.packs:
+        packing = pack(batch.mask.sum(-1).tolist(), len(prefix))
+    if packing is None:
+        return run_bodies(base, prefix, batch)[rows, columns]
+    return run_packed(base, prefix, batch.ids, packing)[packing.places(rows, columns)]
+
+
+def run_packed(base: Base, prefix: Prefix, ids: Tensor, packing: Packing, cache: Cache | None = None) -> Tensor:
+    """Hidden states after the final norm, [lines, width, D], of rows of ``ids`` in the lines of ``packing``, after the
+    prefix; ``cache`` stands for it where keys and values are to be kept.
+    """
+    length = len(prefix)
+    if cache is None and length:
+        cache = prefix_cache(prefix)
+    return base.backbone(
+        input_ids=packing.packed(ids),
+        attention_mask=packing.mask(length),
+        position_ids=packing.positions(length),
+        past_key_values=cache,
+        use_cache=False,
+    ).last_hidden_state
 
 
 @dataclass(frozen=True)

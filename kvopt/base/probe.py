@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from kvopt.base.packing import pack
 from kvopt.base.rope import Pairing, Rope, find_rotary, shift_angles, turn
 from kvopt.errors import InputError
 
@@ -44,12 +45,15 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Capability:
-    """What :func:`probe` found: sizes, the head's scale and softcap, and how keys rotate."""
+    """What :func:`probe` found: sizes, the head's scale and softcap, how keys rotate, and whether rows may be packed
+    into one line (it follows a mask of any form).
+    """
 
     geometry: Geometry
     scale: float
     softcap: float | None
     rope: Rope
+    packs: bool = False
 
 
 def refuse(name: str, reason: str) -> InputError:
@@ -133,7 +137,7 @@ def probe(model: PreTrainedModel, ids: Sequence[int], name: str) -> Capability:
     """Run ``model`` on at least five ordinary token ``ids`` and say what it can do. Raises InputError with the reason
     it cannot be used.
 
-    About eight forward passes of five tokens and one backward pass.
+    About nine forward passes of five tokens and one backward pass.
     """
     at = _Probe(model, ids, name)
     with torch.no_grad():
@@ -147,6 +151,7 @@ def probe(model: PreTrainedModel, ids: Sequence[int], name: str) -> Capability:
         _check_state(at, full)
         rope = _check_rope(at, keys)
         scale, softcap = _check_head(at, full)
+        packs = _packs(at, full)
     _check_embeddings(at, full)
     text = text_config(model.config)
     types = layer_types(text)
@@ -160,7 +165,7 @@ def probe(model: PreTrainedModel, ids: Sequence[int], name: str) -> Capability:
         sliding_window=text.sliding_window if "sliding_attention" in types else None,
         layer_types=types,
     )
-    return Capability(geometry, scale, softcap, rope)
+    return Capability(geometry, scale, softcap, rope, packs)
 
 
 def _one_line(error: BaseException) -> str:
@@ -246,6 +251,34 @@ def _scales(text: Any) -> list[float]:
         if isinstance(factor, (int, float)) and factor > 0:
             factors += [float(factor), 1.0 / float(factor)]
     return factors
+
+
+def _packs(at: _Probe, full: Tensor) -> bool:
+    """Whether two rows in one line, with a mask of their own, give what each gives alone.
+
+    Only "sdpa" is asked, whose masks are boolean, and no model with sliding windows, which has a mask for each kind of
+    layer.
+    """
+    if at.model.config._attn_implementation != "sdpa" or "sliding_attention" in layer_types(
+        text_config(at.model.config)
+    ):
+        return False
+    two = pack([LENGTH, PREFIX], 0)
+    assert two is not None
+    ids = torch.cat([at.ids, at.ids])
+    try:
+        hidden = at.backbone(
+            input_ids=two.packed(ids),
+            attention_mask=two.mask(0).to(at.device),
+            position_ids=two.positions(0).to(at.device),
+            use_cache=False,
+        ).last_hidden_state
+    except Exception:  # a foreign architecture may take only the masks that it knows; it is padded then
+        return False
+    return not any(
+        at.differs(hidden[line, column : column + n], full[0, :n])
+        for line, column, n in zip(two.line.tolist(), two.column.tolist(), (LENGTH, PREFIX), strict=True)
+    )
 
 
 def _check_embeddings(at: _Probe, full: Tensor) -> None:

@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from kvopt.base.loading import Base
 from kvopt.base.prefix import Prefix
+from kvopt.bench.floor import fitting_rows, fitting_scores, products
 from kvopt.config.contexts import Init
 from kvopt.config.document import Config
 from kvopt.contexts import TextContext
@@ -43,6 +44,8 @@ class Variant:
 
     peak_bytes: the most memory in use while it ran, the model included: resident memory of the process on a CPU, what
     torch's allocator gave out on a GPU. extra_bytes: how much of it came on top of what was in use before.
+    floor_seconds: median of the bare products (floor.py), measured in turn with it; None where they were not.
+    size: what was measured, in words.
     """
 
     name: str
@@ -50,6 +53,8 @@ class Variant:
     peak_bytes: int
     value: float
     extra_bytes: int = 0
+    floor_seconds: float | None = None
+    size: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,20 +78,41 @@ class ScoreCase:
 
 
 def bench_step(
-    config: Config, base_dir: Path, *, tokens: int = 64, batch_size: int = 16, repeats: int = 3
+    config: Config,
+    base_dir: Path,
+    *,
+    tokens: int = 64,
+    batch_size: int = 16,
+    repeats: int = 3,
+    seconds: float | None = None,
 ) -> list[Variant]:
-    """One step (forward, backward) on a KV context: ours against PEFT's CARTRIDGE with a full-logits KL, same batch."""
-    job = (config, base_dir, tokens, batch_size, repeats)
-    return [_in_own_process(function, job) for function in (_our_step, _peft_step)]
+    """One step (forward, backward) on a KV context: ours against PEFT's CARTRIDGE with a full-logits KL, same batch.
+
+    ``seconds``: rows of the batch and repeats are as many as take about so long for both; the loading comes on top.
+    """
+    ours, fitted = _in_own_process(_our_step, (config, base_dir, tokens, (batch_size, repeats), seconds))
+    return [ours, _in_own_process(_peft_step, (config, base_dir, tokens, fitted, None))[0]]
 
 
-def bench_score(config: Config, base_dir: Path, *, mutations: int = 8, rows: int = 64) -> list[Variant]:
-    """Scoring text mutations on rows: a prefix for each, then bodies, against batched full prompts."""
-    job = (config, base_dir, mutations, rows)
-    return [_in_own_process(function, job) for function in (_our_scores, _naive_scores)]
+def bench_score(
+    config: Config, base_dir: Path, *, mutations: int = 8, rows: int = 64, seconds: float | None = None
+) -> list[Variant]:
+    """Scoring text mutations on rows: a prefix for each, then bodies, against batched full prompts.
+
+    ``seconds``: mutations and rows are as many as take about so long for both; the loading comes on top.
+    """
+    ours, fitted = _in_own_process(_our_scores, (config, base_dir, (mutations, rows), seconds))
+    return [ours, _in_own_process(_naive_scores, (config, base_dir, fitted, None))[0]]
 
 
-def _in_own_process(function: Callable[..., Variant], job: tuple[Any, ...]) -> Variant:
+Measured = tuple[Variant, tuple[int, int]]
+"""A variant, and the sizes that it was measured with: (rows, repeats) of a step, (mutations, rows) of scores."""
+
+NAIVE = 3.0
+"""What scoring full prompts takes, in ours; and a step of PEFT's, about half of that."""
+
+
+def _in_own_process(function: Callable[..., Measured], job: tuple[Any, ...]) -> Measured:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, job)
 
@@ -99,22 +125,36 @@ def measured(
     *,
     before: int,
     warm: Callable[[], object] | None = None,
+    floor: Callable[[], None] | None = None,
 ) -> Variant:
     """Median seconds and peak memory of ``work``, which returns the KL to compare, after ``warm`` (default: itself).
 
     Args:
         before: bytes in use when the variant began, from ``reset_peak``.
+        floor: bare products to be timed in turn with it.
     """
     (warm or work)()
-    seconds, value = [], 0.0
+    seconds, floors, value = [], [], 0.0
     for _ in range(repeats):
+        if floor is not None:
+            floors.append(timed(floor, device))
         wait_for(device)
         start = time.perf_counter()
         value = work()
         wait_for(device)
         seconds.append(time.perf_counter() - start)
     largest = peak(device)
-    return Variant(name, statistics.median(seconds), largest, value, max(0, largest - before))
+    bare = statistics.median(floors) if floors else None
+    return Variant(name, statistics.median(seconds), largest, value, max(0, largest - before), bare)
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call."""
+    wait_for(device)
+    start = time.perf_counter()
+    work()
+    wait_for(device)
+    return time.perf_counter() - start
 
 
 # ---- one step
@@ -137,7 +177,14 @@ def our_step(case: StepCase, repeats: int) -> Variant:
         loss.backward()
         return float(loss.detach())
 
-    return measured("kvopt", step, case.base.device, repeats, before=reset_peak(case.base.device))
+    bare = products(
+        case.base,
+        sum(len(row) - 1 for row in case.rows),
+        sum(len(row.gold) for row in case.rows),
+        head_products=3,
+        backward=True,
+    )
+    return measured("kvopt", step, case.base.device, repeats, before=reset_peak(case.base.device), floor=bare)
 
 
 def peft_step(case: StepCase, repeats: int) -> Variant:
@@ -167,21 +214,40 @@ def peft_step(case: StepCase, repeats: int) -> Variant:
     return measured("PEFT CARTRIDGE, full logits", step, base.device, repeats, before=before)
 
 
-def _our_step(config: Config, base_dir: Path, tokens: int, batch_size: int, repeats: int) -> Variant:
+def _our_step(config: Config, base_dir: Path, tokens: int, sizes: tuple[int, int], seconds: float | None) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
-        return our_step(_step_of(config, base_dir, folder, tokens, batch_size), repeats)
+        make = _steps_of(config, base_dir, folder, tokens)
+        rows, repeats = sizes
+        if seconds is not None:
+            few = make(min(2, rows))
+            row_seconds = our_step(few, 1).seconds / len(few.rows)
+            repeats = repeats if fitting_rows(rows, row_seconds, repeats * (2 + NAIVE / 2), seconds) == rows else 1
+            rows = fitting_rows(rows, row_seconds, (repeats + 1) * (2 + NAIVE / 2), seconds)
+        case = make(rows)
+        return replace(our_step(case, repeats), size=_step_size(case, repeats)), (rows, repeats)
 
 
-def _peft_step(config: Config, base_dir: Path, tokens: int, batch_size: int, repeats: int) -> Variant:
+def _peft_step(config: Config, base_dir: Path, tokens: int, sizes: tuple[int, int], seconds: float | None) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
-        return peft_step(_step_of(config, base_dir, folder, tokens, batch_size), repeats)
+        case = _steps_of(config, base_dir, folder, tokens)(sizes[0])
+        return replace(peft_step(case, sizes[1]), size=_step_size(case, sizes[1])), sizes
 
 
-def _step_of(config: Config, base_dir: Path, folder: str, tokens: int, batch_size: int) -> StepCase:
+def _step_size(case: StepCase, repeats: int) -> str:
+    return f"{len(case.rows)} rows, {len(case.tensor)} slots, median of {repeats}"
+
+
+def _steps_of(config: Config, base_dir: Path, folder: str, tokens: int) -> Callable[[int], StepCase]:
+    """A step of so many rows."""
     run = _prepared(config, base_dir, folder)
     task = run.task()
     prefix, where = task.original.prefix(task.base), run.directory / "bench"
-    return step_case(task.base, prefix, task.rows("train"), where, tokens=tokens, batch_size=batch_size)
+
+    def make(rows: int) -> StepCase:
+        place = where / str(rows)
+        return step_case(task.base, prefix, task.rows("train"), place, tokens=tokens, batch_size=rows)
+
+    return make
 
 
 def _prepared(config: Config, base_dir: Path, folder: str) -> Run:
@@ -210,7 +276,23 @@ def our_scores(case: ScoreCase, repeats: int = 1) -> Variant:
         repeats,
         before=reset_peak(device),
         warm=lambda: score(case.contexts[0]),
+        floor=_score_products(case),
     )
+
+
+def _score_products(case: ScoreCase) -> Callable[[], None]:
+    """Each context's prefix once and its bodies after it, two products of the head."""
+    bodies = [context.bodies(case.encoded) for context in case.contexts]
+    gold = sum(body.gold_tokens for body in bodies)
+    tokens = sum(len(body.prefix) + sum(len(row) - 1 for row in body.rows) for body in bodies)
+    share = len(bodies)  # in as many parts, so that no part is larger than what a context really runs
+    part = products(case.base, tokens // share, gold // share, head_products=2, backward=False)
+
+    def work() -> None:
+        for _ in range(share):
+            part()
+
+    return work
 
 
 def naive_scores(case: ScoreCase, repeats: int = 1) -> Variant:
@@ -237,23 +319,41 @@ def naive_scores(case: ScoreCase, repeats: int = 1) -> Variant:
     return measured(name, work, base.device, repeats, before=reset_peak(base.device), warm=warm)
 
 
-def _our_scores(config: Config, base_dir: Path, mutations: int, rows: int) -> Variant:
+def _our_scores(config: Config, base_dir: Path, sizes: tuple[int, int], seconds: float | None) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
-        return our_scores(_scores_of(config, base_dir, folder, mutations, rows))
+        make = _scores_of(config, base_dir, folder, sizes[0])
+        mutations, rows = sizes
+        if seconds is not None:
+            few = make(1, min(4, rows))
+            pair_seconds = our_scores(few).seconds / len(few.encoded.rows)
+            mutations, rows = fitting_scores(mutations, rows, pair_seconds, 2 + NAIVE, seconds)
+        case = make(mutations, rows)
+        return replace(our_scores(case), size=_score_size(case)), (mutations, rows)
 
 
-def _naive_scores(config: Config, base_dir: Path, mutations: int, rows: int) -> Variant:
+def _naive_scores(config: Config, base_dir: Path, sizes: tuple[int, int], seconds: float | None) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
-        return naive_scores(_scores_of(config, base_dir, folder, mutations, rows))
+        case = _scores_of(config, base_dir, folder, sizes[0])(*sizes)
+        return replace(naive_scores(case), size=_score_size(case)), sizes
 
 
-def _scores_of(config: Config, base_dir: Path, folder: str, mutations: int, rows: int) -> ScoreCase:
-    settings = config.mutations.model_copy(update={"count": mutations, "operators": ("structure", "syntax", "lexical")})
+def _score_size(case: ScoreCase) -> str:
+    return f"{len(case.contexts)} mutations, {len(case.encoded.rows)} rows"
+
+
+def _scores_of(config: Config, base_dir: Path, folder: str, most: int) -> Callable[[int, int], ScoreCase]:
+    """Scores of so many mutations, at most ``most``, on so many rows."""
+    settings = config.mutations.model_copy(update={"count": most, "operators": ("structure", "syntax", "lexical")})
     run = _prepared(config.model_copy(update={"mutations": settings}), base_dir, folder)
-    encoded = run.task().rows("validation")
-    encoded = Encoded(encoded.prefix, encoded.rows[:rows])
-    contexts = list(run.mutation_contexts().values())[:mutations]
-    return ScoreCase(run.task().base, contexts, encoded, run.reference())
+    task = run.task()
+    encoded, contexts = task.rows("validation"), list(run.mutation_contexts().values())
+
+    def make(mutations: int, rows: int) -> ScoreCase:
+        some, where = Encoded(encoded.prefix, encoded.rows[:rows]), run.directory / "bench" / str(rows)
+        reference = build_reference(task.base, task.original.prefix(task.base), some, where)
+        return ScoreCase(task.base, contexts[:mutations], some, reference)
+
+    return make
 
 
 def _full_rows(encoded: Encoded) -> list[Row]:
@@ -280,12 +380,16 @@ def _plain_kl(base: Base, teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def as_json(title: str, variants: Sequence[Variant]) -> dict[str, Any]:
-    """The result as one document; ratios are of the last variant to the first."""
+    """The result as one document; ratios are of the last variant to the first.
+
+    floor_share: the share of the first variant's time that its bare products take.
+    """
     first, last = variants[0], variants[-1]
     return {
         "benchmark": title,
         "threads": torch.get_num_threads(),
         "variants": [vars(v) for v in variants],
         "time_ratio": last.seconds / first.seconds,
+        "floor_share": None if first.floor_seconds is None else first.floor_seconds / first.seconds,
         "peak_memory_ratio": last.peak_bytes / first.peak_bytes,
     }

@@ -67,19 +67,30 @@ def bench_kl(
         print_json(result)
 
 
-def bench_step(config: ConfigPath, sets: Sets = None, as_json: Json = False) -> None:
+Seconds = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        help="About how many seconds to measure for, beside loading the model in two processes: sizes are cut to fit."
+        " 0 is no limit.",
+    ),
+]
+
+
+def bench_step(config: ConfigPath, seconds: Seconds = 60, sets: Sets = None, as_json: Json = False) -> None:
     """Compare one optimization step with PEFT's CARTRIDGE and a KL of all logits: time and peak memory."""
     from kvopt.bench import steps as benchmark
     from kvopt.config.document import load_config
 
     settings, base_dir = load_config(config, sets or ())
-    show_bench(benchmark.as_json("step", benchmark.bench_step(settings, base_dir)), as_json)
+    show_bench(benchmark.as_json("step", benchmark.bench_step(settings, base_dir, seconds=seconds or None)), as_json)
 
 
 def bench_score(
     config: ConfigPath,
-    mutations: Annotated[int, typer.Option(help="How many text mutations to score.")] = 8,
-    rows: Annotated[int, typer.Option(help="How many validation rows to score them on.")] = 64,
+    mutations: Annotated[int, typer.Option(help="How many text mutations to score, at most.")] = 8,
+    rows: Annotated[int, typer.Option(help="How many validation rows to score them on, at most.")] = 64,
+    seconds: Seconds = 60,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
@@ -88,7 +99,7 @@ def bench_score(
     from kvopt.config.document import load_config
 
     settings, base_dir = load_config(config, sets or ())
-    variants = benchmark.bench_score(settings, base_dir, mutations=mutations, rows=rows)
+    variants = benchmark.bench_score(settings, base_dir, mutations=mutations, rows=rows, seconds=seconds or None)
     show_bench(benchmark.as_json("score", variants), as_json)
 
 
@@ -98,5 +109,9 @@ def show_bench(result: dict[str, Any], as_json: bool) -> None:
         return
     for row in result["variants"]:
         memory = row["peak_bytes"] / 2**20
-        print(f"{row['name']:36s} {row['seconds']:8.2f} s  {memory:8.0f} MiB peak  KL {row['value']:.5f}")
+        print(
+            f"{row['name']:36s} {row['seconds']:8.2f} s  {memory:8.0f} MiB peak  KL {row['value']:.5f}  ({row['size']})"
+        )
     print(f"time ratio {result['time_ratio']:.2f}, peak memory ratio {result['peak_memory_ratio']:.2f}")
+    if result["floor_share"] is not None:
+        print(f"bare matrix products in the same run: {result['floor_share']:.0%} of kvopt's time")

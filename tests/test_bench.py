@@ -1,0 +1,47 @@
+"""``kvopt bench step`` and ``bench score``: sizes that fit a time, and the bare products beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from kvopt.bench import steps
+from kvopt.bench.floor import fitting_rows, fitting_scores, products
+from tests.tasks import make_task
+from tests.tiny import tiny_base
+
+
+def test_rows_are_as_many_as_the_time_allows() -> None:
+    assert fitting_rows(16, row_seconds=0.1, calls=4, seconds=60) == 16
+    assert fitting_rows(16, row_seconds=1.0, calls=4, seconds=20) == 4
+    assert fitting_rows(16, row_seconds=100.0, calls=4, seconds=20) == 1
+
+
+@pytest.mark.parametrize(("seconds", "sizes"), [(1e6, (8, 64)), (200, (8, 20)), (60, (3, 16)), (5, (1, 4))])
+def test_scores_lose_rows_before_mutations(seconds: float, sizes: tuple[int, int]) -> None:
+    assert fitting_scores(8, 64, pair_seconds=0.5, calls=2, seconds=seconds) == sizes
+
+
+def test_the_floor_is_the_products_of_linear_layers_and_head() -> None:
+    base = tiny_base("llama")
+    layers = sum(m.weight.numel() for m in base.backbone.modules() if isinstance(m, torch.nn.Linear))
+    counter = FlopCounterMode(display=False)
+    with counter:
+        products(base, 10, 4, head_products=3, backward=True)()
+    assert counter.get_total_flops() == 2 * (2 * 10 * layers + 3 * 4 * base.head.weight.numel())
+
+
+def test_a_step_and_scores_say_what_share_of_them_is_products(tmp_path: Path) -> None:
+    task = make_task(tiny_base("llama"), tmp_path)
+    prefix = task.original.prefix(task.base)
+    ours = steps.our_step(
+        steps.step_case(task.base, prefix, task.encoded, tmp_path / "step", tokens=4, batch_size=3), 1
+    )
+    scores = steps.our_scores(steps.ScoreCase(task.base, [task.original], task.encoded, task.reference))
+    for title, variant in (("step", ours), ("score", scores)):
+        assert variant.floor_seconds is not None
+        share = steps.as_json(title, [variant, variant])["floor_share"]
+        assert share == pytest.approx(variant.floor_seconds / variant.seconds)

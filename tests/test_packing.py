@@ -1,0 +1,76 @@
+"""Rows packed into lines: the same hidden states and gradients as padded rows, with fewer positions computed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvopt.base.loading import Base
+from kvopt.base.packing import pack
+from kvopt.base.prefix import Prefix, empty_prefix, gold_hidden, prefill
+from kvopt.task.seam import Batch, Row, make_batch
+from tests.tiny import tiny_base
+
+BODIES, GOLD = (9, 2, 6, 4, 14, 3), (5, 2, 1, 7, 3, 2)
+
+
+def ragged_batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(5, 200, (count,), generator=generator).tolist())
+
+    rows = [Row(str(i), ids(body), ids(gold)) for i, (body, gold) in enumerate(zip(BODIES, GOLD, strict=True))]
+    return make_batch(rows, range(len(rows)))
+
+
+def padding_only(base: Base) -> Base:
+    return replace(base, capability=replace(base.capability, packs=False))
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen3"])
+@pytest.mark.parametrize("slots", [0, 11])
+def test_packed_rows_have_the_states_and_gradients_of_padded_ones(model: str, slots: int) -> None:
+    base, batch = tiny_base(model), ragged_batch()
+    assert base.capability.packs
+    assert pack(batch.mask.sum(-1).tolist(), slots) is not None
+    prefix = prefill(base, ids=torch.arange(20, 20 + slots)) if slots else empty_prefix(base)
+    results = [states_and_gradient(which, prefix, batch) for which in (base, padding_only(base))]
+    for packed, padded in zip(*results, strict=True):
+        assert packed.norm() > 0 or slots == 0
+        torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-5)
+
+
+def states_and_gradient(base: Base, prefix: Prefix, batch: Batch) -> tuple[Tensor, Tensor]:
+    leaf = prefix.stack().detach().requires_grad_()
+    hidden = gold_hidden(base, Prefix.unstack(leaf, base.dtype) if len(prefix) else prefix, batch)
+    if len(prefix) == 0:
+        return hidden.detach(), leaf.detach()
+    (hidden * torch.arange(1, len(hidden) + 1)[:, None]).mean().backward()
+    assert leaf.grad is not None
+    return hidden.detach(), leaf.grad
+
+
+def test_a_sliding_window_is_padded() -> None:
+    assert not tiny_base("gemma3").capability.packs
+
+
+def test_rows_stay_whole_and_apart() -> None:
+    lengths = [13, 3, 6, 10, 16, 4, 9]
+    packing = pack(lengths, 5)
+    assert packing is not None
+    taken: set[tuple[int, int]] = set()
+    for line, column, length in zip(packing.line.tolist(), packing.column.tolist(), lengths, strict=True):
+        cells = {(line, column + i) for i in range(length)}
+        assert not cells & taken
+        assert column + length <= packing.width
+        taken |= cells
+    assert packing.lines * packing.width < len(lengths) * max(lengths)
+
+
+def test_rows_of_one_length_are_left_as_they_are() -> None:
+    assert pack([7, 7, 7], 20) is None
+    assert pack([30], 20) is None
