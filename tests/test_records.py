@@ -66,7 +66,7 @@ def test_tsv_is_separated_by_tabs(read):
         ("d.json", b'[{"a": "1"},\n{"a": "\xff"}]', "d.json:2", "not UTF-8"),
         ("d.csv", "a,b,a\n1,2,3\n", "d.csv:1", "column 'a' is named twice"),
         ("d.csv", "a,\n1,2\n", "d.csv:1", "a column has no name"),
-        ("d.csv", 'a,b\n"1\n2",3\n4\n', "d.csv:4", "1 fields for 2 columns"),
+        ("d.csv", 'a,b\n"1\n2",3\n4\n', "d.csv:4", "1 field for 2 columns"),
         ("d.csv", 'a,b\n1,"2\n', "d.csv:2", "broken CSV"),
         ("d.csv", 'a,b\n1,"2"3\n', "d.csv:2", "broken CSV"),
         ("d.csv", b"a\n\xe9\n", "d.csv, after line 0", "not UTF-8"),

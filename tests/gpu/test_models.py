@@ -163,7 +163,7 @@ def test_a_cut_optimization_is_taken_up_again(pair: Pair, tmp_path: Path) -> Non
         learn(pair.here, "kv", checkpoint=checkpoint, key="k", report=cut)
     steps: list[int] = []
     resumed = learn(pair.here, "kv", checkpoint=checkpoint, key="k", report=lambda step, *_: steps.append(step))
-    assert steps[0] == 3
+    assert steps[:2] == [2, 3], "where it goes on, and its first step"
     assert held_out(resumed) == pytest.approx(held_out(learn(pair.here, "kv")), rel=1e-3)
 
 
