@@ -53,7 +53,8 @@ def first_mutations(
     else:
         names = list(ranked())
     if len(names) < count:
-        what = f"{counted(count, 'mutation')} {'is' if count == 1 else 'are'} wanted, but there {'is' if len(names) == 1 else 'are'} only {len(names)}"
+        wanted, there = ("is" if number == 1 else "are" for number in (count, len(names)))
+        what = f"{counted(count, 'mutation')} {wanted} wanted, but there {there} only {len(names)}"
         raise InputError(what, where=where, fix="raise mutations.count and run again")
     return names[:count]
 
