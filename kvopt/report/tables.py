@@ -32,11 +32,11 @@ def rows_of(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def to_csv(report: dict[str, Any]) -> str:
-    """One line a context, with every column of :data:`COLUMNS`; text that a spreadsheet would run is quoted by a
-    leading apostrophe.
+    """One line a context, with every column of :data:`COLUMNS` and the mean of each metric; text that a spreadsheet
+    would run is quoted by a leading apostrophe.
     """
-    out = io.StringIO(newline="")
-    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    out, metrics = io.StringIO(newline=""), headlines_of(report)
+    writer = csv.DictWriter(out, (*COLUMNS, *metrics), lineterminator="\n")
     writer.writeheader()
     for label, row in rows_of(report):
         low, high = row["kl_forward"]["ci95"] or (None, None)
@@ -54,9 +54,26 @@ def to_csv(report: dict[str, Any]) -> str:
                 f"build_{key}": build.get(key)
                 for key in ("seconds", "tokens_in", "tokens_out", "model_calls", "shared_by")
             },
+            **{name: row.get("metrics", {}).get(name, {}).get("mean") for name in metrics},
         }
         writer.writerow({key: _safe(value) for key, value in line.items()})
     return out.getvalue()
+
+
+def headlines_of(report: dict[str, Any]) -> list[str]:
+    """The quantity that stands for each metric of the runs' configs, each once."""
+    return list(dict.fromkeys(name for run in report["runs"] for name in run.get("headlines", ())))
+
+
+def _metric(row: dict[str, Any], name: str) -> str:
+    mean = row.get("metrics", {}).get(name, {}).get("mean")
+    return "–" if mean is None else f"{mean:.3f}"
+
+
+def _kept(row: dict[str, Any]) -> str:
+    """As on the leaderboard of a run: the share of the template's effect, in percent."""
+    share = row.get("share_kept")
+    return "–" if share is None else f"{share:.1%}".removesuffix("%")
 
 
 def _safe(value: Any) -> Any:
@@ -72,15 +89,16 @@ def to_markdown(report: dict[str, Any]) -> str:
         lines += [start + _cell(" ".join(run["advice"]["sentences"])), ""]
     for sentence in report.get("changes", {}).get("why", ()):
         lines += [_cell(sentence), ""]
-    heads = ["context", "kind", "tokens", "forward KL", "95 % interval", "p95", "gold NLL", "top-1", "build"]
-    heads = (["run"] if several else []) + heads
-    right = {"tokens", "forward KL", "95 % interval", "p95", "gold NLL", "top-1", "build"}
-    lines.append("| " + " | ".join(heads) + " |")
-    lines.append("| " + " | ".join("---:" if head in right else "---" for head in heads) + " |")
+    metrics = headlines_of(report)
+    heads = ["forward KL", "kept %", *metrics, "95 % interval", "p95", "gold NLL", "top-1", "build"]
+    heads = (["run"] if several else []) + ["context", "kind", "tokens", *heads]
+    lines.append("| " + " | ".join(map(_cell, heads)) + " |")
+    lines.append("| " + " | ".join("---" if head in ("run", "context", "kind") else "---:" for head in heads) + " |")
     for label, row in rows_of(report):
         kl = row["kl_forward"]
         cells = ([label] if several else []) + [
-            row["name"], row["kind"], str(row["tokens"]), number(kl["mean"]) + mark(row), interval_text(kl["ci95"]),
+            row["name"], row["kind"], str(row["tokens"]), number(kl["mean"]) + mark(row), _kept(row),
+            *(_metric(row, name) for name in metrics), interval_text(kl["ci95"]),
             f"{kl['p95']:.3f}", f"{row['gold_nll']:.4f}", f"{row['top1_agreement']:.1%}", build_text(row["build"]),
         ]  # fmt: skip
         lines.append("| " + " | ".join(map(_cell, cells)) + " |")
@@ -150,6 +168,7 @@ DISPENSABLE = ("p95", "gold NLL", "95 % interval", "top-1", "kind", "build")
 def _board(report: dict[str, Any], width: int) -> Table:
     (run,) = report["runs"]
     students = list(dict.fromkeys(name for row in run["contexts"] for name in row["students"]))
+    metrics = headlines_of(report)
     columns: dict[str, list[str]] = {"context": [], "kind": []}
     for row in run["contexts"]:
         kl = row["kl_forward"]
@@ -158,6 +177,8 @@ def _board(report: dict[str, Any], width: int) -> Table:
             "kind": row["kind"],
             "tokens": str(row["tokens"]),
             "forward KL": number(kl["mean"]) + mark(row),
+            "kept %": _kept(row),
+            **{name: _metric(row, name) for name in metrics},
             "95 % interval": interval_text(kl["ci95"]),
             "p95": f"{kl['p95']:.3f}",
             "gold NLL": f"{row['gold_nll']:.4f}",
@@ -169,7 +190,7 @@ def _board(report: dict[str, Any], width: int) -> Table:
         for heading, cell in cells.items():
             columns.setdefault(heading, []).append(cell)
     left_out = []
-    for heading in (*reversed(students), *DISPENSABLE):
+    for heading in (*reversed(students), *DISPENSABLE, *reversed(metrics), "kept %"):
         if heading in columns and _room(columns) > width:
             left_out.append(heading)
             del columns[heading]

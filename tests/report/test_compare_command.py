@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from kvopt.errors import InputError
 from kvopt.report import report_of
 from kvopt.report.tables import terminal_table
 from tests.jobs import write_job
-from tests.report.made import change, write_run
+from tests.report.made import add_metrics, change, write_run
 
 FILES = {"report.html", "report.json", "report.csv", "report.md"}
 
@@ -147,3 +148,19 @@ def test_the_page_is_renewed_for_finished_runs_alone(run: Path, tmp_path: Path):
     assert reports(run) == {"report.html"}
     renew_page(tmp_path)
     assert reports(tmp_path) == set()
+
+
+def test_what_is_kept_and_the_metrics_are_in_every_table(run: Path):
+    add_metrics(run)
+    out, _ = kvopt("compare", run)
+    board = json.loads((run / "leaderboard.json").read_text("utf-8"))["contexts"]
+    bare = next(row["kl_forward"]["mean"] for row in board if row["name"] == "none")
+    mine = next(row for row in board if row["name"] == "mine")
+    kept = f"{100 * (1 - mine['kl_forward']['mean'] / bare):.1f}"
+    [line] = [line.split() for line in out.splitlines() if line.lstrip().startswith("mine ")]
+    assert {kept, "0.400", "0.500"} <= set(line)
+    [line] = [line for line in (run / "report.md").read_text("utf-8").splitlines() if line.startswith("| mine ")]
+    assert f"| {kept} | 0.400 | 0.500 |" in line
+    rows = list(csv.DictReader((run / "report.csv").read_text("utf-8").splitlines()))
+    means = {row["name"]: (row["json-valid"], row["rouge-l"]) for row in rows}
+    assert (means["mine"], means["none"]) == (("0.4", "0.5"), ("0.0", ""))
