@@ -227,6 +227,17 @@ def test_every_key_of_a_metric_is_shown(evaluated):
     assert "0.750±" not in shown
 
 
+def test_forgetting_has_no_empty_column(evaluated):
+    documents = [EvaluationDocument.model_validate(document) for document in evaluated[2].values()]
+    whole = [str(column.header) for column in tables(documents)[-1].columns]
+    assert {"probe KL(base ‖ model)", "frozen prompt", "no context"} <= set(whole)
+    for document in documents:
+        document.forgetting = document.frozen_prompt = None
+    table = tables(documents)[-1]
+    assert [str(column.header) for column in table.columns] == ["model", "task KL", "no context"]
+    assert table.caption == "shares of answers that still look like the task's"
+
+
 def test_another_student_moves_only_the_held_out_mutations_that_it_is_trained_on(tmp_path):
     run = open_evaluated(write_evaluated(tmp_path), tmp_path / "out")
 

@@ -14,6 +14,9 @@ from kvopt.errors import counted
 
 NO_METRIC = ("answer_cut", "gold_nll", "kl_from_base", "top1_agreement")
 """Quantities of an evaluation that no metric of the config measures."""
+OF_PROBES, PROBED = ("probe KL(base ‖ model)", "probe NLL", "change"), "probe prompts: nats per gold token"
+SHARES, TASK_LIKE = ("frozen prompt", "no context"), "shares of answers that still look like the task's"
+"""Columns of the table of forgetting, and what its caption says of them."""
 
 
 def tables(documents: Sequence[EvaluationDocument]) -> list[Table]:
@@ -74,25 +77,29 @@ def metrics_table(documents: Sequence[EvaluationDocument]) -> Table:
 
 
 def forgetting_table(documents: Sequence[EvaluationDocument]) -> Table:
-    """One line for each model: probes, frozen prompts, no context."""
-    view = plain_table(
-        "forgetting", "probe prompts: nats per gold token; shares of answers that still look like the task's"
-    )
-    view.add_column("model", overflow="fold", min_width=6)
-    for heading in ("probe KL(base ‖ model)", "probe NLL", "change", "task KL", "frozen prompt", "no context"):
-        view.add_column(heading, justify="right", overflow="fold")
+    """One line for each model: probes, frozen prompts, no context. Without columns that no model has values for."""
+    columns: dict[str, list[str]] = {}
     for document in documents:
         forgetting, frozen, bare = document.forgetting, document.frozen_prompt, document.no_context
         original = next((c for c in document.contexts if c.group == "original"), None)
-        view.add_row(
-            escape(document.name),
-            with_interval(forgetting.kl_from_base if forgetting else None, 4),
-            _mean(forgetting.gold_nll if forgetting else None, 3),
-            with_interval(forgetting.gold_nll_change if forgetting else None),
-            with_interval(original.quantities["kl_from_base"] if original else None),
-            _mean(frozen.looks_like_task if frozen else None, 2),
-            _mean(bare.looks_like_task if bare else None, 2),
-        )
+        cells = {
+            "probe KL(base ‖ model)": with_interval(forgetting.kl_from_base if forgetting else None, 4),
+            "probe NLL": _mean(forgetting.gold_nll if forgetting else None, 3),
+            "change": with_interval(forgetting.gold_nll_change if forgetting else None),
+            "task KL": with_interval(original.quantities["kl_from_base"] if original else None),
+            "frozen prompt": _mean(frozen.looks_like_task if frozen else None, 2),
+            "no context": _mean(bare.looks_like_task if bare else None, 2),
+        }
+        for heading, cell in cells.items():
+            columns.setdefault(heading, []).append(cell)
+    known = {heading: cells for heading, cells in columns.items() if any(cell != "–" for cell in cells)}
+    told = {PROBED if heading in OF_PROBES else TASK_LIKE if heading in SHARES else "" for heading in known} - {""}
+    view = plain_table("forgetting", "; ".join(sorted(told)) or None)
+    view.add_column("model", overflow="fold", min_width=6)
+    for heading in known:
+        view.add_column(heading, justify="right", overflow="fold")
+    for document, *cells_of in zip(documents, *known.values(), strict=True):
+        view.add_row(escape(document.name), *cells_of)
     return view
 
 
