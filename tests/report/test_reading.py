@@ -102,7 +102,7 @@ def test_a_run_with_one_validation_row_has_a_report_without_intervals(run: Path,
     assert report["runs"][0]["contexts"][1]["kl_forward"]["ci95"] is None
     assert "A single validation row gives no intervals" in report["runs"][0]["advice"]["sentences"][-1]
     assert "not separable</strong>" not in texts[".html"]
-    assert "| kv-full | kv | 40 | 0.0040 | – |" in texts[".md"]
+    assert "| kv-full | kv | 40 | 0.0040 | 99.5 | – |" in texts[".md"]
     assert "1 validation row, noise floor" in texts[".md"]
     assert write_report([run, write_run(tmp_path / "other")], tmp_path / "two")[1]
 
