@@ -106,11 +106,7 @@ class TaskMetrics:
         rows = self.task.bare_rows("selection").rows[: self.task.config.evaluate.rows]
         limit = self._limit(len(prefix), rows)
         texts = [answer_text(self.task.base, ids) for ids in self._generated(prefix, rows, limit)]
-        [metric] = [metric for metric in self.metrics if metric.label == label]
-        ratios = self._ratios(texts, "selection")
-        name = metric.headline_among([name for row in ratios for name in row])
-        above, below = (sum(row[name][side] for row in ratios if name in row) for side in (0, 1))
-        return above / below if below else 0.0
+        return self._mean(self._ratios(texts, "selection"), label) or 0.0
 
     def _limit(self, tokens: int, rows: Sequence[Row]) -> int:
         """Where answers after so many tokens and these bodies are cut: at the config's limit or the window's end."""
@@ -157,9 +153,15 @@ class TaskMetrics:
         return by_context[""]
 
     def headline(self, answers: ContextAnswers, label: str) -> float | None:
-        """The mean of one metric's headline quantity."""
-        names = dict(zip((metric.label for metric in self.metrics), self.headlines(answers), strict=True))
-        return self.estimates(answers)[names[label]].mean
+        """The mean of one metric's headline quantity; None where it is not defined."""
+        return self._mean(answers.ratios, label)
+
+    def _mean(self, ratios: Sequence[Mapping[str, Ratio]], label: str) -> float | None:
+        """The mean alone, which needs no bootstrap."""
+        [metric] = [metric for metric in self.metrics if metric.label == label]
+        name = metric.headline_among([name for row in ratios for name in row])
+        above, below = (sum(row[name][side] for row in ratios if name in row) for side in (0, 1))
+        return _quotient((above, below))
 
     def headlines(self, answers: ContextAnswers) -> list[str]:
         """The quantity that stands for each metric."""
