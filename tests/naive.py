@@ -38,3 +38,15 @@ def naive_logits(base: Base, prompt: Sequence[int], gold: Sequence[int]) -> Tens
     """Logits [gold tokens, V] of plain transformers on the full prompt: no prefix, no padding, no kernels."""
     ids = torch.tensor([[*prompt, *gold][:-1]], device=base.device)
     return base.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
+
+
+def naive_attention_weights(base: Base, tokens: Sequence[int]) -> Tensor:
+    """The attention weights [layers, heads, n, n] of one whole sequence, as transformers' eager attention has them."""
+    before = base.model.config._attn_implementation
+    base.model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            weights = base.model(torch.tensor([list(tokens)]), output_attentions=True).attentions
+    finally:
+        base.model.set_attn_implementation(before)
+    return torch.stack([layer[0] for layer in weights])

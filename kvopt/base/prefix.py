@@ -52,6 +52,10 @@ class Prefix:
     def to(self, dtype: torch.dtype) -> Prefix:
         return Prefix(tuple(k.to(dtype) for k in self.keys), tuple(v.to(dtype) for v in self.values))
 
+    def first(self, slots: int) -> Prefix:
+        """The first slots alone."""
+        return Prefix(tuple(k[:, :slots] for k in self.keys), tuple(v[:, :slots] for v in self.values))
+
     def kept(self, places: Tensor) -> Prefix:
         """The slots at these places [K], in their order."""
         return Prefix(tuple(k[:, places] for k in self.keys), tuple(v[:, places] for v in self.values))
@@ -116,6 +120,30 @@ def prefill(base: Base, *, ids: Tensor | None = None, embeddings: Tensor | None 
     inputs = {"input_ids": ids[None]} if ids is not None else {"inputs_embeds": embeddings[None]}  # type: ignore[index]
     base.backbone(**inputs, past_key_values=cache, use_cache=True)
     return Prefix(tuple(layer.keys[0] for layer in cache.layers), tuple(layer.values[0] for layer in cache.layers))  # type: ignore[index]
+
+
+class _GrowingLayer(PrefixLayer):
+    """One layer of a prefix that is made longer: joins the new states and remembers the whole."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.whole = super().update(key_states, value_states)
+        return self.whole
+
+
+def prefill_after(base: Base, prefix: Prefix, ids: Tensor) -> Prefix:
+    """The prefix that token ``ids`` [T'] leave behind when they follow ``prefix``, which stays in front: T + T' slots.
+
+    The same, up to rounding, as one :func:`prefill` of all tokens.
+    """
+    if not len(prefix):
+        return prefill(base, ids=ids)
+    if not len(ids):
+        return prefix
+    layers = [_GrowingLayer(k, v) for k, v in zip(prefix.keys, prefix.values, strict=True)]
+    positions = torch.arange(len(prefix), len(prefix) + len(ids), device=ids.device)
+    cache = Cache(layers=layers)  # type: ignore[arg-type]
+    base.backbone(input_ids=ids[None], position_ids=positions[None], past_key_values=cache, use_cache=True)
+    return Prefix(tuple(layer.whole[0][0] for layer in layers), tuple(layer.whole[1][0] for layer in layers))
 
 
 def empty_prefix(base: Base) -> Prefix:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from kvopt.cli import bench as benchmarks
-from kvopt.cli import contexts, evaluation, exporting, merging, report, sequence, starting, students
+from kvopt.cli import contexts, evaluation, exporting, merging, report, sequence, shortest, starting, students
 from kvopt.errors import InputError, KvoptError
 from kvopt.storage.files import write_error
 from kvopt.version import VERSION
@@ -44,6 +44,7 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "mutate": contexts.mutate,
         "optimize": contexts.optimize,
         "score": contexts.score,
+        "shorten": shortest.shorten,
         "compare": report.compare,
         "inspect": contexts.inspect,
         "export": exporting.export,

@@ -13,7 +13,13 @@ from kvopt.config.section import NAME, Section
 from kvopt.errors import InputError
 
 STARTS: Family[Start] = Family("kvopt.learn.starts", "init")
-_ON_TEXTS = {"template": "", "text": "a file", "mutation": "a mutation's name", "best-mutation": ""}
+_ON_TEXTS = {
+    "template": "",
+    "text": "a file",
+    "mutation": "a mutation's name",
+    "best-mutation": "",
+    "extract": "a number of tokens",
+}
 """Texts that the start ``first-tokens`` can take, with what must stand after their colon."""
 
 
@@ -30,7 +36,8 @@ class Start(Options):
 
 
 class Init:
-    """An ``init`` taken apart: ``strided``, ``text:FILE``, ``context:NAME``, or a mapping with ``kind`` and options.
+    """An ``init`` taken apart: ``strided``, ``text:FILE``, ``context:NAME``, ``extract:N``, or a mapping with ``kind``
+    and options.
 
     Attributes:
         kind: what stands before the colon.
@@ -49,6 +56,8 @@ class Init:
         wanted = _ON_TEXTS.get(self.kind, "a context's name or folder" if self.kind == "context" else "")
         if self.kind not in known_starts():
             raise InputError(f"unknown init {value!r}", where=where, fix="one of " + ", ".join(known_starts()))
+        if self.kind == "extract" and self.argument and not (self.argument.isdecimal() and int(self.argument) > 0):
+            raise InputError(f"init {value!r}: {self.argument!r} is no number of tokens", where=where)
         if bool(wanted) != bool(self.argument):
             what = f"{self.kind}:… needs {wanted}" if wanted else f"{self.kind} takes no argument"
             raise InputError(f"init {value!r}: {what}", where=where)
@@ -69,6 +78,11 @@ class Init:
         """What an identity takes of it: the kind, with the options that are not at their defaults, if any."""
         changed = self.start.model_dump(mode="json", exclude_defaults=True, exclude={"kind"})
         return {"kind": self.kind, **changed} if changed else self.kind
+
+    @property
+    def extract(self) -> int | None:
+        """With ``extract:N``: how many tokens the template is shortened to, to start from that text."""
+        return int(self.argument) if self.kind == "extract" else None
 
     @property
     def source(self) -> ContextName | None:
@@ -104,8 +118,9 @@ class ContextConfig(Section):
     init: str | dict[str, Any] = Field(
         "template",
         description="where it starts: template (its first tokens), strided (tokens spread evenly over it), matched"
-        " (fitted to its attention; kv only), random-text, random, text:FILE, mutation:NAME, best-mutation, or"
-        " context:NAME; or a mapping with kind and options",
+        " (fitted to its attention; kv only), salient (the tokens that rows look at most), extract:N (the template"
+        " shortened to N tokens), random-text, random, text:FILE, mutation:NAME, best-mutation, or context:NAME; or a"
+        " mapping with kind and options",
     )
     steps: int = Field(200, ge=0, description="optimizer steps")
     batch_size: int = Field(16, ge=1, description="rows in each step")

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 
 from kvopt.config.kinds import Family, Options
 from kvopt.config.section import FrozenSection
+from kvopt.config.shortening import ExtractGenerator
 
 OPERATORS: Family[Options] = Family("kvopt.mutate.operators", "operator")
 FAMILIES = ("structure", "syntax", "lexical", "paraphrase")
@@ -73,7 +74,7 @@ class FileGenerator(FrozenSection):
 
 
 GeneratorConfig = Annotated[
-    NoGenerator | LocalGenerator | EndpointGenerator | FileGenerator, Field(discriminator="kind")
+    NoGenerator | LocalGenerator | EndpointGenerator | FileGenerator | ExtractGenerator, Field(discriminator="kind")
 ]
 
 
@@ -96,7 +97,9 @@ class MutationsConfig(FrozenSection):
         FAMILIES, description="families (structure, syntax, lexical, paraphrase) or names of single operators"
     )
     generator: GeneratorConfig = Field(
-        LocalGenerator(), description="what writes paraphrases; used if operators contains paraphrase"
+        LocalGenerator(),
+        description="what writes paraphrases, or with extract, what shortens the template; used if operators"
+        " contains paraphrase",
     )
     protect: tuple[str, ...] = Field(
         (),

@@ -11,23 +11,19 @@ Symbols: P text tokens, T slots kept, Q queries, n keys of the body, d head dime
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from kvopt.base.attention import allowed_keys, watched
 from kvopt.base.loading import Base
 from kvopt.base.prefix import Prefix, run_bodies
 from kvopt.task.seam import Row, length_buckets, make_batch
 
-_CAPTURE = "kvopt_capture"
 MAX_QUERIES = 2048  # per layer and key/value head
 RIDGE = 0.1  # relative to the mean squared attention weight of a slot, times the number of queries
 
@@ -116,8 +112,7 @@ def _observe(base: Base, prefix: Prefix, rows: Sequence[Row], queries: int, seed
             -1, -2
         )
         logits = logits * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        logits = logits.masked_fill(~allowed[:, :, None], -torch.inf)
+        logits = logits.masked_fill(~allowed_keys(mask)[:, :, None], -torch.inf)
         body = logits[..., length:]
         read = body.softmax(-1) @ value[:, :, None, length:].float()
         parts = (logits[..., :length], body.logsumexp(-1), read)
@@ -127,7 +122,7 @@ def _observe(base: Base, prefix: Prefix, rows: Sequence[Row], queries: int, seed
         seen.body_lse.append(lse)
         seen.body_read.append(read)
 
-    with torch.no_grad(), _capturing(base, observe):
+    with torch.no_grad(), watched(base, observe):
         for index in length_buckets(rows, 16):
             batch = make_batch(rows, index).to(base.device)
             drawn = torch.rand(batch.mask.shape, generator=generator).to(base.device) < share
@@ -145,25 +140,3 @@ def _queries_per_head(base: Base, rows: Sequence[Row]) -> int:
     config = base.model.config.get_text_config()
     groups = max(1, config.num_attention_heads // base.geometry.kv_heads)
     return groups * sum(len(row) - 1 for row in rows)
-
-
-@contextlib.contextmanager
-def _capturing(base: Base, observe: Any) -> Iterator[None]:
-    """Run the base's attention through sdpa, and show ``observe`` its inputs (queries and keys after RoPE). The two
-    registrations that transformers asks for are taken back at the end.
-    """
-
-    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any) -> Any:
-        observe(module, query, key, value, mask, kwargs.get("scaling"))
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-
-    AttentionInterface.register(_CAPTURE, attention)
-    AttentionMaskInterface.register(_CAPTURE, sdpa_mask)
-    before = base.model.config._attn_implementation
-    base.model.set_attn_implementation(_CAPTURE)
-    try:
-        yield
-    finally:
-        base.model.set_attn_implementation(before)
-        for interface in (AttentionInterface, AttentionMaskInterface):
-            interface._global_mapping.pop(_CAPTURE, None)

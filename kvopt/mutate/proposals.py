@@ -49,11 +49,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A candidate, or why there is none; ``detail`` says how it was made."""
+    """A candidate, or why there is none.
+
+    Attributes:
+        detail: how it was made.
+        operators: what the lineage says was done; default: the generator's name.
+        cut: text was only cut, and what must stay is there: literals and messages may be fewer.
+    """
 
     template: Template | None = None
     rejection: Rejection | None = None
     detail: str = ""
+    operators: tuple[str, ...] = ()
+    cut: bool = False
 
 
 class Generator(Protocol):
@@ -61,11 +69,13 @@ class Generator(Protocol):
 
     Attributes:
         name: what the lineage calls it.
+        family: of what it makes, in the lineage.
         batch: how many requests it likes at once; 1 when the result would depend on the batch.
         limit: how many turns it can serve at all, None without an end.
     """
 
     name: str
+    family: str
     batch: int
     limit: int | None
 

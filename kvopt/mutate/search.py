@@ -116,18 +116,19 @@ class Search:
     def _paraphrase(self, number: int, turn: int, seed: int, rng: Random) -> Mutation:
         assert self.generator is not None
         proposal = self._proposed(number)
-        names: tuple[str, ...] = (self.generator.name,)
+        family = self.generator.family
+        names: tuple[str, ...] = proposal.operators or (self.generator.name,)
         if proposal.template is None:
             why = proposal.rejection or Rejection("generation-failed")
-            return self._judged(number, seed, "paraphrase", None, names, (), why)
+            return self._judged(number, seed, family, None, names, (), why)
         candidate = proposal.template
         plain = self.generator.limit is not None or not self.chosen or rng.random() < 0.5
-        rejection = self.checker.check(candidate)
+        rejection = self.checker.check(candidate, cut=proposal.cut)
         if rejection is None and not plain:
             depth = rng.randint(1, self.config.max_depth)
             candidate, more = compose(candidate, self.chosen, None, depth, self.scope, self.protect, rng)
             names = (*names, *more)
-        return self._judged(number, seed, "paraphrase", candidate, names, (), None, proposal.detail)
+        return self._judged(number, seed, family, candidate, names, (), None, proposal.detail, cut=proposal.cut)
 
     def _proposed(self, number: int) -> Proposal:
         """The generator's proposal for an attempt; it is asked for several at once when it likes batches."""
@@ -152,11 +153,12 @@ class Search:
         lineage: tuple[str, ...],
         rejection: Rejection | None,
         note: str = "",
+        cut: bool = False,
     ) -> Mutation:
         if candidate is None:
             rejection = rejection or Rejection("not-applicable", "no operator found anything to change")
         else:
-            rejection = rejection or self.checker.check(candidate)
+            rejection = rejection or self.checker.check(candidate, cut=cut)
         identity = candidate.sha256 if candidate else sha256_json([self.seed, number])
         return Mutation(
             id=identity[:12],

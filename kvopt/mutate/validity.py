@@ -127,8 +127,16 @@ class Checker:
     def _original_tokens(self) -> tuple[int, ...] | None:
         return self.token_ids(self.original) if self.token_ids else None
 
-    def check(self, candidate: Template) -> Rejection | None:
-        """None when the candidate is fine, else the first reason against it."""
+    def check(self, candidate: Template, *, cut: bool = False) -> Rejection | None:
+        """None when the candidate is fine, else the first reason against it.
+
+        Args:
+            cut: text was only cut from it, and literals and messages may be fewer.
+        """
+        if cut:
+            if candidate.slot_sequence != self.original.slot_sequence:
+                return Rejection("lost-slot", ", ".join(self.original.slot_sequence))
+            return self._new(candidate)
         if candidate.is_chat != self.original.is_chat or len(candidate.fields) != len(self.original.fields):
             return Rejection("changed-outside-scope", "another number of messages")
         if [m.role for m in candidate.messages] != [m.role for m in self.original.messages]:

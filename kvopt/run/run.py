@@ -22,6 +22,7 @@ from kvopt.base.prefix import Prefix
 from kvopt.config.contexts import ContextConfig
 from kvopt.config.document import Config
 from kvopt.config.names import ContextName, unknown_context
+from kvopt.config.shortening import ShorteningConfig
 from kvopt.console.progress import Progress
 from kvopt.contexts.context import Context, TextContext
 from kvopt.contexts.folder import TensorContext, load_context
@@ -41,6 +42,7 @@ from kvopt.run.encoded_task import EncodedTask, encode_task
 from kvopt.run.inputs import read_inputs
 from kvopt.run.leaderboard import Entry
 from kvopt.run.sampling import make_samples
+from kvopt.run.shorter_texts import Shortener
 from kvopt.storage.files import write_text
 
 RESOLVED = "# Every setting of this run; relative paths start at the folder of the config file that it was given.\n"
@@ -188,7 +190,7 @@ class Run:
     def mutations(self) -> list[Mutation]:
         """Every candidate tried, accepted or not."""
         if self._mutations is None:
-            self._mutations = stages.make_mutations(self.task(), self.at)
+            self._mutations = stages.make_mutations(self.task(), self.at, self.shortener)
         return self._mutations
 
     def mutation_contexts(self) -> dict[str, TextContext]:
@@ -252,8 +254,16 @@ class Run:
     def _reference_for(self, config: ContextConfig) -> Reference:
         return self.descent_reference() if config.steps else self.reference()
 
+    def shortener(self, config: ShorteningConfig) -> Shortener:
+        """A search for shorter texts of the template."""
+        return Shortener(self.task(), self.reference(), config, self.at)
+
     def _start_of(self, config: ContextConfig) -> tuple[Sequence[int], TensorContext | None]:
         """Token ids of the text that a context starts from, and the context where it starts from one."""
+        if (tokens := config.start.extract) is not None:
+            where = f"contexts.{config.name}.init"
+            text = self.shortener(ShorteningConfig()).to_tokens(tokens, where)
+            return self.task().text_context(text.document.name, text.template).encoded.prefix, None
         name = config.start.source
         if name is None:
             return self.task().encoded.prefix, None

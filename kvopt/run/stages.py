@@ -12,6 +12,8 @@ from itertools import count
 from kvopt.base.completion import local_completion
 from kvopt.base.prefix import Prefix
 from kvopt.config.contexts import ContextConfig
+from kvopt.config.mutations import GeneratorConfig
+from kvopt.config.shortening import ExtractGenerator, ShorteningConfig
 from kvopt.console.progress import advance, step_reporter
 from kvopt.contexts.adapter import read_record
 from kvopt.contexts.context import KVContext, SoftContext, TextContext
@@ -28,7 +30,9 @@ from kvopt.mutate.mutation import Mutation, read_mutations
 from kvopt.mutate.search import mutate, summary
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
+from kvopt.run.shorter_texts import Shortener
 from kvopt.storage.files import sha256_json
+from kvopt.task.template import Template
 
 MATCHING_ROWS = 64
 """Training rows whose bodies give the queries of attention matching."""
@@ -97,24 +101,34 @@ def make_moments(task: EncodedTask, reference: Reference, at: Workspace) -> Stor
 # ---- mutations
 
 
-def make_mutations(task: EncodedTask, at: Workspace) -> list[Mutation]:
-    """Every candidate tried, accepted or not; goes on from ``mutations.jsonl``."""
+def make_mutations(
+    task: EncodedTask, at: Workspace, shortener: Callable[[ShorteningConfig], Shortener]
+) -> list[Mutation]:
+    """Every candidate tried, accepted or not; goes on from ``mutations.jsonl``.
+
+    Args:
+        shortener: a search for shorter texts, for ``generator.kind: extract``.
+    """
     section, base = task.inputs.mutations, task.base
     if section.count == 0:
         return []
-    local = section.generator.kind == "local" and "paraphrase" in section.operators
+    by_base = section.generator.kind in ("local", "extract") and "paraphrase" in section.operators
     asked = section.model_dump(mode="json", exclude={"count", "max_attempts"})
     scope, seed = task.config.template.scope, task.config.seed
     key = sha256_json(
         [task.template.to_json(), asked, scope, seed, task.tokens_identity]
-        + ([base.identity, str(base.dtype)] if local else [])
+        + ([base.identity, str(base.dtype)] if by_base else [])
     )
     at.directory.begin("mutations", key, "mutations.jsonl")
     journal = at.directory / "mutations.jsonl"
     before = len(read_mutations(journal))
     usage = {"model_calls": 0, "tokens_in": 0, "tokens_out": 0}
     generator = build_generator(
-        section.generator, task.template, complete=local_completion(base, usage), folder=task.inputs.base_dir
+        section.generator,
+        task.template,
+        complete=local_completion(base, usage),
+        shorten=lengths_of(section.generator, shortener),
+        folder=task.inputs.base_dir,
     )
     with at.directory.ledger("mutations") as entry, at.progress.bar("mutations", section.count, "mutation") as bar:
         seen = count()
@@ -143,6 +157,21 @@ def make_mutations(task: EncodedTask, at: Workspace) -> list[Mutation]:
     return tried
 
 
+def lengths_of(
+    generator: GeneratorConfig, shortener: Callable[[ShorteningConfig], Shortener]
+) -> Callable[[int], Template]:
+    """The template at most so many tokens long, each time from the text before; the search begins at the first call."""
+    begun: list[Shortener] = []
+
+    def shorten(tokens: int) -> Template:
+        assert isinstance(generator, ExtractGenerator)
+        if not begun:
+            begun.append(shortener(generator))
+        return begun[0].to_tokens(tokens, where="mutations.generator.tokens").template
+
+    return shorten
+
+
 def mutation_contexts(task: EncodedTask, mutations: Sequence[Mutation], at: Workspace) -> dict[str, TextContext]:
     """Accepted mutations as contexts by name; those under which gold ids change are left out, with a warning."""
     contexts: dict[str, TextContext] = {}
@@ -162,16 +191,16 @@ def mutation_contexts(task: EncodedTask, mutations: Sequence[Mutation], at: Work
 
 
 def by_cost(task: EncodedTask) -> tuple[list[ContextConfig], list[ContextConfig]]:
-    """The config's contexts that need no step and no mutation, and the others by the tokens that their steps take in:
-    each after the context that it starts from.
+    """The config's contexts that need no step and no search for texts, and the others by the tokens that their steps
+    take in: each after the context that it starts from.
     """
     cost: dict[str, int] = {}
     for config in task.config.learned:
         source = config.start.source
-        mutated = source is not None and source.form in ("counted", "mutation")
+        searched = config.start.extract is not None or (source is not None and source.form in ("counted", "mutation"))
         before = cost.get(source.argument, 0) if source is not None else 0
         rows = min(config.batch_size, len(task.dataset.train))
-        cost[config.name] = before + config.steps * rows * task.longest + (1 if mutated else 0)
+        cost[config.name] = before + config.steps * rows * task.longest + (1 if searched else 0)
     ordered = sorted(task.config.learned, key=lambda config: cost[config.name])
     return [c for c in ordered if cost[c.name] == 0], [c for c in ordered if cost[c.name] > 0]
 

@@ -30,6 +30,10 @@ def check(inputs: Inputs) -> dict[str, Any]:
     for wording in inputs.written.values():
         gold = {row.example_id: row.gold for row in encoded.rows}
         encoder.encode(wording, scored, gold={e.id: gold[e.id] for e in scored}, window=window)
+    generator = config.mutations.generator
+    if generator.kind == "extract":
+        for tokens in generator.tokens:
+            check_length(tokens, len(encoded.prefix), "mutations.generator.tokens")
     starts = _Starts(inputs, encoder, encoded, window)
     for context in config.learned:
         starts.check(context)
@@ -46,6 +50,14 @@ def check(inputs: Inputs) -> dict[str, Any]:
         "first_gold": tokenizer.decode(encoded.rows[0].gold),
         "warnings": list(dataset.warnings),
     }
+
+
+def check_length(tokens: int, whole: int, where: str) -> None:
+    """Raises InputError where a text of so many tokens would not be shorter than a template of ``whole``."""
+    if tokens >= whole:
+        raise InputError(
+            f"{counted(tokens, 'token')} wanted, the template has {whole}", where=where, fix="ask for fewer"
+        )
 
 
 def report_text(report: dict[str, Any]) -> str:
@@ -114,4 +126,8 @@ class _Starts:
             template = template_from_file(self.inputs.base_dir / argument, self.inputs.template)
             probes = self.inputs.dataset.selection[:4] or self.inputs.dataset.train[:4]
             return len(self.encoder.encode(template, probes).prefix)
-        return len(self.encoded.prefix) if kind in ("template", "strided", "matched") else None
+        whole = len(self.encoded.prefix)
+        if (tokens := context.start.extract) is not None:
+            check_length(tokens, whole, f"{where}.init")
+            return tokens
+        return whole if kind in ("template", "strided", "matched", "salient") else None

@@ -19,7 +19,7 @@ from kvopt.errors import InputError, counted
 from kvopt.storage.files import sha256_json
 from kvopt.task.examples import Example
 from kvopt.task.plain_tokens import PlainTokens, Span
-from kvopt.task.render import Renderer
+from kvopt.task.render import Rendered, Renderer
 from kvopt.task.template import Template
 
 
@@ -153,6 +153,10 @@ class Encoder:
         ids = self.tokenizer("x", add_special_tokens=True)["input_ids"]
         bare = self.tokenizer("x", add_special_tokens=False)["input_ids"]
         return tuple(ids[: len(ids) - len(bare)]) if ids[-len(bare) :] == bare else ()
+
+    def tokenized(self, template: Template, rendered: Rendered) -> tuple[list[int], list[Span]]:
+        """A rendered prompt's token ids, and the (start, end) characters of each."""
+        return self._tokenize(template, rendered.text, rendered.slots)
 
     def _tokenize(self, template: Template, text: str, data: Sequence[Span]) -> tuple[list[int], list[Span]]:
         """Ids and offsets of a rendered text. An EOS that the tokenizer itself appends (add_eos_token) is dropped:

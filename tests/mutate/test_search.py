@@ -47,6 +47,7 @@ class Paraphraser:
     """Adds a word for each turn; fails or breaks a slot now and then."""
 
     name = "fake"
+    family = "paraphrase"
     limit = None
 
     def __init__(self, batch: int = 1, fails: bool = False) -> None:

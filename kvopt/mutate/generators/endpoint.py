@@ -53,6 +53,7 @@ class EndpointParaphraser:
     first_wait: float = 1.0
     transport: httpx.BaseTransport | None = None
     name: str = "endpoint"
+    family: str = "paraphrase"
     limit: int | None = None
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ class FileVariants:
     """
 
     name = "file"
+    family = "paraphrase"
     batch = 1
 
     def __init__(self, path: Path, original: Template):

@@ -54,6 +54,7 @@ class LocalParaphraser:
     samples: int = 4
     temperature: float = 0.7
     name: str = "local"
+    family: str = "paraphrase"
     batch: int = 1
     limit: int | None = None
     _bank: dict[tuple[int, str], tuple[list[str], list[Rejection]]] = field(default_factory=dict)

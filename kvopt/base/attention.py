@@ -1,0 +1,86 @@
+"""The base's own attention, watched or with gates on some keys.
+
+Both put a function of ours in the place of the base's attention while a block runs. It goes through PyTorch's
+scaled-dot-product attention, as the base's own does.
+
+Symbols: B rows, H query heads, h key/value heads, n queries, m keys, T prefix slots, d head dimension.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from kvopt.base.loading import Base
+
+_OURS = "kvopt_attention"
+
+Observe = Callable[[Any, Tensor, Tensor, Tensor, Any, "float | None"], None]
+"""``observe(module, query [B, H, n, d], key [B, h, m, d], value, mask, scaling)``, queries and keys after RoPE."""
+
+
+def allowed_keys(mask: Tensor) -> Tensor:
+    """A mask as booleans: true where a query may look."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+@contextlib.contextmanager
+def watched(base: Base, observe: Observe) -> Iterator[None]:
+    """While this lasts, show ``observe`` what every layer's attention is given."""
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        observe(module, query, key, value, mask, kwargs.get("scaling"))
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    with _replaced(base, attention):
+        yield
+
+
+@contextlib.contextmanager
+def gated(base: Base, gates: Tensor) -> Iterator[None]:
+    """While this lasts, the weight exp(logit) of each of the first T keys is multiplied by its gate: 1 leaves a key as
+    it is, and near 0 nothing attends to it. Differentiable in the gates.
+
+    A token's look at itself is never gated, so that its own states are what they would be if it were there.
+
+    Args:
+        gates: [T] in (0, 1].
+    """
+    bias = gates.log()
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        queries, keys = query.shape[-2], key.shape[-2]
+        if mask is None:
+            places = torch.arange(keys, device=query.device)
+            mask = (places[None] <= places[keys - queries :, None])[None, None]
+        added = nn.functional.pad(bias, (0, keys - len(bias))).expand(queries, keys)
+        if queries == keys:
+            added = added * (1 - torch.eye(keys, device=added.device))
+        low = torch.finfo(query.dtype).min
+        whole = added.masked_fill(~allowed_keys(mask), low).to(query.dtype)
+        return sdpa_attention_forward(module, query, key, value, whole, **kwargs)
+
+    with _replaced(base, attention):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(base: Base, attention: Callable[..., Any]) -> Iterator[None]:
+    """The base with this attention; the two registrations that transformers asks for are taken back at the end."""
+    AttentionInterface.register(_OURS, attention)
+    AttentionMaskInterface.register(_OURS, sdpa_mask)
+    before = base.model.config._attn_implementation
+    base.model.set_attn_implementation(_OURS)
+    try:
+        yield
+    finally:
+        base.model.set_attn_implementation(before)
+        for interface in (AttentionInterface, AttentionMaskInterface):
+            interface._global_mapping.pop(_OURS, None)

@@ -1,0 +1,105 @@
+"""Commands that look for the shortest context: shorten."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from kvopt.cli.common import ConfigPath, Json, Out, Sets, next_export, open_run, print_json, show_board
+from kvopt.cli.report import leave_page
+from kvopt.errors import InputError, counted
+
+if TYPE_CHECKING:
+    from kvopt.run.shorter_texts import Shortened, Shortener
+
+
+def shorten(
+    config: ConfigPath,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option("--tokens", metavar="N", min=1, help="A text of at most N tokens; may be repeated."),
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            "--keep",
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="The shortest text that keeps this share of the template's effect, such as 0.97 (1 - KL / KL of no"
+            " context).",
+        ),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option("--max-kl", metavar="KL", min=0, help="The shortest text whose forward KL is at most this."),
+    ] = None,
+    literals: Annotated[
+        Literal["needed", "all"],
+        typer.Option(
+            help="Which of the template's literals (labels, keys, quoted text) stay: those in a gold output, or all."
+        ),
+    ] = "needed",
+    rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="Selection rows that decide.")] = 16,
+    exchanges: Annotated[
+        int, typer.Option("--exchanges", metavar="N", min=0, help="Rounds of exchanges at each length, at most.")
+    ] = 6,
+    sets: Sets = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Shorten the template's text: cut what matters least to the gold outputs, decided by the exact KL on your rows.
+
+    The text before the first slot is shortened. Slots, roles, what you marked with {{keep:...}}, and labels that stand
+    in gold outputs stay. Every text is scored as it is written, tokenized again. The result takes its place on the
+    leaderboard and the page of the run. After an interruption, give the same command again to continue.
+    """
+    if sum((bool(tokens), keep is not None, max_kl is not None)) != 1:
+        raise InputError("say what is wanted", where="shorten", fix="give one of --tokens, --keep and --max-kl")
+    run = open_run(config, sets, out)
+    from kvopt.config.shortening import ShorteningConfig
+    from kvopt.run.shorter_texts import some, write_shortened
+
+    with run.opened():
+        shortener = run.shortener(ShorteningConfig(literals=literals, rows=rows, exchanges=exchanges))
+        found = _found(shortener, tokens, keep, max_kl)
+        contexts = [run.task().text_context(text.document.name, text.template) for text in found]
+        paths = [write_shortened(text, run.at) for text in found]
+        scores = [run.score(context) for context in contexts]
+        board = run.put_on_board(contexts)
+    assert board is not None
+    if as_json:
+        texts = [
+            text.document.to_json() | {"validation": score.to_json()} for text, score in zip(found, scores, strict=True)
+        ]
+        print_json({"texts": texts})
+        return
+    none = next((row.kl_forward.mean for row in board.contexts if row.name == "none"), None)
+    for text, path, score in zip(found, paths, scores, strict=True):
+        document, kl = text.document, score.kl_forward.mean
+        kept = f", {100 * (1 - kl / none):.1f} % kept" if none else ""
+        print(
+            f"{document.name}: {document.original_tokens} -> {counted(document.tokens, 'token')}, forward KL {kl:.4f}"
+            f" on validation rows ({document.kl_selection:.4f} on those that decided){kept}"
+        )
+        for state in ("cut", "broken"):
+            lost = [literal.text for literal in document.lost_literals if literal.state == state]
+            if lost:
+                print(f"  literals {state}: {some(lost)}")
+        print(f"  {path}")
+        print()
+        for message in text.template.messages:
+            print(f"{message.role}: {message.content}".rstrip())
+        if text.template.text is not None:
+            print(text.template.text.rstrip())
+        print()
+    show_board(board, run.directory.path, False)
+    leave_page(run.directory.path)
+    next_export(run.directory.path, found[-1].document.name, "text")
+
+
+def _found(shortener: Shortener, tokens: list[int] | None, keep: float | None, max_kl: float | None) -> list[Shortened]:
+    if tokens:
+        return [shortener.to_tokens(length) for length in sorted(set(tokens), reverse=True)]
+    return [shortener.to_keep(keep) if keep is not None else shortener.to_kl(max_kl or 0.0)]

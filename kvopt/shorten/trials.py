@@ -1,0 +1,165 @@
+"""The exact forward KL of shortened texts on some of the user's rows, none of them computed twice.
+
+Every figure is of the text as it is written: rendered and tokenized again, never of loose token ids. Texts that begin
+with the same tokens share their keys and values. Results are on disk at once, so that a search that was interrupted
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvopt.base.loading import Base
+from kvopt.base.prefix import Prefix, empty_prefix, prefill_after
+from kvopt.errors import InputError
+from kvopt.measure.reference import Reference
+from kvopt.measure.score import score_prefix
+from kvopt.shorten.pieces import Pieces
+from kvopt.task.examples import Example
+from kvopt.task.seam import Encoded, Encoder
+
+SLOTS_KEPT = 16_384
+"""Tokens of texts whose keys and values are kept, for texts that begin alike and for more rows of the same."""
+
+
+@dataclass
+class Trials:
+    """Scores texts that are made of a template's pieces.
+
+    Args:
+        pieces: the template, taken apart.
+        examples: rows that decide, in the order in which they are used: the first ones see every candidate.
+        gold: their gold ids by example id, which must result.
+        journal: a file for the results, one line each; what belongs to another ``key`` is left out.
+        batch_size: bodies run at once.
+
+    Attributes:
+        rows_run: rows that were run through the model so far, counted once for each text.
+    """
+
+    base: Base
+    encoder: Encoder
+    pieces: Pieces
+    examples: Sequence[Example]
+    gold: Mapping[str, tuple[int, ...]]
+    reference: Reference
+    journal: Path | None = None
+    key: str = ""
+    batch_size: int = 16
+    rows_run: int = 0
+    _encoded: OrderedDict[str, Encoded | None] = field(default_factory=OrderedDict)
+    _sums: dict[str, list[float]] = field(default_factory=dict)
+    _prefixes: OrderedDict[tuple[int, ...], Prefix] = field(default_factory=OrderedDict)
+
+    def __post_init__(self) -> None:
+        self._counts = [len(self.gold[example.id]) for example in self.examples]
+        for line in self._lines():
+            if line.get("key") == self.key:
+                known = self._sums.setdefault(line["text"], [])
+                if len(known) == line["from"]:
+                    known += line["kl"]
+
+    def _lines(self) -> list[dict[str, Any]]:
+        if self.journal is None or not self.journal.is_file():
+            return []
+        lines = []
+        for line in self.journal.read_text("utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                continue  # a line that was being written when the process died
+        return lines
+
+    def encoded(self, kept: Collection[int]) -> Encoded | None:
+        """The rows under the text of these pieces; None where the text changes a gold output's ids or is too long."""
+        template = self.pieces.written(kept)
+        key = template.sha256
+        if key not in self._encoded:
+            try:
+                window = self.base.geometry.window
+                self._encoded[key] = self.encoder.encode(template, self.examples, gold=self.gold, window=window)
+            except InputError:
+                self._encoded[key] = None
+            if len(self._encoded) > 256:
+                self._encoded.popitem(last=False)
+        return self._encoded[key]
+
+    def tokens(self, kept: Collection[int]) -> int | None:
+        """Length of the text before the seam, as the model reads it; None as :meth:`encoded`."""
+        encoded = self.encoded(kept)
+        return None if encoded is None else len(encoded.prefix)
+
+    def kl(self, kept: Collection[int], rows: int | None = None) -> float:
+        """Forward KL in nats per gold token on the first ``rows`` examples (default: all); infinite as
+        :meth:`encoded`.
+        """
+        wanted = len(self.examples) if rows is None else min(rows, len(self.examples))
+        encoded = self.encoded(kept)
+        if encoded is None:
+            return float("inf")
+        key = self.pieces.written(kept).sha256
+        known = self._sums.setdefault(key, [])
+        if len(known) < wanted:
+            self._run(key, encoded, known, wanted)
+        return sum(known[:wanted]) / sum(self._counts[:wanted])
+
+    def _run(self, key: str, encoded: Encoded, known: list[float], wanted: int) -> None:
+        first = len(known)
+        rows = encoded.rows[first:wanted]
+        with torch.no_grad():
+            scores = score_prefix(
+                self.base, self._prefix(encoded.prefix), rows, self.reference, batch_size=self.batch_size
+            )
+        sums = scores.by_example(scores.kl).tolist()
+        known += sums
+        self.rows_run += len(rows)
+        if self.journal is not None:
+            self.journal.parent.mkdir(parents=True, exist_ok=True)
+            with self.journal.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": self.key, "text": key, "from": first, "kl": sums}) + "\n")
+
+    def _prefix(self, ids: Sequence[int]) -> Prefix:
+        """Keys and values of a text, from those of the kept one that it shares the most tokens with."""
+        ids = tuple(ids)
+        if ids in self._prefixes:
+            return self._prefixes[ids]
+        best, shared = empty_prefix(self.base), 0
+        for other, prefix in self._prefixes.items():
+            same = _shared(ids, other)
+            if same > shared:
+                best, shared = prefix, same
+        rest = torch.tensor(ids[shared:], dtype=torch.int64, device=self.base.device)
+        result = prefill_after(self.base, best.first(shared), rest)
+        self._prefixes[ids] = result
+        self._prefixes.move_to_end(ids)
+        while len(self._prefixes) > 1 and sum(map(len, self._prefixes)) > SLOTS_KEPT:
+            self._prefixes.popitem(last=False)
+        return result
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many leading ids both have."""
+    shortest = min(len(one), len(other))
+    return next((i for i in range(shortest) if one[i] != other[i]), shortest)
+
+
+def spread_order(examples: Sequence[Example], gold: Mapping[str, Sequence[int]]) -> list[Example]:
+    """The examples in an order whose beginning covers many gold tokens: each next one has the most that none before
+    it has, of equal ones the first.
+    """
+    left, seen, ordered = list(examples), set[int](), list[Example]()
+    while left:
+        best = max(left, key=lambda example: len(set(gold[example.id]) - seen))
+        left.remove(best)
+        ordered.append(best)
+        seen |= set(gold[best.id])
+        if all(set(gold[example.id]) <= seen for example in left):
+            seen = set()
+    return ordered

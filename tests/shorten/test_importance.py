@@ -1,0 +1,118 @@
+"""What each token of a text is worth: a gate near 0 is the token's absence, and the estimates are what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvopt.base.attention import gated
+from kvopt.base.loading import Base
+from kvopt.base.prefix import prefill, prefill_after, run_bodies
+from kvopt.measure.score import score_prefix
+from kvopt.shorten import importance
+from kvopt.shorten.importance import GONE, largest_attention, sensitivity
+from kvopt.task.seam import make_batch
+from tests.naive import naive_attention_weights
+from tests.tasks import Task, make_task
+
+
+@pytest.fixture(params=["llama", "qwen3", "gemma3"])
+def task(request: pytest.FixtureRequest, tmp_path: Path) -> Task:
+    return make_task(request.getfixturevalue(request.param), tmp_path, 6)
+
+
+def test_a_prefix_in_two_parts_is_the_prefix_in_one(task: Task) -> None:
+    ids = torch.tensor(task.encoded.prefix)
+    with torch.no_grad():
+        whole = prefill(task.base, ids=ids)
+        for cut in (0, 1, 5, len(ids)):
+            joined = prefill_after(task.base, whole.first(cut), ids[cut:])
+            for one, other in zip((*whole.keys, *whole.values), (*joined.keys, *joined.values), strict=True):
+                torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])  # a sliding window still counts the tokens that are gone
+def test_a_token_whose_gate_is_nearly_shut_is_as_good_as_not_there(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    task = make_task(request.getfixturevalue(kind), tmp_path, 6)
+    base, rows = task.base, task.encoded.rows
+    ids = list(task.encoded.prefix)
+    kept = torch.ones(len(ids), dtype=torch.bool)
+    kept[[2, 5, 6, 9]] = False
+    batch = make_batch(rows, range(len(rows)))
+    with torch.no_grad():
+        short = prefill(base, ids=torch.tensor(ids)[kept])
+        expected = run_bodies(base, short, batch)[batch.predicts[:, 0], batch.predicts[:, 1]]
+        with gated(base, torch.where(kept, 1.0, GONE)):
+            hidden = importance._gold_hidden(base, torch.tensor(ids), kept, batch)
+        with gated(base, torch.ones(len(ids))):
+            open_ = importance._gold_hidden(base, torch.tensor(ids), kept, batch)
+    assert (hidden - expected).norm() < 0.02 * (open_ - expected).norm()
+
+
+def test_gain_is_the_slope_of_the_kl_and_fisher_that_of_the_distribution(task: Task) -> None:
+    """Both against float64 formulas, by finite differences of the gates."""
+    base, rows = task.base, list(task.encoded.rows[:2])
+    ids = list(task.encoded.prefix)
+    kept = torch.ones(len(ids), dtype=torch.bool)
+    kept[[3, 4]] = False
+    places = [1, 3, 7]
+
+    def log_q(gates: Tensor) -> Tensor:
+        states = []
+        for row in rows:  # one batch each: no padding
+            batch = make_batch([row], [0])
+            with torch.no_grad(), gated(base, gates):
+                states.append(importance._gold_hidden(base, torch.tensor(ids), kept, batch))
+        return base.head.logits(torch.cat(states)).double().log_softmax(-1)
+
+    gates = torch.where(kept, 1.0, GONE)
+    p = base.head.logits(task.reference.hidden([row.example_id for row in rows])).double().softmax(-1)
+    q = log_q(gates)
+    found = sensitivity(base, ids, kept, rows, task.reference, probes=400)
+    for place in places:
+        step = 0.02 if kept[place] else GONE / 4
+        up, down = gates.clone(), gates.clone()
+        up[place] += step
+        down[place] -= step
+        slope = (log_q(up) - log_q(down)) / (2 * step)  # [G, V]
+        gain = float(-(p * slope).sum(-1).mean())
+        fisher = float(0.5 * (q.exp() * slope.square()).sum(-1).mean())
+        assert float(found.gain[place]) == pytest.approx(gain, rel=0.05, abs=2e-5)
+        assert float(found.fisher[place]) == pytest.approx(fisher, rel=0.35)
+
+
+def test_the_largest_attention_is_that_of_an_eager_model(llama: Base, tmp_path: Path) -> None:
+    task = make_task(llama, tmp_path, 5)
+    found = largest_attention(llama, task.encoded.prefix, task.encoded.rows)
+    expected = torch.zeros(len(task.encoded.prefix))
+    for row in task.encoded.rows:
+        tokens = [*task.encoded.prefix, *row.body, *row.gold][:-1]
+        weights = naive_attention_weights(llama, tokens)  # [L, H, n, n]
+        body = weights[:, :, len(task.encoded.prefix) :, : len(task.encoded.prefix)]
+        expected = torch.maximum(expected, body.amax((0, 1, 2)))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_row_with_many_gold_tokens_is_sampled(llama: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task(llama, tmp_path, 4)
+    monkeypatch.setattr(importance, "GOLD_PER_BATCH", 6)
+    kept = torch.ones(len(task.encoded.prefix), dtype=torch.bool)
+    few = sensitivity(llama, task.encoded.prefix, kept, task.encoded.rows, task.reference, probes=300)
+    monkeypatch.setattr(importance, "GOLD_PER_BATCH", 512)
+    many = sensitivity(llama, task.encoded.prefix, kept, task.encoded.rows, task.reference, probes=300)
+    assert torch.corrcoef(torch.stack([few.fisher, many.fisher]))[0, 1] > 0.8
+    torch.testing.assert_close(few.gain, many.gain, atol=1e-6, rtol=1e-3)
+
+
+def test_scores_after_a_gated_run_are_unchanged(llama: Base, tmp_path: Path) -> None:
+    """The base has its own attention back."""
+    task = make_task(llama, tmp_path, 4)
+    before = score_prefix(llama, task.original.prefix(llama), task.encoded.rows, task.reference).kl
+    kept = torch.ones(len(task.encoded.prefix), dtype=torch.bool)
+    sensitivity(llama, task.encoded.prefix, kept, task.encoded.rows, task.reference)
+    assert torch.equal(before, score_prefix(llama, task.original.prefix(llama), task.encoded.rows, task.reference).kl)
