@@ -40,6 +40,7 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "config": starting.show_config,
     },
     "Contexts: find, compare, export": {
+        "compact": shortest.compact,
         "run": contexts.run_all,
         "mutate": contexts.mutate,
         "optimize": contexts.optimize,

@@ -1,17 +1,57 @@
-"""Commands that look for the shortest context: shorten."""
+"""Commands that look for the shortest context: compact, shorten."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from kvopt.cli.common import ConfigPath, Json, Out, Sets, next_export, open_run, print_json, show_board
+from kvopt.cli.common import ConfigPath, Json, Out, Sets, next_export, open_run, print_json, say, show_board
+from kvopt.cli.growing_board import growing_board
 from kvopt.cli.report import leave_page
 from kvopt.errors import InputError, counted
 
 if TYPE_CHECKING:
     from kvopt.run.shorter_texts import Shortened, Shortener
+
+
+def compact(
+    config: ConfigPath,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--tokens",
+            metavar="N",
+            min=1,
+            help="Slots of the KV cache; may be repeated. Default: a quarter of the template's tokens.",
+        ),
+    ] = None,
+    sets: Sets = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The run directory (default: runs/NAME-compact).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make the template a short KV cache at once, without training, and say what it costs.
+
+    The cache is fitted to what your rows attend to (init: matched, zero steps). This takes seconds, and is the quickest
+    way to see how far a template can be shortened. Learned contexts, mutations and students of the config are left out;
+    wordings of your own are scored beside it.
+    """
+    from kvopt.config.document import load_config
+    from kvopt.run.compact import only_compact
+
+    settings, base_dir = load_config(config, sets or ())
+    folder = out or Path("runs") / f"{settings.name}-compact"
+    with only_compact(settings, base_dir, folder, tokens or (), say=say) as run, growing_board(folder) as show:
+        board = run.run(show)
+    show_board(board, folder, as_json)
+    leave_page(folder)
+    if not as_json:
+        rows = [row for row in board.contexts if row.name.startswith("compact-")]
+        best = min(rows, key=lambda row: row.kl_forward.mean)
+        next_export(folder, best.name, best.kind)
 
 
 def shorten(
