@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -21,6 +22,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from kvopt.base.loading import Base
 
 _OURS = "kvopt_attention"
+KEPT_QUERIES = 512
+"""Of more queries the gated attention weights are computed again on the way back, and not kept for every layer."""
 
 Observe = Callable[[Any, Tensor, Tensor, Tensor, Any, "float | None"], None]
 """``observe(module, query [B, H, n, d], key [B, h, m, d], value, mask, scaling)``, queries and keys after RoPE."""
@@ -60,12 +63,18 @@ def gated(base: Base, gates: Tensor) -> Iterator[None]:
         if mask is None:
             places = torch.arange(keys, device=query.device)
             mask = (places[None] <= places[keys - queries :, None])[None, None]
-        added = nn.functional.pad(bias, (0, keys - len(bias))).expand(queries, keys)
-        if queries == keys:
-            added = added * (1 - torch.eye(keys, device=added.device))
-        low = torch.finfo(query.dtype).min
-        whole = added.masked_fill(~allowed_keys(mask), low).to(query.dtype)
-        return sdpa_attention_forward(module, query, key, value, whole, **kwargs)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Any:
+            added = nn.functional.pad(bias, (0, keys - len(bias))).expand(queries, keys)
+            if queries == keys:
+                added = added * (1 - torch.eye(keys, device=added.device))
+            low = torch.finfo(query.dtype).min
+            whole = added.masked_fill(~allowed_keys(mask), low).to(query.dtype)
+            return sdpa_attention_forward(module, query, key, value, whole, **kwargs)
+
+        if queries > KEPT_QUERIES and torch.is_grad_enabled():  # its weights, [queries, keys], would be kept
+            return checkpoint(attend, query, key, value, bias, use_reentrant=False)
+        return attend(query, key, value, bias)
 
     with _replaced(base, attention):
         yield

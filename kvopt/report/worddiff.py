@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import pairwise
@@ -28,12 +30,45 @@ class Piece:
 
 
 def template_diff(old: Template, new: Template) -> list[tuple[str, list[Piece]]]:
-    """For each message (or the one text): its role, and the pieces from old to new; messages are paired in order."""
+    """For each message (or the one text): its role, and the pieces from old to new. Messages are paired in order; where
+    there are fewer or more of them, those of one role that are most alike, and the others stand alone.
+    """
     mine, theirs = _fields(old), _fields(new)
-    pairs = []
-    for i in range(max(len(mine), len(theirs))):
-        role = theirs[i][0] if i < len(theirs) else mine[i][0]
-        pairs.append((role, diff(mine[i][1] if i < len(mine) else "", theirs[i][1] if i < len(theirs) else "")))
+    pairs = list(zip(mine, theirs, strict=True)) if len(mine) == len(theirs) else _paired(mine, theirs)
+    return [(before[0] or after[0], diff(before[1], after[1])) for before, after in pairs]
+
+
+Message = tuple[str, str]
+"""Role and content."""
+
+
+def _paired(mine: Sequence[Message], theirs: Sequence[Message]) -> list[tuple[Message, Message]]:
+    """Messages of both in order, paired by how alike they are; ``("", "")`` where one stands alone."""
+    none = ("", "")
+    best: dict[tuple[int, int], float] = {}
+
+    def alike(i: int, j: int) -> float:
+        """How many words the shorter one has in common with the other, from just above 0 to 1; 0 for another role."""
+        (role, text), (other_role, other) = mine[i], theirs[j]
+        a, b = Counter(WORD.findall(text)), Counter(WORD.findall(other))
+        return 0.01 + (a & b).total() / max(1, min(a.total(), b.total())) if role == other_role else 0.0
+
+    for i in range(len(mine), -1, -1):
+        for j in range(len(theirs), -1, -1):
+            ends = i == len(mine) or j == len(theirs)
+            alone = max(best.get((i + 1, j), 0.0), best.get((i, j + 1), 0.0))
+            best[i, j] = alone if ends else max(alone, alike(i, j) + best[i + 1, j + 1])
+    pairs, i, j = [], 0, 0
+    while i < len(mine) or j < len(theirs):
+        if i < len(mine) and j < len(theirs) and best[i, j] == alike(i, j) + best[i + 1, j + 1]:
+            pairs.append((mine[i], theirs[j]))
+            i, j = i + 1, j + 1
+        elif j == len(theirs) or (i < len(mine) and best[i, j] == best[i + 1, j]):
+            pairs.append((mine[i], none))
+            i += 1
+        else:
+            pairs.append((none, theirs[j]))
+            j += 1
     return pairs
 
 
@@ -124,7 +159,7 @@ def _same(words: list[str]) -> Piece:
     return Piece("same", "".join(words))
 
 
-def _fields(template: Template) -> list[tuple[str, str]]:
+def _fields(template: Template) -> list[Message]:
     if template.is_chat:
         return [(m.role, m.content) for m in template.messages]
     return [("text", template.text or "")]

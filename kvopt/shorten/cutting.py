@@ -282,6 +282,7 @@ class CutSearch:
         """The best text that these exchanges give, where it is better than the current one."""
         now = self.current.kept
         texts = {(now | set(back)) - set(out) for back, out in swaps if back or out}
+        self._tell()
         found = self._race(sorted((text for text in texts if self._fits(text, tokens)), key=sorted), self.trials.kl)
         return found if found is not None and found.kl < self.current.kl else None
 

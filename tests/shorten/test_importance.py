@@ -109,6 +109,19 @@ def test_a_row_with_many_gold_tokens_is_sampled(llama: Base, tmp_path: Path, mon
     torch.testing.assert_close(few.gain, many.gain, atol=1e-6, rtol=1e-3)
 
 
+def test_long_texts_give_the_same_without_keeping_the_weights(
+    llama: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(llama, tmp_path, 4)
+    kept = torch.ones(len(task.encoded.prefix), dtype=torch.bool)
+    kept[3] = False
+    whole = sensitivity(llama, task.encoded.prefix, kept, task.encoded.rows, task.reference)
+    monkeypatch.setattr("kvopt.base.attention.KEPT_QUERIES", 4)
+    again = sensitivity(llama, task.encoded.prefix, kept, task.encoded.rows, task.reference)
+    torch.testing.assert_close(whole.fisher, again.fisher)
+    torch.testing.assert_close(whole.gain, again.gain)
+
+
 def test_scores_after_a_gated_run_are_unchanged(llama: Base, tmp_path: Path) -> None:
     """The base has its own attention back."""
     task = make_task(llama, tmp_path, 4)
