@@ -104,7 +104,7 @@ def shorten(
     with run.opened():
         shortener = run.shortener(ShorteningConfig(literals=literals, rows=rows, exchanges=exchanges))
         found = _found(shortener, tokens, keep, max_kl)
-        contexts = [run.task().text_context(text.document.name, text.template) for text in found]
+        contexts = [text.context(run.task()) for text in found]
         paths = [write_shortened(text, run.at) for text in found]
         scores = [run.score(context) for context in contexts]
         board = run.put_on_board(contexts)

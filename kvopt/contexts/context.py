@@ -57,6 +57,11 @@ class TextContext(Context):
     kind: ClassVar[ContextKind] = "text"
 
     @property
+    def is_mutation(self) -> bool:
+        """Whether a search for mutations made it; texts that were only shortened have a lineage without an id."""
+        return self.lineage is not None and bool(self.lineage.id)
+
+    @property
     def tokens(self) -> int:
         return len(self.encoded.prefix)
 

@@ -41,7 +41,7 @@ class NoiseFloor(DocumentPart):
 class MutationLineage(DocumentPart):
     """Where a mutation comes from."""
 
-    id: str = Field("", description="12 hex digits of its template's hash")
+    id: str = Field("", description="12 hex digits of its template's hash; empty for a text that was only shortened")
     family: str = Field("", description="the family of operators that it began with")
     operators: list[str] = Field([], description="what was applied, in order")
     parents: list[str] = Field([], description="ids of the mutations that it comes from, oldest first")

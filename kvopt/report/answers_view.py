@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from kvopt.documents.answers_file import AnswersDocument
 from kvopt.documents.leaderboard_file import LeaderboardDocument, NamedContext
 from kvopt.documents.samples_file import SamplesDocument
-from kvopt.report.choice import is_mutation, own_prompt, recommended
+from kvopt.report.choice import is_mutation, is_shortened, own_prompt, recommended
 from kvopt.report.reading import RunFiles
 from kvopt.report.worddiff import Piece, diff, template_diff
 from kvopt.task.template import Template
@@ -100,7 +100,8 @@ def wordings(run: RunFiles) -> list[Wording]:
         own = Template.from_json(row.template.model_dump()) if row.template is not None else None
         text = mutated.get(row.name) if is_mutation(row) else own
         if text is not None:
-            what = "mutation" if is_mutation(row) else "your own prompt"
+            kinds = ((is_shortened, "shortened from the template"), (is_mutation, "mutation"))
+            what = next((name for fits, name in kinds if fits(row)), "your own prompt")
             found.append(Wording(row.name, what, template_diff(original, text)))
     return found
 

@@ -46,11 +46,17 @@ def is_mutation(row: LeaderboardRow) -> bool:
     return bool(row.lineage.id) or row.selection is not None
 
 
+def is_shortened(row: LeaderboardRow) -> bool:
+    """Whether a row is the template's own text, shortened by kvopt."""
+    return row.lineage.family == "extract"
+
+
 def own_prompt(board: LeaderboardDocument) -> LeaderboardRow | None:
     """The user's own wording that is closest to the original, of those that are shorter where there are such; None
     where the board has no text context but the original, no context and mutations.
     """
-    own = [row for row in rivals(board) if row.kind == "text" and row.template is not None and not is_mutation(row)]
+    written = [row for row in rivals(board) if row.kind == "text" and row.template is not None]
+    own = [row for row in written if not is_mutation(row) and not is_shortened(row)]
     return min(own, key=lambda row: row.tokens >= board.template_tokens, default=None)
 
 

@@ -99,18 +99,18 @@ def carried_wordings(task: EncodedTask, at: Workspace, taken: Collection[str]) -
             continue
         try:
             template = Template.from_json(row.template.to_json(), where=f"leaderboard.json {row.name}")
-            carried[row.name] = task.text_context(row.name, template)
+            carried[row.name] = task.text_context(row.name, template, row.lineage if row.lineage.family else None)
         except InputError as error:
             at.say(f"warning: {row.name} is left out: {error}")
     return carried
 
 
 def put_on_board(measures: Measures, contexts: Sequence[Context]) -> LeaderboardDocument | None:
-    """Put wordings of the user's own, such as ``text:FILE``, on the run's leaderboard, which is made where there is
+    """Put wordings that are no mutations, such as ``text:FILE``, on the run's leaderboard, which is made where there is
     none; None without such a wording among ``contexts``. Raises InputError for the name of another context.
     """
     task, metrics, at = measures.task, measures.metrics, measures.at
-    own = [c for c in contexts if isinstance(c, TextContext) and c.lineage is None and c.name != "original"]
+    own = [c for c in contexts if isinstance(c, TextContext) and not c.is_mutation and c.name != "original"]
     if not own:
         return None
     board = stored_board(task, at)

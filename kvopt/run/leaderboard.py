@@ -73,7 +73,7 @@ class Entry:
         lineage, template = None, None
         if isinstance(context, TextContext):
             lineage = context.lineage
-            if lineage is None and context.name != "original":
+            if not context.is_mutation and context.name != "original":
                 template = StoredTemplate.model_validate(context.template.to_json())
         return cls(context.name, context.kind, context.tokens, score, selection, lineage, template, metrics)
 

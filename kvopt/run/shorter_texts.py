@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from kvopt.config.shortening import ShorteningConfig
-from kvopt.documents.leaderboard_file import StoredTemplate
+from kvopt.contexts.context import TextContext
+from kvopt.documents.leaderboard_file import MutationLineage, StoredTemplate
 from kvopt.documents.shortened_file import LostLiteral, ShortenedDocument
 from kvopt.errors import InputError, counted
 from kvopt.measure.reference import Reference
@@ -38,6 +39,11 @@ class Shortened:
 
     template: Template
     document: ShortenedDocument
+
+    def context(self, task: EncodedTask) -> TextContext:
+        """The text as a context, with a lineage that says what was asked for."""
+        lineage = MutationLineage(family="extract", operators=[self.document.asked])
+        return task.text_context(self.document.name, self.template, lineage)
 
 
 class Shortener:

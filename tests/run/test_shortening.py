@@ -52,8 +52,10 @@ def test_shortened_texts_land_on_the_board_and_can_be_used(kvopt: Kvopt, tmp_pat
         stored = template_from_file(Path("run/shortened") / f"{name}.yaml", original)
         assert stored.to_json()["messages"] == [m.model_dump() for m in document.template.messages or ()]
     assert len("".join(documents["short-60"].cut)) > len("".join(documents["short-80"].cut))
+    assert (rows["short-60"].lineage.family, rows["short-60"].lineage.id) == ("extract", "")
     page = Path("run/report.html").read_text("utf-8")
-    assert "short-60" in page
+    assert "shortened from the template" in page
+    assert "your own prompt" not in page.lower()
     code, _, err = kvopt("export", "run#short-60", "--to", "text", "--out", "exported")
     assert code == 0, err
     again = Path("run/shortened/short-60.json").read_bytes()
