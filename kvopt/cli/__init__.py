@@ -46,6 +46,7 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "optimize": contexts.optimize,
         "score": contexts.score,
         "shorten": shortest.shorten,
+        "frontier": shortest.frontier,
         "compare": report.compare,
         "inspect": contexts.inspect,
         "export": exporting.export,

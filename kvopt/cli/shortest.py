@@ -1,4 +1,4 @@
-"""Commands that look for the shortest context: compact, shorten."""
+"""Commands that look for the shortest context: compact, shorten, frontier."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from kvopt.cli.common import ConfigPath, Json, Out, Sets, next_export, open_run, print_json, say, show_board
+from kvopt.cli.common import (
+    ConfigPath,
+    Json,
+    Out,
+    Sets,
+    next_export,
+    next_of_board,
+    open_run,
+    print_json,
+    say,
+    show_board,
+)
 from kvopt.cli.growing_board import growing_board
 from kvopt.cli.report import leave_page
 from kvopt.errors import InputError, counted
@@ -137,6 +148,72 @@ def shorten(
     show_board(board, run.directory.path, False)
     leave_page(run.directory.path)
     next_export(run.directory.path, found[-1].document.name, "text")
+
+
+def frontier(
+    config: ConfigPath,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--tokens",
+            metavar="N",
+            min=1,
+            help="A length to compare at; may be repeated. Default: a half, a quarter and an eighth of the template.",
+        ),
+    ] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option("--kind", metavar="KIND", help="text, soft or kv; may be repeated. Default: all three."),
+    ] = None,
+    steps: Annotated[
+        int, typer.Option("--steps", metavar="N", min=0, help="Training steps of each soft prompt and KV cache.")
+    ] = 40,
+    keep: Annotated[
+        float,
+        typer.Option("--keep", metavar="SHARE", min=0, max=1, help="What the summary asks for: the share kept."),
+    ] = 0.97,
+    rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="Selection rows that decide of texts.")] = 16,
+    exchanges: Annotated[
+        int, typer.Option("--exchanges", metavar="N", min=0, help="Rounds of exchanges at each text's length, at most.")
+    ] = 6,
+    sets: Sets = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The run directory (default: runs/NAME-frontier).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """How short can the template get? Text, soft prompt and KV cache at the same lengths, on one board and page.
+
+    Each text is cut from the longer one (as kvopt shorten does), a soft prompt starts from the text of its length, and
+    a KV cache from attention matching. Learned contexts, mutations and students of the config are left out; wordings of
+    your own are scored beside them. After an interruption, give the same command again to continue.
+    """
+    from kvopt.config.document import load_config
+    from kvopt.config.shortening import ShorteningConfig
+    from kvopt.run.frontier import KINDS, in_words, make_frontier
+
+    kinds = tuple(kind or KINDS)
+    if unknown := [name for name in kinds if name not in KINDS]:
+        raise InputError(f"no kind {unknown[0]!r}", where="--kind", fix="one of " + ", ".join(KINDS))
+    settings, base_dir = load_config(config, sets or ())
+    folder = out or Path("runs") / f"{settings.name}-frontier"
+    with growing_board(folder) as show:
+        board = make_frontier(
+            settings,
+            base_dir,
+            folder,
+            tokens=tokens or (),
+            kinds=kinds,
+            steps=steps,
+            shortening=ShorteningConfig(rows=rows, exchanges=exchanges),
+            say=say,
+            shown=show,
+        )
+    show_board(board, folder, as_json)
+    leave_page(folder)
+    if not as_json:
+        print(in_words(board, keep))
+        next_of_board(board, folder)
 
 
 def _found(shortener: Shortener, tokens: list[int] | None, keep: float | None, max_kl: float | None) -> list[Shortened]:

@@ -13,6 +13,12 @@ from kvopt.errors import InputError, counted
 from kvopt.run.run import Run
 
 
+def bare(config: Config, contexts: Sequence[ContextConfig] = ()) -> Config:
+    """The config with these contexts, the wordings of the user's own, and no mutation or student."""
+    update = {"contexts": [*config.written, *contexts], "mutations": MutationsConfig(count=0), "students": []}
+    return config.model_copy(update=update | {"study": None})
+
+
 @contextmanager
 def only_compact(
     config: Config, base_dir: Path, out: Path, tokens: Sequence[int], say: Callable[[str], None] | None = None
@@ -25,10 +31,7 @@ def only_compact(
     Raises:
         InputError: a length that the template does not have.
     """
-    bare = config.model_copy(
-        update={"contexts": config.written, "mutations": MutationsConfig(count=0), "students": [], "study": None}
-    )
-    first = Run(bare, base_dir, out, say=say)
+    first = Run(bare(config), base_dir, out, say=say)
     whole = len(first.task().encoded.prefix)
     lengths = sorted(set(tokens), reverse=True) or [max(1, whole // 4)]
     if lengths[0] > whole:
@@ -38,7 +41,7 @@ def only_compact(
             fix="ask for fewer",
         )
     contexts = [ContextConfig(name=f"compact-{n}", tokens=n, init="matched", steps=0) for n in lengths]
-    run = Run(bare.model_copy(update={"contexts": [*config.written, *contexts]}), base_dir, out, say=say)
+    run = Run(bare(config, contexts), base_dir, out, say=say)
     run.use_base(first.load_base())
     with run.opened():
         yield run
