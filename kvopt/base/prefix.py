@@ -107,9 +107,11 @@ def prefix_cache(prefix: Prefix) -> Cache:
     return Cache(layers=[PrefixLayer(k, v) for k, v in zip(prefix.keys, prefix.values, strict=True)])
 
 
-def prefill(base: Base, *, ids: Tensor | None = None, embeddings: Tensor | None = None) -> Prefix:
-    """The prefix that token ``ids`` [T] or input ``embeddings`` [T, D] leave behind, at positions 0 … T−1;
-    differentiable in the embeddings.
+def prefill(
+    base: Base, *, ids: Tensor | None = None, embeddings: Tensor | None = None, positions: Tensor | None = None
+) -> Prefix:
+    """The prefix that token ``ids`` [T] or input ``embeddings`` [T, D] leave behind, at positions 0 … T−1
+    (or ``positions`` [T]); differentiable in the embeddings.
 
     Sliding-window layers keep all T slots (the attention mask decides what a body still sees).
     """
@@ -118,7 +120,8 @@ def prefill(base: Base, *, ids: Tensor | None = None, embeddings: Tensor | None 
         return empty_prefix(base)
     cache = Cache(layers=[CaptureLayer() for _ in range(base.geometry.layers)])
     inputs = {"input_ids": ids[None]} if ids is not None else {"inputs_embeds": embeddings[None]}  # type: ignore[index]
-    base.backbone(**inputs, past_key_values=cache, use_cache=True)
+    places = positions[None] if positions is not None else None
+    base.backbone(**inputs, position_ids=places, past_key_values=cache, use_cache=True)
     return Prefix(tuple(layer.keys[0] for layer in cache.layers), tuple(layer.values[0] for layer in cache.layers))  # type: ignore[index]
 
 
@@ -153,12 +156,15 @@ def empty_prefix(base: Base) -> Prefix:
     return Prefix((none,) * g.layers, (none,) * g.layers)
 
 
-def run_bodies(base: Base, prefix: Prefix, batch: Batch) -> Tensor:
-    """Hidden states after the final norm, [B, n, D], of bodies and gold outputs after the prefix."""
+def run_bodies(base: Base, prefix: Prefix, batch: Batch, start: int | None = None) -> Tensor:
+    """Hidden states after the final norm, [B, n, D], of bodies and gold outputs after the prefix, from position
+    ``start`` on (default: the prefix's length).
+    """
     rows, width = batch.ids.shape
     length = len(prefix)
     mask = torch.cat([batch.mask.new_ones(rows, length), batch.mask], dim=1)
-    positions = torch.arange(length, length + width, device=batch.ids.device)
+    first = length if start is None else start
+    positions = torch.arange(first, first + width, device=batch.ids.device)
     return base.backbone(
         input_ids=batch.ids,
         attention_mask=mask.long(),

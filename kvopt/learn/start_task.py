@@ -65,6 +65,14 @@ class StartTask:
         with torch.no_grad():
             return prefill(self.base, ids=self.full_ids())
 
+    def keeping(self, ids: Tensor, keep: Tensor) -> Tensor:
+        """The tokens ``ids[keep]`` of the whole text as a context of this kind. Kept keys are re-rotated by T − P, so
+        that bodies at position T see them at their old distances to the end.
+        """
+        if self.kind == "soft":
+            return self.from_ids(ids[keep])
+        return self.text_prefix().kept(keep).rotated(self.base.rope, self.tokens - len(ids)).stack()
+
     def prefilled(self, embeddings: Tensor) -> Tensor:
         """Keys and values [T, L, 2, H, d] that input embeddings [T, D] leave behind."""
         with torch.no_grad():

@@ -13,6 +13,7 @@ from kvopt.errors import InputError, counted
 from kvopt.run.compact import bare
 from kvopt.run.run import Run
 from kvopt.run.shorter_texts import write_shortened
+from kvopt.run.validate import check_length
 
 KINDS = ("text", "soft", "kv")
 SHARES = (2, 4, 8)
@@ -54,9 +55,7 @@ def make_frontier(
     with first.opened():
         whole = len(first.task().encoded.prefix)
         lengths = sorted(set(tokens), reverse=True) or [max(1, whole // share) for share in SHARES]
-        if lengths[0] >= whole:
-            what = f"{counted(lengths[0], 'token')} wanted, the template has {whole}"
-            raise InputError(what, where="--tokens", fix="ask for fewer")
+        check_length(lengths[0], whole, "--tokens")
         texts = _texts(first, lengths, shortening or ShorteningConfig()) if {"text", "soft"} & set(kinds) else {}
         if "text" in kinds:
             first.put_on_board([first.task().none, *(context for context, _ in texts.values())])

@@ -20,6 +20,7 @@ from kvopt.measure.score import score_prefix
 from kvopt.mutate.spans import compile_protect
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
+from kvopt.run.validate import check_length
 from kvopt.shorten.cutting import CutSearch, Shorter
 from kvopt.shorten.importance import Sensitivity, largest_attention, sensitivity
 from kvopt.shorten.pieces import Pieces, take_apart
@@ -127,11 +128,8 @@ class Shortener:
         must stay is.
         """
         whole = len(self.pieces.prefix)
-        if tokens >= whole:
-            raise InputError(
-                f"{counted(tokens, 'token')} wanted, the template has {whole}", where=where, fix="ask for fewer"
-            )
-        shortest = self._shortest()
+        check_length(tokens, whole, where)
+        shortest = self.search.shortest()
         if tokens < shortest:
             raise InputError(
                 f"{counted(tokens, 'token')} wanted, but {shortest} stay: {self._what_stays()}",
@@ -171,10 +169,6 @@ class Shortener:
         return float(scores.kl.double().mean())
 
     # ---- what must stay
-
-    def _shortest(self) -> int:
-        """Tokens of the shortest text that may stand for the template."""
-        return self.search.shortest()
 
     def _what_stays(self) -> str:
         marked = [literal.text for literal in self.pieces.literals if literal.why == "marked"]

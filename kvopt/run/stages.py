@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from functools import cache
 from itertools import count
 
 from kvopt.base.completion import local_completion
@@ -161,15 +162,13 @@ def lengths_of(
     generator: GeneratorConfig, shortener: Callable[[ShorteningConfig], Shortener]
 ) -> Callable[[int], Template]:
     """The template at most so many tokens long, each time from the text before; the search begins at the first call."""
-    begun: list[Shortener] = []
 
-    def shorten(tokens: int) -> Template:
+    @cache
+    def begun() -> Shortener:
         assert isinstance(generator, ExtractGenerator)
-        if not begun:
-            begun.append(shortener(generator))
-        return begun[0].to_tokens(tokens, where="mutations.generator.tokens").template
+        return shortener(generator)
 
-    return shorten
+    return lambda tokens: begun().to_tokens(tokens, where="mutations.generator.tokens").template
 
 
 def mutation_contexts(task: EncodedTask, mutations: Sequence[Mutation], at: Workspace) -> dict[str, TextContext]:

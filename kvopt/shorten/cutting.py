@@ -159,9 +159,8 @@ class CutSearch:
         """
         left, counts = set(kept), self._message_counts(kept)
         for step in dict.fromkeys((level, "token")):
-            present = [(unit, [i for i in unit.pieces if i in kept]) for unit in self.pieces.at(step)]
-            worth = [(float(score[gone].mean()), gone) for _, gone in present if gone]
-            for _, gone in sorted(worth):
+            present = [[i for i in unit.pieces if i in kept] for unit in self.pieces.at(step)]
+            for _, gone in sorted((float(score[gone].mean()), gone) for gone in present if gone):
                 if self._over(left, aim) <= 0:
                     break
                 size = sum(len(self.pieces.tokens[i]) for i in gone)

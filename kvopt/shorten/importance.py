@@ -22,13 +22,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from kvopt.base.attention import allowed_keys, gated, watched
 from kvopt.base.loading import Base
-from kvopt.base.prefix import CaptureLayer, Prefix, prefill, prefix_cache, run_bodies
+from kvopt.base.prefix import prefill, run_bodies
 from kvopt.kernels import KLOptions, linear_kl
 from kvopt.measure.reference import Reference
 from kvopt.task.seam import Batch, Row, length_buckets, make_batch
@@ -135,20 +134,7 @@ def _gold_hidden(base: Base, ids: Tensor, kept: Tensor, batch: Batch) -> Tensor:
     that it would come back to.
     """
     places = kept.long().to(base.device)
-    cache = Cache(layers=[CaptureLayer() for _ in range(base.geometry.layers)])
-    positions = (places.cumsum(0) - places)[None]
-    base.backbone(input_ids=ids[None], position_ids=positions, past_key_values=cache, use_cache=True)
-    layers: Any = cache.layers
-    prefix = Prefix(tuple(layer.keys[0] for layer in layers), tuple(layer.values[0] for layer in layers))
-    rows, width = batch.ids.shape
-    start = int(places.sum())
-    mask = torch.cat([batch.mask.new_ones(rows, len(ids)), batch.mask], dim=1)
-    hidden = base.backbone(
-        input_ids=batch.ids,
-        attention_mask=mask.long(),
-        position_ids=repeat(torch.arange(start, start + width, device=ids.device), "n -> b n", b=rows),
-        past_key_values=prefix_cache(prefix),
-        use_cache=False,
-    ).last_hidden_state
+    prefix = prefill(base, ids=ids, positions=places.cumsum(0) - places)
+    hidden = run_bodies(base, prefix, batch, start=int(places.sum()))
     row, column = batch.predicts.unbind(-1)
     return hidden[row, column]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -20,8 +20,6 @@ from kvopt.task.examples import Example
 from kvopt.task.seam import Encoder
 from kvopt.task.template import Message, Slot, Static, Template, parse, unparse
 
-LEVELS = ("messages", "message", "paragraph", "sentence", "phrase", "word", "token")
-"""Units from coarse to fine."""
 IN_OUTPUTS = frozenset({"quoted", "identifier", "caps", "listed", "tag", "code", "letter"})
 """Kinds of literals that a gold output is searched for: names of things, not numbers or braces."""
 _PHRASE_END = re.compile(r"[,;:，；：、،।]\s*|\s[–—-]\s|\)\s*|\s(?=\()")
@@ -30,15 +28,12 @@ _WORD = re.compile(r"\S+\s*")
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Characters ``start:end`` of static part ``part`` of a template's field; ``token`` is its (first) place in the
-    prefix.
-    """
+    """Characters ``start:end`` of static part ``part`` of a template's field."""
 
     field: int
     part: int
     start: int
     end: int
-    token: int
 
 
 @dataclass(frozen=True)
@@ -138,20 +133,15 @@ class Pieces:
         it holds a slot or nothing could be cut from it.
         """
         kept = set(kept)
-        chosen: dict[tuple[int, int], list[TextPiece]] = {}
-        for i, piece in enumerate(self.pieces):
-            spans = chosen.setdefault((piece.field, piece.part), [])
-            if i in kept:
-                spans.append(piece)
         fields = []
         for f, parts in enumerate(self._parts):
             shortened: list[Static | Slot] = []
             for p, part in enumerate(parts):
-                present = chosen.get((f, p))
-                if isinstance(part, Slot) or present is None:
+                members = self._by_part.get((f, p))
+                if members is None:
                     shortened.append(part)
                 else:
-                    shortened.append(Static("".join(part.text[s.start : s.end] for s in present)))
+                    shortened.append(Static("".join(self.text(i) for i in members if i in kept)))
             fields.append(unparse(shortened))
         if not self.template.is_chat:
             return Template(text=fields[0])
@@ -285,8 +275,7 @@ def take_apart(
     located = _located(parts, rendered.text[: rendered.first_slot])
     pieces, tokens = _pieces(located, offsets[: len(prefix)])
     result = Pieces(template, tuple(prefix), tuple(pieces), tuple(tokens), (), parts)
-    found = _literals(result, protect, gold_texts, literals)
-    return Pieces(template, tuple(prefix), tuple(pieces), tuple(tokens), found, parts)
+    return replace(result, literals=_literals(result, protect, gold_texts, literals))
 
 
 @dataclass(frozen=True)
@@ -344,7 +333,7 @@ def _pieces(
             cursor = runs[-1][1]
         for begin, end, *members in runs:
             start = place.start + begin - place.at
-            pieces.append(TextPiece(place.field, place.part, start, place.start + end - place.at, members[0]))
+            pieces.append(TextPiece(place.field, place.part, start, place.start + end - place.at))
             tokens.append(tuple(members))
     return pieces, tokens
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from kvopt.measure.reference import Reference
 from kvopt.measure.score import score_prefix
 from kvopt.shorten.pieces import Pieces
 from kvopt.task.examples import Example
-from kvopt.task.seam import Encoded, Encoder
+from kvopt.task.seam import Encoded, Encoder, common_prefix
 
+TEXTS_KEPT = 256
 SLOTS_KEPT = 16_384
 """Tokens of texts whose keys and values are kept, for texts that begin alike and for more rows of the same."""
 
@@ -54,7 +56,7 @@ class Trials:
     key: str = ""
     batch_size: int = 16
     rows_run: int = 0
-    _encoded: OrderedDict[str, Encoded | None] = field(default_factory=OrderedDict)
+    _texts: OrderedDict[frozenset[int], tuple[str, Encoded | None]] = field(default_factory=OrderedDict)
     _sums: dict[str, list[float]] = field(default_factory=dict)
     _prefixes: OrderedDict[tuple[int, ...], Prefix] = field(default_factory=OrderedDict)
 
@@ -77,34 +79,36 @@ class Trials:
                 continue  # a line that was being written when the process died
         return lines
 
-    def encoded(self, kept: Collection[int]) -> Encoded | None:
-        """The rows under the text of these pieces; None where the text changes a gold output's ids or is too long."""
-        template = self.pieces.written(kept)
-        key = template.sha256
-        if key not in self._encoded:
-            try:
-                window = self.base.geometry.window
-                self._encoded[key] = self.encoder.encode(template, self.examples, gold=self.gold, window=window)
-            except InputError:
-                self._encoded[key] = None
-            if len(self._encoded) > 256:
-                self._encoded.popitem(last=False)
-        return self._encoded[key]
+    def _written(self, kept: Collection[int]) -> tuple[str, Encoded | None]:
+        """The hash of the text of these pieces, and the rows under it; None where the text changes a gold output's ids
+        or is too long.
+        """
+        pieces = frozenset(kept)
+        if pieces not in self._texts:
+            template, window = self.pieces.written(pieces), self.base.geometry.window
+            encoded = None
+            with suppress(InputError):
+                encoded = self.encoder.encode(template, self.examples, gold=self.gold, window=window)
+            self._texts[pieces] = template.sha256, encoded
+            if len(self._texts) > TEXTS_KEPT:
+                self._texts.popitem(last=False)
+        return self._texts[pieces]
 
     def tokens(self, kept: Collection[int]) -> int | None:
-        """Length of the text before the seam, as the model reads it; None as :meth:`encoded`."""
-        encoded = self.encoded(kept)
+        """Length of the text before the seam, as the model reads it; None where the text changes a gold output's ids or
+        is too long.
+        """
+        _, encoded = self._written(kept)
         return None if encoded is None else len(encoded.prefix)
 
     def kl(self, kept: Collection[int], rows: int | None = None) -> float:
-        """Forward KL in nats per gold token on the first ``rows`` examples (default: all); infinite as
-        :meth:`encoded`.
+        """Forward KL in nats per gold token on the first ``rows`` examples (default: all); infinite where
+        :meth:`tokens` is None.
         """
         wanted = len(self.examples) if rows is None else min(rows, len(self.examples))
-        encoded = self.encoded(kept)
+        key, encoded = self._written(kept)
         if encoded is None:
             return float("inf")
-        key = self.pieces.written(kept).sha256
         known = self._sums.setdefault(key, [])
         if len(known) < wanted:
             self._run(key, encoded, known, wanted)
@@ -132,7 +136,7 @@ class Trials:
             return self._prefixes[ids]
         best, shared = empty_prefix(self.base), 0
         for other, prefix in self._prefixes.items():
-            same = _shared(ids, other)
+            same = common_prefix([ids, other], min(len(ids), len(other)))
             if same > shared:
                 best, shared = prefix, same
         rest = torch.tensor(ids[shared:], dtype=torch.int64, device=self.base.device)
@@ -142,12 +146,6 @@ class Trials:
         while len(self._prefixes) > 1 and sum(map(len, self._prefixes)) > SLOTS_KEPT:
             self._prefixes.popitem(last=False)
         return result
-
-
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many leading ids both have."""
-    shortest = min(len(one), len(other))
-    return next((i for i in range(shortest) if one[i] != other[i]), shortest)
 
 
 def spread_order(examples: Sequence[Example], gold: Mapping[str, Sequence[int]]) -> list[Example]:

@@ -139,7 +139,7 @@ class Encoder:
             leading.append(n)
         # A body keeps at least one token: something has to predict the first gold token.
         shared = min(min(leading), min(map(len, prompts)) - 1)
-        shared = _common_prefix(prompts, shared)
+        shared = common_prefix(prompts, shared)
         rows = tuple(
             Row(example.id, tuple(ids[shared:]), target)
             for example, ids, target in zip(examples, prompts, golds, strict=True)
@@ -173,7 +173,7 @@ class Encoder:
         return eos is not None and self.tokenizer("x", add_special_tokens=True)["input_ids"][-1] == eos
 
 
-def _common_prefix(sequences: Sequence[Sequence[int]], limit: int) -> int:
+def common_prefix(sequences: Sequence[Sequence[int]], limit: int) -> int:
     """How many leading ids, at most ``limit``, all sequences share."""
     first = sequences[0]
     for ids in sequences:

@@ -32,6 +32,4 @@ class Salient(Start):
         weights = largest_attention(task.base, ids.tolist(), task.rows[: self.rows])
         weights[0] = torch.inf
         keep = weights.topk(task.tokens).indices.sort().values.to(ids.device)
-        if task.kind == "soft":
-            return task.from_ids(ids[keep])
-        return task.text_prefix().kept(keep).rotated(task.base.rope, task.tokens - len(ids)).stack()
+        return task.keeping(ids, keep)

@@ -23,6 +23,4 @@ class Strided(Start):
 
         ids = task.full_ids()
         keep = torch.linspace(0, len(ids) - 1, task.tokens).round().long().to(ids.device)
-        if task.kind == "soft":
-            return task.from_ids(ids[keep])
-        return task.text_prefix().kept(keep).rotated(task.base.rope, task.tokens - len(ids)).stack()
+        return task.keeping(ids, keep)
