@@ -23,7 +23,10 @@ from kvopt.cli.growing_board import growing_board
 from kvopt.cli.report import leave_page
 from kvopt.errors import InputError, counted
 
+KEPT = 0.97
+
 if TYPE_CHECKING:
+    from kvopt.config.frontier import FrontierKind
     from kvopt.run.shorter_texts import Shortened, Shortener
 
 
@@ -166,12 +169,38 @@ def frontier(
         typer.Option("--kind", metavar="KIND", help="text, soft or kv; may be repeated. Default: all three."),
     ] = None,
     steps: Annotated[
-        int, typer.Option("--steps", metavar="N", min=0, help="Training steps of each soft prompt and KV cache.")
+        int,
+        typer.Option("--steps", metavar="N", min=0, help="Training steps of each soft prompt and KV cache, at most."),
     ] = 40,
     keep: Annotated[
-        float,
-        typer.Option("--keep", metavar="SHARE", min=0, max=1, help="What the summary asks for: the share kept."),
-    ] = 0.97,
+        float | None,
+        typer.Option(
+            "--keep",
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="Find the shortest of each kind that keeps this share of the template's effect (1 - KL / KL of no"
+            " context). With --tokens, only what the summary asks for. Default there: 0.97.",
+        ),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            "--max-kl",
+            metavar="KL",
+            min=0,
+            help="Find the shortest of each kind whose forward KL on the selection rows is at most this.",
+        ),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--seconds",
+            metavar="S",
+            min=1,
+            help="About how long it may take: training steps are made fewer to fit. Texts come first, whole.",
+        ),
+    ] = None,
     rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="Selection rows that decide of texts.")] = 16,
     exchanges: Annotated[
         int, typer.Option("--exchanges", metavar="N", min=0, help="Rounds of exchanges at each text's length, at most.")
@@ -184,36 +213,48 @@ def frontier(
 ) -> None:
     """How short can the template get? Text, soft prompt and KV cache at the same lengths, on one board and page.
 
-    Each text is cut from the longer one (as kvopt shorten does), a soft prompt starts from the text of its length, and
-    a KV cache from attention matching. Learned contexts, mutations and students of the config are left out; wordings of
+    With --keep or --max-kl and no --tokens, the shortest context of each kind is looked for instead. Each text is cut
+    from the longer one (as kvopt shorten does), a soft prompt starts from the text of its length, and a KV cache from
+    attention matching. Learned contexts, mutations and students of the config are left out; wordings of
     your own are scored beside them. After an interruption, give the same command again to continue.
     """
     from kvopt.config.document import load_config
     from kvopt.config.shortening import ShorteningConfig
-    from kvopt.run.frontier import KINDS, in_words, make_frontier
+    from kvopt.report.frontier_words import as_found, in_words
+    from kvopt.run.frontier import Question, make_frontier
 
-    kinds = tuple(kind or KINDS)
-    if unknown := [name for name in kinds if name not in KINDS]:
-        raise InputError(f"no kind {unknown[0]!r}", where="--kind", fix="one of " + ", ".join(KINDS))
+    if max_kl is not None and (tokens or keep is not None):
+        raise InputError("is a question of its own", where="--max-kl", fix="give it without --tokens and --keep")
     settings, base_dir = load_config(config, sets or ())
+    question = Question(
+        tokens=tuple(sorted(set(tokens or ()), reverse=True)),
+        kinds=_kinds(kind),
+        steps=steps,
+        max_kl=max_kl,
+        keep=keep,
+        seconds=seconds,
+        how=ShorteningConfig(rows=rows, exchanges=exchanges),
+    )
     folder = out or Path("runs") / f"{settings.name}-frontier"
     with growing_board(folder) as show:
-        board = make_frontier(
-            settings,
-            base_dir,
-            folder,
-            tokens=tokens or (),
-            kinds=kinds,
-            steps=steps,
-            shortening=ShorteningConfig(rows=rows, exchanges=exchanges),
-            say=say,
-            shown=show,
-        )
+        board, found = make_frontier(settings, base_dir, folder, question, say=say, shown=show)
     show_board(board, folder, as_json)
     leave_page(folder)
     if not as_json:
-        print(in_words(board, keep))
+        if found:
+            limit = f"a forward KL of at most {max_kl:g}" if max_kl is not None else f"{keep:.1%} kept"
+            print(as_found(board, found, limit))
+        else:
+            print(in_words(board, KEPT if keep is None else keep))
         next_of_board(board, folder)
+
+
+def _kinds(asked: list[str] | None) -> tuple[FrontierKind, ...]:
+    from kvopt.config.frontier import FRONTIER_KINDS
+
+    if unknown := [kind for kind in asked or () if kind not in FRONTIER_KINDS]:
+        raise InputError(f"no kind {unknown[0]!r}", where="--kind", fix="one of " + ", ".join(FRONTIER_KINDS))
+    return tuple(kind for kind in FRONTIER_KINDS if not asked or kind in asked)
 
 
 def _found(shortener: Shortener, tokens: list[int] | None, keep: float | None, max_kl: float | None) -> list[Shortened]:

@@ -10,6 +10,7 @@ from kvopt.config.faults import build_model
 from kvopt.config.kinds import Family, Options
 from kvopt.config.names import ContextName
 from kvopt.config.section import NAME, Section
+from kvopt.config.shortening import ShortText
 from kvopt.errors import InputError
 
 STARTS: Family[Start] = Family("kvopt.learn.starts", "init")
@@ -53,6 +54,7 @@ class Init:
             self.start = self._built(value, where)
             return
         self.kind, _, self.argument = value.partition(":")
+        tree: dict[str, Any] = {"kind": self.kind}
         wanted = _ON_TEXTS.get(self.kind, "a context's name or folder" if self.kind == "context" else "")
         if self.kind not in known_starts():
             raise InputError(f"unknown init {value!r}", where=where, fix="one of " + ", ".join(known_starts()))
@@ -61,8 +63,11 @@ class Init:
         if bool(wanted) != bool(self.argument):
             what = f"{self.kind}:… needs {wanted}" if wanted else f"{self.kind} takes no argument"
             raise InputError(f"init {value!r}: {what}", where=where)
-        kind = "first-tokens" if self.kind in _ON_TEXTS else "existing" if self.kind == "context" else self.kind
-        self.start = self._built({"kind": kind}, where)
+        if self.kind == "extract":
+            tree = {"kind": "shortened", "tokens": int(self.argument)}
+        elif self.kind in _ON_TEXTS or self.kind == "context":
+            tree = {"kind": "existing" if self.kind == "context" else "first-tokens"}
+        self.start = self._built(tree, where)
 
     @staticmethod
     def _built(tree: dict[str, Any], where: str) -> Start:
@@ -80,9 +85,9 @@ class Init:
         return {"kind": self.kind, **changed} if changed else self.kind
 
     @property
-    def extract(self) -> int | None:
-        """With ``extract:N``: how many tokens the template is shortened to, to start from that text."""
-        return int(self.argument) if self.kind == "extract" else None
+    def text(self) -> ShortText | None:
+        """With ``extract:N``: the shorter text of the template that it starts from."""
+        return self.start if isinstance(self.start, ShortText) else None
 
     @property
     def source(self) -> ContextName | None:
@@ -96,7 +101,7 @@ class Init:
 
 def known_starts() -> tuple[str, ...]:
     """Everything that may stand before the colon of an ``init``."""
-    own = [kind for kind in STARTS.kinds if kind not in ("first-tokens", "existing")]
+    own = [kind for kind in STARTS.kinds if kind not in ("first-tokens", "existing", "shortened")]
     return (*_ON_TEXTS, *own, "context")
 
 

@@ -7,22 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from kvopt.config.contexts import ContextConfig
 from kvopt.config.data import DataConfig
 from kvopt.config.evaluation import EvaluateConfig
 from kvopt.config.faults import build_model
+from kvopt.config.frontier import FrontierConfig
 from kvopt.config.model import BUILTIN_BASE, ModelConfig
 from kvopt.config.mutations import MutationsConfig
 from kvopt.config.names import MUTATION
 from kvopt.config.section import NAME, Section, refuse_repeats
 from kvopt.config.sections import ReferenceConfig, ReportConfig, ScoreConfig, TemplateConfig
+from kvopt.config.shortening import ExtractGenerator, ShorteningConfig
 from kvopt.config.students import StudentConfig
 from kvopt.config.study import StudyConfig
 from kvopt.config.yaml_file import read_tree
+
+
+def _item(value: Any) -> str:
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return "frontier" if kind == "frontier" else "context"
+
+
+ContextItem = Annotated[
+    Annotated[ContextConfig, Tag("context")] | Annotated[FrontierConfig, Tag("frontier")], Discriminator(_item)
+]
 
 
 class Config(Section):
@@ -40,8 +52,10 @@ class Config(Section):
         MutationsConfig(), description="other wordings of the template, written by rules or a model"
     )
     score: ScoreConfig = Field(ScoreConfig(), description="how contexts are scored")
-    contexts: list[ContextConfig] = Field(
-        default_factory=list, description="soft prompts and KV caches to learn, and wordings of your own to score"
+    contexts: list[ContextItem] = Field(
+        default_factory=list,
+        description="soft prompts and KV caches to learn, wordings of your own to score, and frontiers (kind: frontier)"
+        " of all kinds at many lengths",
     )
     report: ReportConfig = Field(ReportConfig(), description="which single rows the report shows")
     students: list[StudentConfig] = Field(
@@ -54,7 +68,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _unique_names(self) -> Config:
-        names = [context.name for context in self.contexts]
+        texts = [name for item in self.frontiers for name in item.texts]
+        names = [*(context.name for context in self.written), *(context.name for context in self.learned), *texts]
         refuse_repeats(names, "contexts")
         for name in names:
             if name in ("original", "none"):
@@ -84,12 +99,36 @@ class Config(Section):
     @property
     def learned(self) -> list[ContextConfig]:
         """The contexts that are learned, in order."""
-        return [context for context in self.contexts if context.text is None]
+        learned: list[ContextConfig] = []
+        for item in self.contexts:
+            if isinstance(item, FrontierConfig):
+                learned += item.learned()
+            elif item.text is None:
+                learned.append(item)
+        return learned
 
     @property
     def written(self) -> list[ContextConfig]:
         """The contexts that are wordings of the user's own, in order."""
-        return [context for context in self.contexts if context.text is not None]
+        return [item for item in self.contexts if isinstance(item, ContextConfig) and item.text is not None]
+
+    @property
+    def frontiers(self) -> list[FrontierConfig]:
+        """The items of ``contexts`` that stand for many."""
+        return [item for item in self.contexts if isinstance(item, FrontierConfig)]
+
+    @property
+    def shortened(self) -> dict[ShorteningConfig, tuple[int, ...]]:
+        """The lengths, longest first, of the shorter texts that the config asks for, by how they are to be found."""
+        asked: dict[ShorteningConfig, set[int]] = {}
+        for item in self.frontiers:
+            asked.setdefault(item.how, set()).update(item.texts.values())
+        for context in self.learned:
+            if (text := context.start.text) is not None:
+                asked.setdefault(text.how, set()).add(text.tokens)
+        if isinstance(generator := self.mutations.generator, ExtractGenerator):
+            asked.setdefault(generator.how, set()).update(generator.tokens)
+        return {how: tuple(sorted(lengths, reverse=True)) for how, lengths in asked.items() if lengths}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Path]:

@@ -23,6 +23,17 @@ class ShorteningConfig(FrozenSection):
         6, ge=0, description="rounds of exchanges at each length, at most; 0 takes what the cuts alone give"
     )
 
+    @property
+    def how(self) -> ShorteningConfig:
+        """These settings alone: equal for all that one search can find."""
+        return ShorteningConfig(**{name: getattr(self, name) for name in ShorteningConfig.model_fields})
+
+
+class ShortText(ShorteningConfig):
+    """One text that is wanted."""
+
+    tokens: int = Field(ge=1, description="the length that is wanted, at most")
+
 
 class ExtractGenerator(ShorteningConfig):
     """The template itself, shortened: what matters least to the gold outputs is cut, by the exact KL."""

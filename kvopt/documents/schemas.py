@@ -9,6 +9,7 @@ from kvopt.documents.answers_file import AnswersDocument
 from kvopt.documents.context_record import ContextRecord
 from kvopt.documents.evaluation_file import EvaluationDocument
 from kvopt.documents.export_record import ExportRecord
+from kvopt.documents.frontier_file import FrontierDocument
 from kvopt.documents.leaderboard_file import LeaderboardDocument
 from kvopt.documents.ledger import LedgerEntry
 from kvopt.documents.manifest import RunManifest
@@ -16,6 +17,7 @@ from kvopt.documents.part import DocumentPart
 from kvopt.documents.samples_file import SamplesDocument
 from kvopt.documents.scores_file import ScoreLine
 from kvopt.documents.sequence_file import SequenceDocument
+from kvopt.documents.shortened_file import ShortenedDocument
 from kvopt.documents.student_record import StudentRecord
 from kvopt.documents.study_file import StudyDocument
 from kvopt.errors import InputError
@@ -29,6 +31,8 @@ DOCUMENTS: dict[str, type[DocumentPart]] = {
     "evaluation": EvaluationDocument,
     "study": StudyDocument,
     "sequence": SequenceDocument,
+    "frontier": FrontierDocument,
+    "shortened": ShortenedDocument,
     "context": ContextRecord,
     "student": StudentRecord,
     "export": ExportRecord,

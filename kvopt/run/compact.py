@@ -8,12 +8,13 @@ from pathlib import Path
 
 from kvopt.config.contexts import ContextConfig
 from kvopt.config.document import Config
+from kvopt.config.frontier import FrontierConfig
 from kvopt.config.mutations import MutationsConfig
 from kvopt.errors import InputError, counted
 from kvopt.run.run import Run
 
 
-def bare(config: Config, contexts: Sequence[ContextConfig] = ()) -> Config:
+def bare(config: Config, contexts: Sequence[ContextConfig | FrontierConfig] = ()) -> Config:
     """The config with these contexts, the wordings of the user's own, and no mutation or student."""
     update = {"contexts": [*config.written, *contexts], "mutations": MutationsConfig(count=0), "students": []}
     return config.model_copy(update=update | {"study": None})

@@ -106,6 +106,18 @@ class EncodedTask:
                 fix=f"at most {window - longest} fit",
             )
 
+    @property
+    def window_warning(self) -> str | None:
+        """A line, where sliding windows keep the last tokens of some rows from seeing all of the template."""
+        sliding = self.base.geometry.sliding_window
+        end = len(self.encoded.prefix) + max(len(row) for row in self.encoded.rows)
+        if sliding is None or end <= sliding:
+            return None
+        return (
+            f"sliding-window layers see only the last {sliding} tokens; the longest row ends {end} tokens"
+            " after the template's start, so its last tokens do not see all of the template"
+        )
+
     @cached_property
     def answer_ends(self) -> frozenset[int]:
         """Ids that end a generated answer: the base's own and the one that gold outputs end with."""

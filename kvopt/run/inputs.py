@@ -60,8 +60,8 @@ class Inputs:
         """The config as it is written down: whole, with the text of a template file in place of its path."""
         tree = self.config.model_dump(mode="json")
         tree["contexts"] = [
-            context.model_dump(mode="json", include=None if context.text is None else {"name", "text"})
-            for context in self.config.contexts
+            item.model_dump(mode="json", include={"name", "text"} if item in self.config.written else None)
+            for item in self.config.contexts
         ]
         if (file := self.config.template.file) is not None:
             tree["template"] |= {"file": None, "text": read_text(self.base_dir / file, RELATIVE)}

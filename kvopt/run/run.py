@@ -42,7 +42,7 @@ from kvopt.run.encoded_task import EncodedTask, encode_task
 from kvopt.run.inputs import read_inputs
 from kvopt.run.leaderboard import Entry
 from kvopt.run.sampling import make_samples
-from kvopt.run.shorter_texts import Shortener
+from kvopt.run.shorter_texts import Shortener, ShorterTexts
 from kvopt.storage.files import write_text
 
 RESOLVED = "# Every setting of this run; relative paths start at the folder of the config file that it was given.\n"
@@ -85,6 +85,7 @@ class Run:
         self._ranked: list[tuple[TextContext, Score]] | None = None
         self._learned: dict[str, TensorContext] = {}
         self._written: dict[str, TextContext] | None = None
+        self._shorter: ShorterTexts | None = None
         self._metrics: TaskMetrics | None = None
 
     @property
@@ -131,7 +132,8 @@ class Run:
         task, base = self.task(), self.load_base()
         for context in self.config.learned:
             task.check_window(context.name, context.tokens or 0)
-        self._warn_of_windows(task)
+        if (warning := task.window_warning) is not None:
+            self.at.say(f"warning: {warning}")
         resolved = yaml.safe_dump(self.inputs.resolved(), sort_keys=False, allow_unicode=True)
         write_text(self.directory / "config.yaml", RESOLVED + resolved)
         manifest = RunManifest(
@@ -145,15 +147,6 @@ class Run:
             tokens_sha256=task.encoded.sha256(),
         )
         self.directory.describe(manifest)
-
-    def _warn_of_windows(self, task: EncodedTask) -> None:
-        sliding = task.base.geometry.sliding_window
-        end = len(task.encoded.prefix) + max(len(row) for row in task.encoded.rows)
-        if sliding is not None and end > sliding:
-            self.at.say(
-                f"warning: sliding-window layers see only the last {sliding} tokens; the longest row ends {end} tokens"
-                " after the template's start, so its last tokens do not see all of the template"
-            )
 
     # ---- stages
 
@@ -190,7 +183,7 @@ class Run:
     def mutations(self) -> list[Mutation]:
         """Every candidate tried, accepted or not."""
         if self._mutations is None:
-            self._mutations = stages.make_mutations(self.task(), self.at, self.shortener)
+            self._mutations = stages.make_mutations(self.task(), self.at, self.shorter_texts())
         return self._mutations
 
     def mutation_contexts(self) -> dict[str, TextContext]:
@@ -258,12 +251,16 @@ class Run:
         """A search for shorter texts of the template."""
         return Shortener(self.task(), self.reference(), config, self.at)
 
+    def shorter_texts(self) -> ShorterTexts:
+        """The shorter texts that the config asks for; each is searched for when it is first needed."""
+        if self._shorter is None:
+            self._shorter = ShorterTexts(self.task(), self.reference, self.at)
+        return self._shorter
+
     def _start_of(self, config: ContextConfig) -> tuple[Sequence[int], TensorContext | None]:
         """Token ids of the text that a context starts from, and the context where it starts from one."""
-        if (tokens := config.start.extract) is not None:
-            where = f"contexts.{config.name}.init"
-            text = self.shortener(ShorteningConfig()).to_tokens(tokens, where)
-            return self.task().text_context(text.document.name, text.template).encoded.prefix, None
+        if (text := config.start.text) is not None:
+            return self.shorter_texts().start(text, f"contexts.{config.name}.init"), None
         name = config.start.source
         if name is None:
             return self.task().encoded.prefix, None
@@ -361,14 +358,19 @@ class Run:
             shown: called with the leaderboard after each context.
         """
         task, best = self.task(), self.config.score.best
-        written, board = self.written(), Board(self.measures(), shown)
+        board, shortened = (
+            Board(self.measures(), shown),
+            {name for item in self.config.frontiers for name in item.texts},
+        )
+        written = [context for name, context in self.written().items() if name not in shortened]
         at_once, later = stages.by_cost(task)
-        board.add(task.original, task.none, *written.values())
+        board.add(task.original, task.none, *written)
         for config in at_once:
             board.add(self._learn(config))
         for context, selection in self.ranked_mutations()[:best]:
             board.add(context, selection=selection)
         board.unreported = [Entry.of(context, None, score) for context, score in self.ranked_mutations()[best:]]
+        board.add(*self.shorter_texts().of_frontiers())
         for config in later:
             board.add(self._learn(config))
         document = board.finished()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from kvopt.config.shortening import ShorteningConfig
+from kvopt.config.shortening import ShorteningConfig, ShortText
 from kvopt.contexts.context import TextContext
 from kvopt.documents.leaderboard_file import MutationLineage, StoredTemplate
 from kvopt.documents.shortened_file import LostLiteral, ShortenedDocument
@@ -142,6 +142,10 @@ class Shortener:
             raise InputError(f"no text of {counted(tokens, 'token')} was found", where=where, fix="ask for more")
         return self._recorded(found, f"short-{tokens}", f"tokens {tokens}")
 
+    def reached(self) -> Shortened:
+        """The text that the search is at."""
+        return self._recorded(self.search.current, f"short-{self.search.current.tokens}", "the shortest there is")
+
     def to_kl(self, kl: float, asked: str = "") -> Shortened:
         """The shortest text found with a forward KL of at most ``kl`` on the rows that decide. Raises InputError where
         there is none but the template itself.
@@ -218,6 +222,72 @@ class Shortener:
             template=StoredTemplate.model_validate(template.to_json()),
         )
         return Shortened(template, document)
+
+
+class ShorterTexts:
+    """The shorter texts that a run asks for, each found once; those that are found alike come from one search, longest
+    first, whatever is asked for first.
+
+    Args:
+        task: what the template is of.
+        reference: holds the selection rows; called at the first search.
+        at: the run directory.
+    """
+
+    def __init__(self, task: EncodedTask, reference: Callable[[], Reference], at: Workspace) -> None:
+        self._task, self._reference, self._at = task, reference, at
+        self._lengths = {how: list(lengths) for how, lengths in task.config.shortened.items()}
+        self._searches: dict[ShorteningConfig, Shortener] = {}
+        self._found: dict[tuple[ShorteningConfig, int], Shortened | InputError] = {}
+
+    def text(self, how: ShorteningConfig, tokens: int, where: str) -> Shortened:
+        """The best text of at most ``tokens`` tokens. Raises InputError where there is none."""
+        self._search(how, tokens, where)
+        found = self._found[how, tokens]
+        if isinstance(found, InputError):
+            raise found
+        return found
+
+    def of_frontiers(self) -> list[TextContext]:
+        """The texts of the config's frontiers, which are written to files too. A length that no text can have is left
+        out, with a line that says why.
+        """
+        contexts = []
+        for item in self._task.config.frontiers:
+            for name, length in item.texts.items():
+                try:
+                    found = self.text(item.how, length, f"contexts.{item.name}.tokens")
+                except InputError as error:
+                    self._at.say(f"no {name}: {error.what}")
+                    break
+                write_shortened(found, self._at)
+                contexts.append(found.context(self._task))
+        return contexts
+
+    def start(self, asked: ShortText, where: str) -> tuple[int, ...]:
+        """Token ids of the text; where no text is so short, of the shortest one that was found."""
+        how = asked.how
+        self._search(how, asked.tokens, where)
+        found = self._found[how, asked.tokens]
+        if isinstance(found, InputError):
+            check_length(asked.tokens, len(self._task.encoded.prefix), where)
+            self._at.say(f"{where}: {found.what}; it starts from the most attended tokens of a longer text")
+            found = self._searches[how].reached()
+        return self._task.text_context(found.document.name, found.template).encoded.prefix
+
+    def _search(self, how: ShorteningConfig, tokens: int, where: str) -> None:
+        """All lengths down to this one."""
+        lengths = self._lengths.setdefault(how, [])
+        if tokens not in lengths:
+            lengths.append(tokens)
+        if how not in self._searches:
+            self._searches[how] = Shortener(self._task, self._reference(), how, self._at)
+        for length in sorted(lengths, reverse=True):
+            if length >= tokens and (how, length) not in self._found:
+                try:
+                    self._found[how, length] = self._searches[how].to_tokens(length, where)
+                except InputError as error:
+                    self._found[how, length] = error
 
 
 def _stretches(pieces: Pieces, kept: frozenset[int]) -> list[str]:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from functools import cache
 from itertools import count
 
 from kvopt.base.completion import local_completion
 from kvopt.base.prefix import Prefix
 from kvopt.config.contexts import ContextConfig
 from kvopt.config.mutations import GeneratorConfig
-from kvopt.config.shortening import ExtractGenerator, ShorteningConfig
+from kvopt.config.shortening import ExtractGenerator
 from kvopt.console.progress import advance, step_reporter
 from kvopt.contexts.adapter import read_record
 from kvopt.contexts.context import KVContext, SoftContext, TextContext
@@ -31,7 +30,7 @@ from kvopt.mutate.mutation import Mutation, read_mutations
 from kvopt.mutate.search import mutate, summary
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
-from kvopt.run.shorter_texts import Shortener
+from kvopt.run.shorter_texts import ShorterTexts
 from kvopt.storage.files import sha256_json
 from kvopt.task.template import Template
 
@@ -102,13 +101,11 @@ def make_moments(task: EncodedTask, reference: Reference, at: Workspace) -> Stor
 # ---- mutations
 
 
-def make_mutations(
-    task: EncodedTask, at: Workspace, shortener: Callable[[ShorteningConfig], Shortener]
-) -> list[Mutation]:
+def make_mutations(task: EncodedTask, at: Workspace, shorter: ShorterTexts) -> list[Mutation]:
     """Every candidate tried, accepted or not; goes on from ``mutations.jsonl``.
 
     Args:
-        shortener: a search for shorter texts, for ``generator.kind: extract``.
+        shorter: the shorter texts of the template, for ``generator.kind: extract``.
     """
     section, base = task.inputs.mutations, task.base
     if section.count == 0:
@@ -128,7 +125,7 @@ def make_mutations(
         section.generator,
         task.template,
         complete=local_completion(base, usage),
-        shorten=lengths_of(section.generator, shortener),
+        shorten=lengths_of(section.generator, shorter),
         folder=task.inputs.base_dir,
     )
     with at.directory.ledger("mutations") as entry, at.progress.bar("mutations", section.count, "mutation") as bar:
@@ -158,17 +155,14 @@ def make_mutations(
     return tried
 
 
-def lengths_of(
-    generator: GeneratorConfig, shortener: Callable[[ShorteningConfig], Shortener]
-) -> Callable[[int], Template]:
-    """The template at most so many tokens long, each time from the text before; the search begins at the first call."""
+def lengths_of(generator: GeneratorConfig, shorter: ShorterTexts) -> Callable[[int], Template]:
+    """The template at most so many tokens long; the search begins at the first call."""
 
-    @cache
-    def begun() -> Shortener:
+    def shortened(tokens: int) -> Template:
         assert isinstance(generator, ExtractGenerator)
-        return shortener(generator)
+        return shorter.text(generator.how, tokens, "mutations.generator.tokens").template
 
-    return lambda tokens: begun().to_tokens(tokens, where="mutations.generator.tokens").template
+    return shortened
 
 
 def mutation_contexts(task: EncodedTask, mutations: Sequence[Mutation], at: Workspace) -> dict[str, TextContext]:
@@ -196,7 +190,7 @@ def by_cost(task: EncodedTask) -> tuple[list[ContextConfig], list[ContextConfig]
     cost: dict[str, int] = {}
     for config in task.config.learned:
         source = config.start.source
-        searched = config.start.extract is not None or (source is not None and source.form in ("counted", "mutation"))
+        searched = config.start.text is not None or (source is not None and source.form in ("counted", "mutation"))
         before = cost.get(source.argument, 0) if source is not None else 0
         rows = min(config.batch_size, len(task.dataset.train))
         cost[config.name] = before + config.steps * rows * task.longest + (1 if searched else 0)
@@ -240,7 +234,7 @@ def make_learned(
         InputError: the slots do not fit. KvoptError: the descent diverged.
     """
     init = config.start
-    tokens = config.tokens or (source.tokens if source else len(ids))
+    tokens = config.tokens or (source.tokens if source else min(len(ids), init.text.tokens if init.text else len(ids)))
     task.check_window(config.name, tokens)
     train, held_out = task.bare_rows("train"), task.bare_rows("selection")
     seed = task.config.seed if config.seed is None else config.seed

@@ -34,6 +34,8 @@ def check(inputs: Inputs) -> dict[str, Any]:
     if generator.kind == "extract":
         for tokens in generator.tokens:
             check_length(tokens, len(encoded.prefix), "mutations.generator.tokens")
+    for item in config.frontiers:
+        check_length(item.tokens[0], len(encoded.prefix), f"contexts.{item.name}.tokens")
     starts = _Starts(inputs, encoder, encoded, window)
     for context in config.learned:
         starts.check(context)
@@ -127,7 +129,7 @@ class _Starts:
             probes = self.inputs.dataset.selection[:4] or self.inputs.dataset.train[:4]
             return len(self.encoder.encode(template, probes).prefix)
         whole = len(self.encoded.prefix)
-        if (tokens := context.start.extract) is not None:
-            check_length(tokens, whole, f"{where}.init")
-            return tokens
+        if (text := context.start.text) is not None:
+            check_length(text.tokens, whole, f"{where}.init")
+            return text.tokens
         return whole if kind in ("template", "strided", "matched", "salient") else None

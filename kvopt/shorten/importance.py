@@ -72,6 +72,15 @@ def largest_attention(base: Base, ids: Sequence[int], rows: Sequence[Row]) -> Te
     return largest.cpu()
 
 
+def most_attended(base: Base, ids: Sequence[int], rows: Sequence[Row], count: int) -> Tensor:
+    """Places [count], in order, of the tokens that have the :func:`largest_attention`; the first token, which is the
+    attention sink, is always among them.
+    """
+    weights = largest_attention(base, ids, rows)
+    weights[0] = torch.inf
+    return weights.topk(count).indices.sort().values
+
+
 def sensitivity(
     base: Base,
     ids: Sequence[int],

@@ -24,12 +24,8 @@ class Salient(Start):
         """The first token (the attention sink) and the most salient others; kept keys are re-rotated by T − P, so that
         bodies at position T see them at their old distances to the end.
         """
-        import torch
-
-        from kvopt.shorten.importance import largest_attention
+        from kvopt.shorten.importance import most_attended
 
         ids = task.full_ids()
-        weights = largest_attention(task.base, ids.tolist(), task.rows[: self.rows])
-        weights[0] = torch.inf
-        keep = weights.topk(task.tokens).indices.sort().values.to(ids.device)
-        return task.keeping(ids, keep)
+        keep = most_attended(task.base, ids.tolist(), task.rows[: self.rows], task.tokens)
+        return task.keeping(ids, keep.to(ids.device))
