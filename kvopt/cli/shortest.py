@@ -26,7 +26,7 @@ from kvopt.errors import InputError, counted
 KEPT = 0.97
 
 if TYPE_CHECKING:
-    from kvopt.config.frontier import FrontierKind
+    from kvopt.config.frontiers import FrontierKind
     from kvopt.run.shorter_texts import Shortened, Shortener
 
 
@@ -250,7 +250,7 @@ def frontier(
 
 
 def _kinds(asked: list[str] | None) -> tuple[FrontierKind, ...]:
-    from kvopt.config.frontier import FRONTIER_KINDS
+    from kvopt.config.frontiers import FRONTIER_KINDS
 
     if unknown := [kind for kind in asked or () if kind not in FRONTIER_KINDS]:
         raise InputError(f"no kind {unknown[0]!r}", where="--kind", fix="one of " + ", ".join(FRONTIER_KINDS))

@@ -15,7 +15,7 @@ from kvopt.config.contexts import ContextConfig
 from kvopt.config.data import DataConfig
 from kvopt.config.evaluation import EvaluateConfig
 from kvopt.config.faults import build_model
-from kvopt.config.frontier import FrontierConfig
+from kvopt.config.frontiers import FrontierConfig
 from kvopt.config.model import BUILTIN_BASE, ModelConfig
 from kvopt.config.mutations import MutationsConfig
 from kvopt.config.names import MUTATION

@@ -19,6 +19,9 @@ class LedgerEntry(DocumentPart):
     seconds: float = Field(description="wall-clock seconds")
     peak_memory_bytes: int = Field(0, description="highest resident memory of the process up to then")
     tokens_in: int = Field(0, description="tokens through the model")
+    tokens_back: int = Field(
+        0, description="tokens that gradients went back through: each takes about the work of another one of tokens_in"
+    )
     tokens_out: int = Field(0, description="tokens that the model generated")
     model_calls: int = Field(0, description="requests to a model that writes mutations")
     gold_tokens: int = Field(0, description="gold tokens among tokens_in")

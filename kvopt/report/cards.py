@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,8 @@ class Card:
         also: what else it is, as whole sentences.
         kept: share of the template's effect, 0 to 1; None where the board has no "no context".
         command: what exports it.
+        saved: tokens fewer than the template's in each request; negative where it is longer.
+        pays_after: requests after which that has paid for finding it (:func:`kvopt.report.costs.pays_after`).
     """
 
     title: str
@@ -31,9 +33,11 @@ class Card:
     row: LeaderboardRow
     kept: float | None
     command: str
+    saved: int
+    pays_after: int | None = None
 
 
-def cards(board: LeaderboardDocument, folder: Path) -> list[Card]:
+def cards(board: LeaderboardDocument, folder: Path, pays_after: Mapping[str, int | None] | None = None) -> list[Card]:
     """At most three cards, no context on two of them. Empty where there is nothing to choose from."""
     rows = {row.name: row for row in board.contexts}
     found, own = advice(board), own_prompt(board)
@@ -57,7 +61,15 @@ def cards(board: LeaderboardDocument, folder: Path) -> list[Card]:
         if (kept := share_kept(rows[name], board)) is not None and kept < KEPT:
             also[name].append("It does not either: the template itself is the safer choice.")
     return [
-        Card(title, also[name], rows[name], share_kept(rows[name], board), export_command(rows[name], folder))
+        Card(
+            title,
+            also[name],
+            rows[name],
+            share_kept(rows[name], board),
+            export_command(rows[name], folder),
+            board.template_tokens - rows[name].tokens,
+            (pays_after or {}).get(name),
+        )
         for name, title in titles.items()
     ]
 

@@ -13,7 +13,7 @@ from kvopt.mutate.mutation import Mutation, counts_by_reason
 from kvopt.report.agreement import headline_agreements, rank_agreements
 from kvopt.report.changes import compare_runs
 from kvopt.report.choice import advice, on_selection, own_prompt, pareto_front, recommended, rivals, share_kept
-from kvopt.report.costs import build_costs, stage_costs, total_costs
+from kvopt.report.costs import build_costs, pays_after, stage_costs, total_costs
 from kvopt.report.reading import RunFiles
 from kvopt.version import VERSION
 
@@ -73,6 +73,8 @@ def _contexts(run: RunFiles) -> list[dict[str, Any]]:
             "pareto": row.name in front,
             "share_kept": share_kept(row, run.board),
             "build": costs.get(row.name),
+            "tokens_saved": run.board.template_tokens - row.tokens,
+            "pays_after_requests": pays_after(run, row, costs.get(row.name)),
             "students": _of_students(run, row.name),
         }
         rows.append(facts)

@@ -7,17 +7,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvopt.documents.leaderboard_file import LeaderboardRow
 from kvopt.documents.ledger import LedgerEntry
+from kvopt.report.choice import is_shortened
 from kvopt.report.reading import RunFiles
 
-COUNTS = ("seconds", "tokens_in", "tokens_out", "model_calls")
+SHORTENED = "shortened"
+"""The stage of ``ledger.jsonl`` in which texts are shortened."""
+COUNTS = ("seconds", "tokens_in", "tokens_back", "tokens_out", "model_calls")
 
 
 def build_costs(run: RunFiles) -> dict[str, dict[str, Any]]:
     """By context: seconds, tokens, model calls, peak memory in bytes, and among how many contexts the work was shared.
 
     A learned context costs its own training. A mutation costs the search that found it and the scoring that chose it,
-    which all mutations share. The original and "no context" cost nothing and have no entry.
+    which all mutations share; a shortened text the search that cut it, which all of these share. The original and "no
+    context" cost nothing and have no entry.
     """
     costs = {}
     for row in run.board.contexts:
@@ -28,7 +33,25 @@ def build_costs(run: RunFiles) -> dict[str, dict[str, Any]]:
     accepted = [m.name for m in run.mutations if m.accepted and m.name]
     for name in accepted if search else []:
         costs[name] = _total(search) | {"shared_by": len(accepted)}
+    shortened = [row.name for row in run.board.contexts if is_shortened(row) and row.name not in costs]
+    cuts = [entry for entry in run.ledger if entry.stage == SHORTENED]
+    for name in shortened if cuts else []:
+        costs[name] = _total(cuts) | {"shared_by": len(shortened)}
     return costs
+
+
+def pays_after(run: RunFiles, row: LeaderboardRow, cost: Mapping[str, Any] | None) -> int | None:
+    """Requests after which a shorter context has saved as many tokens of prefill as were spent on it: on the reference,
+    and on all of the search that found it. None where it is not shorter, or what it cost is not known.
+
+    A token whose gradient was taken counts twice. Attention, whose work for a token grows with its context, is left
+    out: it would let a context pay sooner.
+    """
+    saved = run.board.template_tokens - row.tokens
+    if saved <= 0 or cost is None:
+        return None
+    spent = cost["tokens_in"] + cost["tokens_back"] + sum(e.tokens_in for e in run.ledger if e.stage == "reference")
+    return -(-spent // saved) if spent else None
 
 
 def stage_costs(ledger: Sequence[LedgerEntry]) -> list[dict[str, Any]]:

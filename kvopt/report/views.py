@@ -13,6 +13,7 @@ from kvopt.documents.leaderboard_file import LeaderboardRow
 from kvopt.report.answers_view import AnswersView, Wording, answers_view, wordings
 from kvopt.report.cards import Card, cards
 from kvopt.report.choice import BUILT_IN, rivals, shown_interval
+from kvopt.report.frontier_words import in_words
 from kvopt.report.pictures import distance_picture, kept_picture, learning_curve, length_picture, rank_picture
 from kvopt.report.pictures.curves import curve_values
 from kvopt.report.pictures.drawing import Scale, log_scale
@@ -22,6 +23,8 @@ from kvopt.report.students import StudentsView, students_view
 from kvopt.report.study_view import StudyView, study_view
 from kvopt.report.worddiff import Piece, template_diff
 
+KEPT_IN_WORDS = 0.97
+"""The share of the template's effect that the sentence above the first chart asks for."""
 DIFFS = 40  # mutations whose text is shown
 FEW = 3  # mutations on the board that are not folded
 REJECTED = 3  # rejected candidates of each reason whose text is shown
@@ -59,6 +62,7 @@ class Page:
     students: Sequence[str] = ()
     length: Markup | None = None
     cards: Sequence[Card] = ()
+    frontier: str | None = None
     kept: Markup | None = None
     distance: Markup | None = None
     answers: AnswersView | None = None
@@ -95,7 +99,8 @@ def run_view(run: RunFiles, report: Mapping[str, Any]) -> Page:
         folded=folded,
         students=_student_names([report]),
         length=_all_lengths(run),
-        cards=cards(run.board, run.folder),
+        cards=cards(run.board, run.folder, {row["name"]: row["pays_after_requests"] for row in report["contexts"]}),
+        frontier=in_words(run.board, KEPT_IN_WORDS),
         kept=kept_picture(run.board, advised=report["recommended"]),
         distance=distance_picture(run.board, advised=report["recommended"]),
         answers=answers_view(run),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvopt.config.contexts import ContextConfig
 from kvopt.config.document import Config
-from kvopt.config.frontier import FrontierConfig
+from kvopt.config.frontiers import FrontierConfig
 from kvopt.config.mutations import MutationsConfig
 from kvopt.errors import InputError, counted
 from kvopt.run.run import Run

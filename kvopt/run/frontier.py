@@ -16,7 +16,7 @@ import torch
 
 from kvopt.config.contexts import ContextConfig
 from kvopt.config.document import Config
-from kvopt.config.frontier import BATCH, EVERY, FRONTIER_KINDS, LEARNED, FrontierConfig, FrontierKind, learned_context
+from kvopt.config.frontiers import BATCH, EVERY, FRONTIER_KINDS, LEARNED, FrontierConfig, FrontierKind, learned_context
 from kvopt.config.shortening import ShorteningConfig
 from kvopt.documents.frontier_file import FrontierDocument
 from kvopt.documents.leaderboard_file import LeaderboardDocument

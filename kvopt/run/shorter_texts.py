@@ -28,7 +28,7 @@ from kvopt.shorten.trials import Trials, spread_order
 from kvopt.storage.files import sha256_json, write_json, write_text
 from kvopt.task.template import Template
 
-FOLDER = "shortened"
+FOLDER = STAGE = "shortened"
 JOURNAL = ".trials.jsonl"
 ATTENTION_ROWS = 32
 SHOWN = 5
@@ -89,7 +89,7 @@ class Shortener:
             journal=at.directory / FOLDER / JOURNAL,
             key=key[:12],
         )
-        self._estimates = 0
+        self._estimates = self._differentiated = 0
         self._search: CutSearch | None = None
         self._exchanges = config.exchanges
 
@@ -119,6 +119,7 @@ class Shortener:
     def _sensitivity(self, kept: torch.Tensor, probes: int) -> Sensitivity:
         self._estimates += 1
         base, ids, seed = self._task.base, self.pieces.prefix, self._estimates
+        self._differentiated += (1 + probes) * sum(len(ids) + len(row) for row in self._rows)
         return sensitivity(base, ids, kept, self._rows, self._reference, probes=probes, seed=seed)
 
     # ---- what can be asked for
@@ -193,7 +194,8 @@ class Shortener:
     def _reported(self, title: str, total: int) -> Iterator[None]:
         """While a search runs, its best text so far is told."""
         search, last = self.search, self.search.current.tokens
-        with self._at.progress.bar(title, total, "token") as bar:
+        rows, tokens, back = self._trials.rows_run, self._trials.tokens_run, self._differentiated
+        with self._at.directory.ledger(STAGE) as entry, self._at.progress.bar(title, total, "token") as bar:
 
             def tell(tokens: int, kl: float) -> None:
                 nonlocal last
@@ -206,6 +208,10 @@ class Shortener:
                 yield
             finally:
                 search.progress = None
+                entry.rows, entry.tokens_back = self._trials.rows_run - rows, self._differentiated - back
+                entry.tokens_in = self._trials.tokens_run - tokens + entry.tokens_back
+                if not entry.tokens_in:
+                    entry.leave_out()
 
     def _recorded(self, found: Shorter, name: str, asked: str) -> Shortened:
         template = self.pieces.written(found.kept)

@@ -281,7 +281,9 @@ def make_learned(
             report=step_reporter(bar),
         )
         entry.steps = descent.steps
-        entry.tokens_in = descent.steps * config.batch_size * sum(map(len, train.rows)) // len(train.rows)
+        read = descent.steps * min(config.batch_size, len(train.rows)) * sum(map(len, train.rows)) // len(train.rows)
+        entry.tokens_back = read + (descent.steps * tokens if config.kind == "soft" else 0)
+        entry.tokens_in = entry.tokens_back + len(descent.history) * sum(map(len, held_out.rows))
     context: TensorContext = (
         KVContext(config.name, descent.tensor) if config.kind == "kv" else SoftContext(config.name, descent.tensor)
     )

@@ -44,6 +44,7 @@ class Trials:
 
     Attributes:
         rows_run: rows that were run through the model so far, counted once for each text.
+        tokens_run: their tokens, with those of texts that were not shared with the text before.
     """
 
     base: Base
@@ -56,6 +57,7 @@ class Trials:
     key: str = ""
     batch_size: int = 16
     rows_run: int = 0
+    tokens_run: int = 0
     _texts: OrderedDict[frozenset[int], tuple[str, Encoded | None]] = field(default_factory=OrderedDict)
     _sums: dict[str, list[float]] = field(default_factory=dict)
     _prefixes: OrderedDict[tuple[int, ...], Prefix] = field(default_factory=OrderedDict)
@@ -124,6 +126,7 @@ class Trials:
         sums = scores.by_example(scores.kl).tolist()
         known += sums
         self.rows_run += len(rows)
+        self.tokens_run += sum(map(len, rows))
         if self.journal is not None:
             self.journal.parent.mkdir(parents=True, exist_ok=True)
             with self.journal.open("a", encoding="utf-8") as file:
@@ -141,6 +144,7 @@ class Trials:
                 best, shared = prefix, same
         rest = torch.tensor(ids[shared:], dtype=torch.int64, device=self.base.device)
         result = prefill_after(self.base, best.first(shared), rest)
+        self.tokens_run += len(rest)
         self._prefixes[ids] = result
         self._prefixes.move_to_end(ids)
         while len(self._prefixes) > 1 and sum(map(len, self._prefixes)) > SLOTS_KEPT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from random import Random
@@ -15,7 +16,7 @@ from kvopt.report import report_of
 from kvopt.report.agreement import in_words, rank_agreements
 from kvopt.report.changes import compare_runs, flatten
 from kvopt.report.choice import advice, number, pareto_front, rivals
-from kvopt.report.costs import build_costs
+from kvopt.report.costs import build_costs, pays_after
 from kvopt.report.reading import read_run, read_runs
 from kvopt.report.worddiff import WORD, _stretches, diff
 from tests.report.made import change, leaderboard, row, score, write_run
@@ -91,6 +92,26 @@ def test_mutations_share_the_search_and_the_scoring_that_chose_them(run: Path):
     assert costs["m001"] == costs["m003"]
     assert costs["m001"]["seconds"] == 16
     assert (costs["m001"]["model_calls"], costs["m001"]["shared_by"]) == (6, 3)
+
+
+def test_shortened_texts_share_their_search_and_a_context_pays_for_all_that_led_to_it(run: Path):
+    board = json.loads((run / "leaderboard.json").read_text("utf-8"))
+    short = row("short-9", "text", 9, 0.2) | {"lineage": {"family": "extract"}}
+    board["contexts"].append(short)
+    (run / "leaderboard.json").write_text(json.dumps(board), "utf-8")
+    with (run / "ledger.jsonl").open("a", encoding="utf-8") as ledger:
+        for tokens_in, tokens_back in ((900, 300), (100, 0)):
+            entry = {"stage": "shortened", "outcome": "done", "seconds": 3, "tokens_in": tokens_in}
+            ledger.write(json.dumps(entry | {"tokens_back": tokens_back}) + "\n")
+        ledger.write(json.dumps({"stage": "reference", "outcome": "done", "seconds": 1, "tokens_in": 700}) + "\n")
+    read = read_run(run)
+    rows, costs = {row.name: row for row in read.board.contexts}, build_costs(read)
+    assert (costs["short-9"]["tokens_in"], costs["short-9"]["shared_by"]) == (1000, 1)
+    before = sum(e.tokens_in for e in read.ledger if e.stage == "reference")
+    saved = read.board.template_tokens - 9
+    assert pays_after(read, rows["short-9"], costs["short-9"]) == math.ceil((1000 + 300 + before) / saved)
+    assert pays_after(read, rows["original"], None) is None
+    assert pays_after(read, rows["short-9"], None) is None
 
 
 def test_rank_agreement_is_that_of_scipy_on_hand_made_ranks():

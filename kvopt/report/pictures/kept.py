@@ -95,6 +95,13 @@ def _drawn(
         labels.taken.append((at - 108, y.start - 18, at, y.start))
     for row in rows:
         labels.keep_free(x(row.tokens), y(axis.value(row)))
+    for kind in ("text", "soft", "kv"):
+        shorter = [row for row in rows if row.kind == kind and row.tokens < board.template_tokens]
+        corners = [
+            (x(row.tokens), y(axis.value(row))) for row in pareto_front(shorter) if y.low <= axis.value(row) <= y.high
+        ]
+        if len(corners) > 1:
+            picture.line(corners, f"front-line {kind}")
     for row in rows:
         _point(picture, x, axis, row, row.name in front, longest)
     for row in sorted(rows, key=lambda row: (row.name != advised, row.name not in front)):
