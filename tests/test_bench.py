@@ -1,4 +1,4 @@
-"""``kvopt bench step`` and ``bench score``: sizes that fit a time, and the bare products beside them."""
+"""``kvopt bench step``, ``score`` and ``long``: sizes that fit a time, bare products beside them, growth by token."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kvopt.bench import steps
 from kvopt.bench.floor import fitting_rows, fitting_scores, products
+from kvopt.bench.long_gold import LongPoint, as_document, bench_long, long_rows
+from kvopt.config.document import load_config
+from kvopt.task.seam import Row
+from tests.jobs import write_job
 from tests.tasks import make_task
 from tests.tiny import tiny_base
 
@@ -45,3 +49,29 @@ def test_a_step_and_scores_say_what_share_of_them_is_products(tmp_path: Path) ->
         assert variant.floor_seconds is not None
         share = steps.as_json(title, [variant, variant])["floor_share"]
         assert share == pytest.approx(variant.floor_seconds / variant.seconds)
+
+
+def test_long_rows_hold_the_gold_tokens_asked_for() -> None:
+    rows = long_rows([Row("a", (1, 2), (10, 11, 12)), Row("b", (3,), (20, 21))], 17, longest=7)
+    assert [len(row.gold) for row in rows] == [7, 7, 3]
+    assert [token for row in rows for token in row.gold] == ([10, 11, 12, 20, 21] * 4)[:17]
+    assert {row.body for row in rows} == {(1, 2)}
+    assert len({row.example_id for row in rows}) == 3
+
+
+def test_growth_is_from_the_fewest_tokens_to_the_most() -> None:
+    points = [LongPoint("step", n, n, seconds, extra) for n, seconds, extra in ((100, 1.0, 50), (400, 6.0, 60))]
+    growth = as_document(points)["growth"]["step"]
+    assert growth == pytest.approx({"tokens": 4, "seconds_per_token": 1.5, "extra_bytes": 1.2})
+    assert as_document(points[:1])["growth"]["step"]["tokens"] == 1
+
+
+def test_every_stage_is_measured_at_every_number_of_tokens(tmp_path: Path) -> None:
+    config, base_dir = load_config(write_job(tmp_path / "job"))
+    points = bench_long(config, base_dir, tokens=(900, 300))
+    assert [(p.stage, p.gold_tokens) for p in points] == [
+        (stage, count) for count in (300, 900) for stage in ("reference", "score", "step")
+    ]
+    assert all(p.seconds > 0 for p in points)
+    assert all(p.row_tokens < 512 for p in points)
+    assert [p.gold_tokens for p in bench_long(config, base_dir, tokens=(300, 900), seconds=1e-9)] == [300] * 3

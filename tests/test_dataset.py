@@ -1,7 +1,9 @@
 """Data sets: what is read, what is refused and how it is named, and how rows are divided."""
 
+import ast
 import json
 import re
+import textwrap
 
 import pytest
 from pydantic import ValidationError
@@ -293,3 +295,21 @@ def test_the_built_in_data_fits_its_template(tmp_path):
     data = load_dataset(config, Template.from_text("{{code}}"), tmp_path, 0)
     assert [len(data.train), len(data.selection), len(data.validation)] == [320, 32, 64]
     assert data.warnings == ()
+
+
+def test_the_built_in_code_is_long_and_goes_on_after_its_docstring(tmp_path):
+    source, limit = "builtin:stdlib-code", {"train": 64, "selection": 8, "validation": 16}
+    config = DataConfig(train=source, validation=source, output="code", limit=limit)
+    data = load_dataset(config, Template.from_text("{{signature}}{{docstring}}"), tmp_path, 0)
+    assert [len(data.train), len(data.selection), len(data.validation)] == [64, 8, 16]
+    assert data.warnings == ()
+    for example in (*data.train, *data.selection, *data.validation):
+        assert 3_300 <= len(example.output) <= 12_000
+        assert example.values["signature"].endswith(":")
+        assert not example.output[0].isspace()
+        whole = example.values["signature"] + "\n" + textwrap.indent(f'"""doc"""\n{example.output}', "    ")
+        compile(whole, example.source, "exec", dont_inherit=True, flags=ast.PyCF_ONLY_AST)
+    modules = [{e.source.rpartition(":")[0] for e in part} for part in (data.train, data.validation)]
+    assert not modules[0] & modules[1]
+    with pytest.raises(InputError, match="there are builtin:stdlib-docstrings and builtin:stdlib-code"):
+        load_dataset(DataConfig(train="builtin:other"), Template.from_text("{{code}}"), tmp_path, 0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvopt.base.loading import Base, enable_checkpointing
 from kvopt.config.contexts import ContextConfig, Init
 from kvopt.errors import KvoptError
-from kvopt.learn.descent import Descent, batch_at, context_loss, learning_rate_at, optimize
+from kvopt.learn.descent import Descent, batch_at, context_loss, differentiated_loss, learning_rate_at, optimize
 from kvopt.learn.start_task import StartTask, initial_tensor
 from tests.tasks import Task, make_task
 from tests.tiny import MODELS, tiny_base
@@ -68,6 +68,26 @@ def test_gradient_checkpointing_changes_no_gradient(task: Task, kind: str) -> No
         model.gradient_checkpointing_disable()
         model.eval()
     torch.testing.assert_close(checkpointed, plain, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["kv", "soft"])
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(task: Task, kind: str, at_once: int) -> None:
+    rows = task.encoded.rows[:5]
+    assert len({len(row.gold) for row in rows}) > 1, "rows of unlike weight"
+    tensor = start(task, kind)
+    whole = gradient(task, kind, tensor)
+    leaf = tensor.clone().requires_grad_(True)
+    value = differentiated_loss(task.base, kind, 1.0 * leaf, rows, task.reference, leaf=leaf, at_once=at_once)
+    assert value == pytest.approx(loss(task, kind, tensor).item(), rel=1e-5)
+    torch.testing.assert_close(leaf.grad, whole, rtol=1e-4, atol=1e-6 * float(whole.abs().max()))
+
+
+def test_a_micro_batch_is_a_matter_of_memory_only(llama: Base, tmp_path: Path) -> None:
+    task = make_task(llama, tmp_path)
+    settings = {"name": "c", "steps": 3, "batch_size": 4, "eval_every": 3, "kind": "soft"}
+    whole, parts = (learn(task, ContextConfig(**settings, micro_batch_size=size)) for size in (None, 1))  # type: ignore[arg-type]
+    torch.testing.assert_close(parts.tensor, whole.tensor, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["kv", "soft"])

@@ -83,6 +83,7 @@ BENCHMARKS: dict[str, Callable[..., Any]] = {
     "kl": benchmarks.bench_kl,
     "step": benchmarks.bench_step,
     "score": benchmarks.bench_score,
+    "long": benchmarks.bench_long,
 }
 for name, command in BENCHMARKS.items():
     bench.command(name, help=_help(command))(command)

@@ -103,6 +103,40 @@ def bench_score(
     show_bench(benchmark.as_json("score", variants), as_json)
 
 
+def bench_long(
+    config: ConfigPath,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option("--tokens", metavar="N", min=1, help="Gold tokens; may be repeated. Default: 1,024 to 32,768."),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Begin no larger number of tokens after about so long. 0 is no limit.")
+    ] = 60,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a reference, a score and a step from short to very long gold outputs: time and memory per token."""
+    from kvopt.bench.long_gold import TOKENS, as_document
+    from kvopt.bench.long_gold import bench_long as measure
+    from kvopt.config.document import load_config
+
+    settings, base_dir = load_config(config, sets or ())
+    result = as_document(measure(settings, base_dir, tokens=tokens or TOKENS, seconds=seconds or None))
+    if as_json:
+        print_json(result)
+        return
+    for row in result["points"]:
+        print(
+            f"{row['stage']:10s} {row['gold_tokens']:7,d} gold tokens ({row['row_tokens']:,} a row)"
+            f" {row['microseconds_per_token']:9.0f} us/token  {row['extra_bytes'] / 2**20:8.0f} MiB beyond the model"
+        )
+    for stage, grown in result["growth"].items():
+        print(
+            f"{stage}: with {grown['tokens']:g} times the tokens, {grown['seconds_per_token']:.2f} times the time per"
+            f" token and {grown['extra_bytes']:.2f} times the memory"
+        )
+
+
 def show_bench(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)

@@ -129,6 +129,11 @@ class ContextConfig(Section):
     )
     steps: int = Field(200, ge=0, description="optimizer steps")
     batch_size: int = Field(16, ge=1, description="rows in each step")
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="rows whose activations are held at once: less memory, the same step; default: batch_size",
+    )
     learning_rate: float = Field(0.005, gt=0, description="peak learning rate of AdamW")
     warmup: float = Field(
         0.05, ge=0, le=1, description="share of the steps with a rising learning rate; a cosine to 0 follows"

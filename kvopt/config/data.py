@@ -31,7 +31,8 @@ class DataConfig(Section):
 
     train: str
     """A .jsonl, .json, .csv or .tsv file, a folder of datasets.save_to_disk, hf:NAME[:CONFIG][:SPLIT], or
-    builtin:stdlib-docstrings. Paths are relative to the config file."""
+    builtin:stdlib-docstrings (short outputs) or builtin:stdlib-code (long ones). Paths are relative to the config
+    file."""
     validation: str | None = None
     """The validation rows, written as for train. Without it, some training rows are set aside (validation_fraction)."""
     output: str = "output"

@@ -238,7 +238,7 @@ def make_learned(
     task.check_window(config.name, tokens)
     train, held_out = task.bare_rows("train"), task.bare_rows("selection")
     seed = task.config.seed if config.seed is None else config.seed
-    settings = config.model_dump(mode="json", exclude={"name", "init", "text"}) | {
+    settings = config.model_dump(mode="json", exclude={"name", "init", "text", "micro_batch_size"}) | {
         "tokens": tokens,
         "init": init.settings,
     }

@@ -82,10 +82,10 @@ def stdlib_docstrings(part: str, root: Path | None = None) -> list[StdlibFunctio
 def _chosen(root: Path) -> tuple[tuple[bool, StdlibFunction], ...]:
     """The functions of both parts with whether they are for validation: no code and no docstring comes twice."""
     chosen: list[tuple[str, str, StdlibFunction]] = []
-    for path in _sources(root):
+    for path in sources(root):
         name = path.relative_to(root).as_posix()
-        functions = sorted(_functions(path, name), key=lambda f: _hash(f.code))
-        chosen += [(_hash("order", name, f.code), name, f) for f in functions[:MAX_PER_MODULE]]
+        functions = sorted(_functions(path, name), key=lambda f: stable_hash(f.code))
+        chosen += [(stable_hash("order", name, f.code), name, f) for f in functions[:MAX_PER_MODULE]]
     codes: set[str] = set()
     docstrings: set[str] = set()
     result = []
@@ -94,19 +94,22 @@ def _chosen(root: Path) -> tuple[tuple[bool, StdlibFunction], ...]:
             continue
         codes.add(function.code)
         docstrings.add(function.docstring)
-        result.append((_in_validation(name), function))
+        result.append((in_validation(name), function))
     return tuple(result)
 
 
-def _hash(*parts: str) -> str:
+def stable_hash(*parts: str) -> str:
+    """The same for the same parts, whatever runs it."""
     return sha256_bytes("\0".join(parts).encode("utf-8", "surrogatepass"))
 
 
-def _in_validation(module: str) -> bool:
-    return int(_hash("validation", module)[:8], 16) / 2**32 < VALIDATION_SHARE
+def in_validation(module: str) -> bool:
+    """Whether a module's functions are for validation."""
+    return int(stable_hash("validation", module)[:8], 16) / 2**32 < VALIDATION_SHARE
 
 
-def _sources(root: Path) -> list[Path]:
+def sources(root: Path) -> list[Path]:
+    """The library's files that functions are taken from."""
     skipped_folders, skipped_modules = set(SKIPPED_FOLDERS.split()), set(SKIPPED_MODULES.split())
     paths = []
     for folder, folders, files in os.walk(root):
@@ -128,14 +131,15 @@ def _functions(path: Path, name: str) -> Iterator[StdlibFunction]:
     except (OSError, UnicodeDecodeError, SyntaxError, ValueError):
         return
     lines = text.split("\n")
-    for node in _definitions(tree):
+    for node in definitions(tree):
         summary = _summary(node)
         code = _code_without_docstring(node, lines) if summary else None
         if summary and code:
             yield StdlibFunction(code, summary, f"{name}:{node.lineno}")
 
 
-def _definitions(tree: ast.Module) -> Iterator[Function]:
+def definitions(tree: ast.Module) -> Iterator[Function]:
+    """Functions at module level and in its classes."""
     for node in tree.body:
         for inner in node.body if isinstance(node, ast.ClassDef) else [node]:
             if isinstance(inner, Function):

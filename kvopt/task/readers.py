@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from kvopt.errors import InputError, counted, from_extra
 from kvopt.storage.files import RELATIVE, missing_file
+from kvopt.task.builtin_code import CODE_NAME, stdlib_code
 from kvopt.task.builtin_data import BUILTIN_NAME, stdlib_docstrings
 from kvopt.task.public_layouts import BadTurn, with_messages
 
 BOM = b"\xef\xbb\xbf"
-BUILTIN = f"builtin:{BUILTIN_NAME}"
+BUILTIN: dict[str, Callable[[str], Sequence[Any]]] = {BUILTIN_NAME: stdlib_docstrings, CODE_NAME: stdlib_code}
+"""Built-in data by name: what gives the examples of a part; each has its columns as attributes, and ``where``."""
 HF = "hf:"
 SPLIT_NAMES = ("train", "validation", "valid", "dev", "test")
 
@@ -41,7 +43,7 @@ def read_records(source: str, base_dir: Path, part: str) -> Iterator[Record]:
 
     Args:
         source: a path (``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv``, or a folder of ``save_to_disk``),
-            ``hf:NAME[:CONFIG][:SPLIT]``, or ``builtin:stdlib-docstrings``.
+            ``hf:NAME[:CONFIG][:SPLIT]``, ``builtin:stdlib-docstrings`` or ``builtin:stdlib-code``.
         base_dir: what relative paths are relative to.
         part: ``"train"`` or ``"validation"``: the part of a source that has several.
 
@@ -49,10 +51,13 @@ def read_records(source: str, base_dir: Path, part: str) -> Iterator[Record]:
         InputError: for whatever cannot be read, naming file and line.
     """
     if source.startswith("builtin:"):
-        if source != BUILTIN:
-            raise InputError("no such built-in data", where=source, fix=f"there is {BUILTIN}")
-        for example in stdlib_docstrings(part):
-            yield Record({"code": example.code, "docstring": example.docstring}, example.where)
+        examples = BUILTIN.get(source.removeprefix("builtin:"))
+        if examples is None:
+            known = " and ".join(f"builtin:{name}" for name in BUILTIN)
+            raise InputError("no such built-in data", where=source, fix=f"there are {known}")
+        for example in examples(part):
+            columns = asdict(example)
+            yield Record(columns, columns.pop("where"))
         return
     if source.startswith(HF):
         yield from _hugging_face(source, base_dir, part)
