@@ -7,12 +7,13 @@ q = softmax(z_s).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from kvopt.kernels.divergences import Divergence, divergences
+from kvopt.kernels.products import Product
 
 FORMS = ("auto", "direct", "difference", "moments")
 BACKENDS = ("auto", "reference", "torch", "triton", "triton-rows", "triton-store-free")
@@ -27,6 +28,10 @@ class KernelInputError(ValueError):
 
 class UnsupportedError(KernelInputError):
     """The combination asked for does not exist; the message names one that does."""
+
+
+ROUNDING = 2**-6
+"""More than a 16-bit sum can be off, as a share of the largest one (bfloat16 rounds by at most 2⁻⁹)."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +82,36 @@ class Head:
         return None if self.bias is None else self.bias[: self.size]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, V] float32 logits of hidden states [N, D]: for a few rows, such as the next token of an answer."""
-        x = nn.functional.linear(hidden.to(self.weight.dtype), self.rows, self.offsets).float() * self.scale
+        """[N, V] float32 logits of hidden states [N, D], differentiable: for a few rows, such as the next token of an
+        answer.
+
+        Products of 16-bit states and heads keep their float32 sums, so that no near tie falls by rounding; under
+        autocast, states and head are rounded to its dtype, the sums are not.
+        """
+        dtype, device = self.weight.dtype, hidden.device.type
+        if dtype != torch.float64 and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        x = Product.apply(hidden.to(dtype), self.rows.to(dtype))
+        x = (x if self.offsets is None else x + self.offsets.to(x.dtype)) * self.scale
+        return self._capped(x)
+
+    def _capped(self, x: Tensor) -> Tensor:
         return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
+
+    @torch.no_grad()
+    def most_likely(self, hidden: Tensor) -> Tensor:
+        """[N] ids of the largest of :meth:`logits`, of equal ones the first.
+
+        On a CPU, a 16-bit product finds those that are near the largest, and only their sums are computed again.
+        """
+        if self.weight.dtype not in (torch.bfloat16, torch.float16) or hidden.device.type != "cpu":
+            return self.logits(hidden).argmax(-1)
+        product = nn.functional.linear(hidden.to(self.weight.dtype), self.rows, self.offsets)
+        rough = self._capped(product.float() * self.scale)
+        near = rough >= rough.amax(-1, keepdim=True) - ROUNDING * rough.abs().amax(-1, keepdim=True)
+        ids = near.any(0).nonzero()[:, 0]
+        few = replace(self, weight=self.rows[ids], bias=None if self.offsets is None else self.offsets[ids], vocab=None)
+        return ids[few.logits(hidden).masked_fill(~near[:, ids], -torch.inf).argmax(-1)]
 
     @property
     def trained(self) -> bool:

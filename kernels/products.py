@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,3 +50,27 @@ def gradient_product(gradient: Tensor, weight: Tensor) -> Tensor:
         stop = start + VOCABULARY_BLOCK
         total.addmm_(gradient[:, start:stop], weight[start:stop].to(gradient.dtype))
     return total
+
+
+class Product(torch.autograd.Function):
+    """hidden [R, D] · weightᵀ [D, V] by :func:`logits_product`, sums float32 (float64 for float64), with gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        with torch.autocast(hidden.device.type, enabled=False):
+            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            out = torch.empty(len(hidden), len(weight), dtype=dtype, device=hidden.device)
+            return logits_product(hidden, weight, out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        by_hidden = by_weight = None
+        if ctx.needs_input_grad[0]:
+            fast = has_float32_output(weight.device) and weight.dtype != torch.float64
+            by_hidden = gradient_product(upstream.to(weight.dtype) if fast else upstream, weight).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            by_weight = (upstream.T @ hidden.to(upstream.dtype)).to(weight.dtype)
+        return by_hidden, by_weight

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from kvopt.errors import KvoptError
 from kvopt.kernels import Head, KLOptions, linear_kl
-from kvopt.kernels.products import gradient_product, has_float32_output, logits_product
 
 
 @dataclass(frozen=True)
@@ -67,16 +65,13 @@ class Gold:
     def over_both_logits(self, formula: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """Any formula of the student's and the anchor's logits, [G]: ``formula(logits [R, V], anchor_logits [R, V],
         ids [R])``, float32 each, gives [R]. No gradient flows into the anchor's.
-
-        Unlike those of :meth:`over_logits`, which serve a cross-entropy, the logits of 16-bit heads are not rounded to
-        16 bits: what two close distributions differ in is far smaller than their logits.
         """
         anchor, anchor_head = self._anchored()
 
         def piece(hidden: Tensor, anchor: Tensor, ids: Tensor) -> Tensor:
             with torch.no_grad():
-                anchor_logits = _exact_logits(anchor, anchor_head)
-            return formula(_exact_logits(hidden, self.head), anchor_logits, ids)
+                anchor_logits = anchor_head.logits(anchor)
+            return formula(self.head.logits(hidden), anchor_logits, ids)
 
         return self._in_chunks(piece, [self.hidden, anchor, self.ids], matrices=2)
 
@@ -96,33 +91,3 @@ class Gold:
 
 def _log_probs(logits: Tensor, ids: Tensor) -> Tensor:
     return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
-
-
-def _exact_logits(hidden: Tensor, head: Head) -> Tensor:
-    """[R, V] float32 logits whose sums are float32, whatever the dtypes of states and head."""
-    logits = _Product.apply(hidden, head.rows)
-    logits = (logits if head.offsets is None else logits + head.offsets.float()) * head.scale
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
-
-
-class _Product(torch.autograd.Function):
-    """hidden [R, D] · weightᵀ [D, V] by :func:`kvopt.kernels.products.logits_product`, with gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        with torch.autocast(hidden.device.type, enabled=False):
-            out = torch.empty(len(hidden), len(weight), dtype=torch.float32, device=hidden.device)
-            return logits_product(hidden, weight, out)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        hidden, weight = ctx.saved_tensors
-        by_hidden = by_weight = None
-        if ctx.needs_input_grad[0]:
-            fast = has_float32_output(weight.device) and weight.dtype != torch.float64
-            by_hidden = gradient_product(upstream.to(weight.dtype) if fast else upstream, weight).to(hidden.dtype)
-        if ctx.needs_input_grad[1]:
-            by_weight = (upstream.T @ hidden.to(upstream.dtype)).to(weight.dtype)
-        return by_hidden, by_weight

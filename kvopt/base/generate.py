@@ -172,10 +172,9 @@ def _packed_start(base: Base, prefix: Prefix, bodies: Sequence[Sequence[int]], c
 
 def _choose(base: Base, hidden: Tensor, temperature: float, rng: torch.Generator) -> Tensor:
     """Next token ids [B] from hidden states [B, D] after the final norm."""
-    logits = base.head.logits(hidden)
     if temperature == 0:
-        return logits.argmax(-1)
-    return torch.multinomial(torch.softmax(logits.float() / temperature, -1), 1, generator=rng)[:, 0]
+        return base.head.most_likely(hidden)
+    return torch.multinomial(torch.softmax(base.head.logits(hidden) / temperature, -1), 1, generator=rng)[:, 0]
 
 
 class KeepingLayer(PrefixLayer):
