@@ -2,10 +2,10 @@
 
     python tools/simulate_pairs.py [--pairs 2000]
 
-Rows differ in length (log-normal) and difficulty (exponential); the KL of a context on a row is gamma-distributed around
-the row's difficulty. "exchangeable" contexts have the same distribution; "skewed" ones have the same mean, but one of
-them is far off on few rows. The rules: random signs (kvopt.measure.paired), a paired bootstrap interval that excludes 0,
-and two bootstrap intervals that do not overlap.
+Rows differ in length (log-normal) and difficulty (exponential); the KL of a context on a row is gamma-distributed
+around the row's difficulty. "exchangeable" contexts have the same distribution; "skewed" ones have the same mean, but
+one of them is far off on few rows. The rules: random signs (kvopt.measure.paired), a paired bootstrap interval that
+excludes 0, and two bootstrap intervals that do not overlap.
 """
 
 from __future__ import annotations
