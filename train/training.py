@@ -127,12 +127,13 @@ def _student(
     more = [*(teacher.identity() if teacher else []), *([weights_of(start)] if start else [])]
     key = student_key(task, config, pool, seed, anchor, more)
     folder = at.directory / "students" / config.name
+    stage, *work = student_paths(config.name)
+    at.directory.begin(stage, key, stage, *work)
     record = read_student_record(folder) if folder.is_dir() else None
     if record is not None and record.key == key and _is_whole(folder, record):
         at.say(f"student {config.name}: trained already")
+        shutil.rmtree(at.directory / ".training" / config.name, ignore_errors=True)
         return record
-    stage = f"students/{config.name}"
-    at.directory.begin(stage, key, stage, f".training/{config.name}", f"logs/{config.name}")
     unread = replace(anchor) if anchor else None  # open files cannot be sent
     order = launch.share(Order(config, pool, seed, key, unread, teacher.context if teacher else None, start))
     with at.directory.ledger(stage) as entry:
@@ -148,6 +149,11 @@ def _student(
     written = read_student_record(folder)
     assert written is not None
     return written
+
+
+def student_paths(name: str) -> tuple[str, str, str]:
+    """Where a student, its checkpoints and its logs are in a run directory; the first is its stage, too."""
+    return f"students/{name}", f".training/{name}", f"logs/{name}"
 
 
 def _is_whole(folder: Path, record: StudentRecord) -> bool:

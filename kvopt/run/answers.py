@@ -22,7 +22,7 @@ from kvopt.measure.ratios import summarize
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.storage.files import file_name, sha256_json, write_json
-from kvopt.storage.keyed_rows import stored_rows, write_rows
+from kvopt.storage.keyed_rows import write_rows
 from kvopt.task.examples import Example
 from kvopt.task.seam import Row
 
@@ -79,7 +79,7 @@ class TaskMetrics:
             [task.base.identity, str(task.base.dtype), context.sha256(), stream, limit, settings.batch_size]
         )
         path = self.at.directory / "answers" / f"{file_name(context.name)}.{split}.jsonl"
-        stored = stored_rows(path, key, len(rows))
+        stored = self.at.directory.rows(path, key, len(rows))
         if stored is None:
             with (
                 self.at.directory.ledger(f"answers/{file_name(context.name)}.{split}") as entry,

@@ -48,6 +48,7 @@ def make_samples(
     config = task.config.report
     if config.examples == 0:
         (at.directory / SAMPLES).unlink(missing_ok=True)
+        at.directory.forget("samples")
         return None
 
     def shown(context: Context) -> Shown:
@@ -65,7 +66,7 @@ def make_samples(
     key = sha256_json([reference.key, task.dataset.sha256, vars(limits), facts, size, sorted(ends), GOLD_LIMIT])
     if metrics:
         key = sha256_json([key, task.config.evaluate.rows])
-    at.directory.begin("samples", key, SAMPLES)
+    at.directory.begin("samples", key, remade=[SAMPLES])
     stored = read_samples(at)
     if stored is not None and stored.key == key:
         return stored

@@ -23,6 +23,7 @@ from kvopt.errors import InputError
 from kvopt.measure.reference import Reference
 from kvopt.measure.score import score_prefix
 from kvopt.shorten.pieces import Pieces
+from kvopt.storage.files import append_line, mend_last_line
 from kvopt.task.examples import Example
 from kvopt.task.seam import Encoded, Encoder, common_prefix
 
@@ -42,8 +43,6 @@ class Trials:
         journal: a file for the results, one line each; what belongs to another ``key`` is left out.
         batch_size: bodies run at once.
 
-    Attributes:
-        rows_run: rows that were run through the model so far, counted once for each text.
     """
 
     base: Base
@@ -56,6 +55,7 @@ class Trials:
     key: str = ""
     batch_size: int = 16
     rows_run: int = 0
+    _asked: dict[str, int] = field(default_factory=dict)
     _texts: OrderedDict[frozenset[int], tuple[str, Encoded | None]] = field(default_factory=OrderedDict)
     _sums: dict[str, list[float]] = field(default_factory=dict)
     _prefixes: OrderedDict[tuple[int, ...], Prefix] = field(default_factory=OrderedDict)
@@ -68,15 +68,24 @@ class Trials:
                 if len(known) == line["from"]:
                     known += line["kl"]
 
+    @property
+    def rows_tried(self) -> int:
+        """As ``rows_run``, with those that an interrupted search had run before."""
+        return sum(self._asked.values())
+
     def _lines(self) -> list[dict[str, Any]]:
+        """The journal's lines; one that was being written when the process died is cut off."""
         if self.journal is None or not self.journal.is_file():
             return []
+        mend_last_line(self.journal)
         lines = []
-        for line in self.journal.read_text("utf-8").splitlines():
+        for number, line in enumerate(self.journal.read_bytes().splitlines(), 1):
             try:
-                lines.append(json.loads(line))
-            except ValueError:
-                continue  # a line that was being written when the process died
+                one = json.loads(line)
+                lines.append({"key": one["key"], "text": one["text"], "from": one["from"], "kl": list(one["kl"])})
+            except (ValueError, KeyError, TypeError, RecursionError):
+                where = f"{self.journal}:{number}"
+                raise InputError("the line is damaged", where=where, fix="delete the file to start over") from None
         return lines
 
     def _written(self, kept: Collection[int]) -> tuple[str, Encoded | None]:
@@ -110,6 +119,7 @@ class Trials:
         if encoded is None:
             return float("inf")
         known = self._sums.setdefault(key, [])
+        self._asked[key] = max(wanted, self._asked.get(key, 0))
         if len(known) < wanted:
             self._run(key, encoded, known, wanted)
         return sum(known[:wanted]) / sum(self._counts[:wanted])
@@ -125,9 +135,7 @@ class Trials:
         known += sums
         self.rows_run += len(rows)
         if self.journal is not None:
-            self.journal.parent.mkdir(parents=True, exist_ok=True)
-            with self.journal.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": self.key, "text": key, "from": first, "kl": sums}) + "\n")
+            append_line(self.journal, json.dumps({"key": self.key, "text": key, "from": first, "kl": sums}))
 
     def _prefix(self, ids: Sequence[int]) -> Prefix:
         """Keys and values of a text, from those of the kept one that it shares the most tokens with."""

@@ -29,6 +29,9 @@ _PLACE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.E
 WRITING = ".writing"
 """A lock file in a folder that is not whole yet."""
 
+REPLACED = ".old"
+"""What the name of a folder ends in while another takes its place."""
+
 RELATIVE = "paths are relative to the config file"
 
 
@@ -151,6 +154,30 @@ def write_jsonl(path: Path | str, rows: list[Any]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file and wait until it is on disk; on failure nothing of it is left. Raises KvoptError."""
+    data = (line + "\n").encode("utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:
+            start = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(start)
+                raise
+    except OSError as error:
+        raise write_error(error, path) from error
+
+
+def mend_last_line(path: Path) -> None:
+    """Cut off the last line of a file of lines where a kill left half of it."""
+    if path.is_file() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
+
+
 @contextlib.contextmanager
 def replacing_directory(path: Path | str) -> Iterator[Path]:
     """Yield an empty folder beside ``path`` that takes its place when the block ends without an error. What a killed
@@ -197,6 +224,9 @@ def _remove_leftovers(path: Path) -> None:
     """Delete the half-written folders for ``path`` that no process is writing."""
     ours = re.compile(rf"\.{re.escape(path.name)}\.[^.]+\.partial(\.old)?")
     for leftover in [child for child in path.parent.iterdir() if ours.fullmatch(child.name) and child.is_dir()]:
+        if leftover.name.endswith(REPLACED) and not path.exists():
+            os.rename(leftover, path)  # the process died between two renames
+            continue
         with contextlib.suppress(LockHeld, InputError, OSError):
             with acquire_lock(leftover / WRITING, wait=False):
                 pass
@@ -208,7 +238,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
     if not path.exists():
         os.rename(temporary, path)
         return
-    old = temporary.with_name(temporary.name + ".old")
+    old = temporary.with_name(temporary.name + REPLACED)
     os.rename(path, old)
     try:
         os.rename(temporary, path)
@@ -219,8 +249,14 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 
 
 def remove_partials(directory: Path | str) -> None:
-    """Delete what a killed process left half-written under ``directory``."""
+    """Delete what a killed process left half-written under ``directory``; a folder that was about to be replaced is put
+    back.
+    """
     for leftover in list(Path(directory).rglob(".*.partial*")):
+        replaced = re.fullmatch(r"\.(.+)\.[^.]+\.partial" + re.escape(REPLACED), leftover.name)
+        if replaced and not (place := leftover.with_name(replaced[1])).exists():
+            os.rename(leftover, place)
+            continue
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 

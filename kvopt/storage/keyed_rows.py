@@ -18,11 +18,22 @@ def stored_rows(path: Path, key: str, count: int) -> list[dict[str, Any]] | None
     try:
         text = path.read_bytes().decode("utf-8")
         rows = [json.loads(line) for line in text.split("\n")[:-1]]  # answers may hold other ends of lines
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if len(rows) != count or any(not isinstance(row, dict) or row.get(KEY) != key for row in rows):
         return None
     return rows
+
+
+def key_of_rows(path: Path) -> str | None:
+    """The key that a file belongs to; None for no file, or a damaged one."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            row = json.loads(file.readline())
+    except (OSError, ValueError, RecursionError):
+        return None
+    key = row.get(KEY) if isinstance(row, dict) else None
+    return key if isinstance(key, str) else None
 
 
 def write_rows(path: Path, key: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 from kvopt.errors import InputError
 from kvopt.mutate.proposals import Proposal, Request
 from kvopt.mutate.validity import Rejection
-from kvopt.storage.files import RELATIVE, read_text
+from kvopt.storage.files import RELATIVE, read_text, sha256_json
 from kvopt.task.template import SLOT, Template
 
 BETWEEN = re.compile(r"^---[ \t]*(?:\r?\n|\Z)", re.M)
@@ -36,6 +36,10 @@ class FileVariants:
         if not self._variants:
             raise InputError("no variants", where=str(path), fix="write at least one")
         self.limit: int | None = len(self._variants)
+
+    def sha256(self) -> str:
+        """Hash of the variants: the file may change while its name does not."""
+        return sha256_json([sources for _, sources in self._variants])
 
     def propose(self, requests: Sequence[Request]) -> list[Proposal]:
         return [self._one(request.turn) for request in requests]
