@@ -113,6 +113,12 @@ def read_mutations(path: Path) -> list[Mutation]:
     return _parse(Path(path))[0]
 
 
+def search_of(path: Path) -> str | None:
+    """Which search a journal is of; None for none, or an empty one."""
+    attempts = read_mutations(path)
+    return attempts[0].search if attempts else None
+
+
 def _parse(path: Path) -> tuple[list[Mutation], int]:
     """The mutations of a journal and how many bytes of it are good."""
     try:

@@ -196,6 +196,7 @@ class TaskMetrics:
                 )
                 for i, example in enumerate(self._examples("validation"))
             ],
+            stands_on=self.task.stands_on,
         )
 
     def write(self, answered: Sequence[ContextAnswers]) -> None:

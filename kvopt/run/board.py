@@ -11,6 +11,7 @@ from kvopt.documents.leaderboard_file import LeaderboardDocument, NoiseFloor
 from kvopt.documents.validated import read_document
 from kvopt.errors import InputError
 from kvopt.measure.score import Score
+from kvopt.mutate.mutation import search_of
 from kvopt.run.answers import ANSWERS, ContextAnswers, TaskMetrics
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
@@ -80,7 +81,7 @@ class Board:
     def _document(self) -> LeaderboardDocument:
         measures, metrics = self._measures, self._measures.metrics
         answers = [metrics.answers(context) for context in self._contexts[:1]] if metrics else []
-        return build_leaderboard(
+        board = build_leaderboard(
             measures.task,
             self._entries,
             self.unreported,
@@ -88,6 +89,8 @@ class Board:
             headlines=metrics.headlines(answers[0]) if answers else (),
             answered=metrics.rows if metrics else 0,
         )
+        board.search = search_of(measures.at.directory / "mutations.jsonl")
+        return board
 
 
 def carried_wordings(task: EncodedTask, at: Workspace, taken: Collection[str]) -> dict[str, TextContext]:

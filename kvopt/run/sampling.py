@@ -76,6 +76,6 @@ def make_samples(
         )
         fed = [s.context.tokens + sum(map(len, s.bodies.rows)) // len(s.bodies.rows) for s in (original, *others)]
         entry.tokens_in, entry.contexts = sum(fed) * len(document.examples), len(fed)
-    document.key = key
+    document.key, document.stands_on = key, task.stands_on
     write_json(at.directory / SAMPLES, document.to_json())
     return document
