@@ -37,6 +37,8 @@ from kvopt.train.pool import PoolContext
 from kvopt.train.settings import arguments, trackers
 from kvopt.train.student import Student, full_student, lora_student, start_from
 
+TRAINING_VERSION = 1
+"""Raise it when the same inputs give another student."""
 COMPLETE = "complete.json"
 WEIGHTS = "trained.safetensors"
 MEASUREMENTS = 5

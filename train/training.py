@@ -22,7 +22,7 @@ from kvopt.run.catalogue import Catalogue
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.run.inputs import Inputs
-from kvopt.storage.files import sha256_json
+from kvopt.storage.files import key_of
 from kvopt.train.distill.own_answers import check_own_answers, with_own_answers
 from kvopt.train.distill.teacher import Teacher, check_teacher, load_teacher, teacher_name
 from kvopt.train.gold import HeldOut
@@ -31,7 +31,7 @@ from kvopt.train.launch import Launch
 from kvopt.train.pool import Pool, PoolContext, build_pool, check_choices, names_of
 from kvopt.train.settings import untracked
 from kvopt.train.student import read_student_record, save_student, weights_of
-from kvopt.train.trainer import train_student
+from kvopt.train.trainer import TRAINING_VERSION, train_student
 
 UNRELATED = {
     "name", "contexts", "start", "accumulation", "gradient_checkpointing", "checkpoint_every", "log_every", "report_to"
@@ -212,7 +212,9 @@ def student_key(
     """Identity of all that a student depends on: base, contexts, rows, settings, seed, and ``more``: teacher, start."""
     settings = config.model_dump(mode="json", exclude=UNRELATED)
     anchor = reference.key if reference else None
-    return sha256_json([settings, pool.sha256(), task.base.identity, str(task.base.dtype), seed, anchor, *more])
+    return key_of(
+        TRAINING_VERSION, [settings, pool.sha256(), task.base.identity, str(task.base.dtype), seed, anchor, *more]
+    )
 
 
 def record_of(task: EncodedTask, order: Order, trained: Trained) -> StudentFacts:

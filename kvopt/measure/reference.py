@@ -23,10 +23,12 @@ from kvopt.base.loading import Base
 from kvopt.base.prefix import Prefix, gold_states
 from kvopt.errors import InputError, KvoptError
 from kvopt.kernels import Head, KLOptions, ReferenceFacts, reference_facts
-from kvopt.storage.files import sha256_json, write_json
+from kvopt.storage.files import key_of, write_json
 from kvopt.storage.tensors import stored_key, write_tensors
 from kvopt.task.seam import Encoded, Row
 
+REFERENCE_VERSION = 1
+"""Raise it when the same inputs give other hidden states."""
 ROWS_PER_SHARD = 256
 INDEX = "index.json"
 FACTS_ROWS = 32
@@ -39,8 +41,9 @@ Progress = Callable[[int], None]
 
 def reference_key(base: Base, encoded: Encoded, batch_size: int) -> str:
     """Identity of all that the reference depends on: base, dtype, token stream, batching."""
-    return sha256_json(
-        [base.identity, str(base.dtype), str(base.device.type), encoded.sha256(), batch_size, ROWS_PER_SHARD]
+    return key_of(
+        REFERENCE_VERSION,
+        [base.identity, str(base.dtype), str(base.device.type), encoded.sha256(), batch_size, ROWS_PER_SHARD],
     )
 
 

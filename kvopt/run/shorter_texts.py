@@ -24,8 +24,8 @@ from kvopt.run.validate import check_length
 from kvopt.shorten.cutting import CutSearch, Shorter
 from kvopt.shorten.importance import Sensitivity, largest_attention, sensitivity
 from kvopt.shorten.pieces import Pieces, take_apart
-from kvopt.shorten.trials import Trials, spread_order
-from kvopt.storage.files import sha256_json, write_json, write_text
+from kvopt.shorten.trials import TRIALS_VERSION, Trials, spread_order
+from kvopt.storage.files import key_of, sha256_json, write_json, write_text
 from kvopt.task.template import Template
 
 FOLDER = "shortened"
@@ -79,7 +79,7 @@ class Shortener:
             literals=config.literals,
         )
         identity = [base.identity, str(base.dtype), task.template.to_json(), task.encoded.sha256()]
-        key = sha256_json([*identity, self._rows_identity(), config.literals])
+        key = key_of(TRIALS_VERSION, [*identity, self._rows_identity(), config.literals])
         self._key = sha256_json([key, config.exchanges, task.config.seed])
         self._trials = Trials(
             base,

@@ -21,7 +21,7 @@ from kvopt.contexts.context import KVContext, SoftContext, TextContext
 from kvopt.contexts.folder import TensorContext, load_context, save_context
 from kvopt.documents.context_record import ContextFacts, LearningPoint
 from kvopt.errors import InputError, counted
-from kvopt.learn.descent import batch_at, optimize
+from kvopt.learn.descent import DESCENT_VERSION, batch_at, optimize
 from kvopt.learn.start_task import StartTask, initial_tensor
 from kvopt.measure.moments import StoredMoments, check_head
 from kvopt.measure.reference import Reference, build_reference, open_reference, reference_key
@@ -29,12 +29,12 @@ from kvopt.measure.score import TokenScores
 from kvopt.mutate.generators import build_generator
 from kvopt.mutate.generators.file import FileVariants
 from kvopt.mutate.mutation import REST, Mutation, read_mutations
-from kvopt.mutate.search import mutate, summary
+from kvopt.mutate.search import RULES_VERSION, mutate, summary
 from kvopt.mutate.validity import REQUEST_FAILED
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.run.shorter_texts import Shortener
-from kvopt.storage.files import sha256_json
+from kvopt.storage.files import key_of
 from kvopt.task.template import Template
 
 MATCHING_ROWS = 64
@@ -127,10 +127,11 @@ def make_mutations(
         shorten=lengths_of(section.generator, shortener),
         folder=task.inputs.base_dir,
     )
-    key = sha256_json(
+    key = key_of(
+        RULES_VERSION,
         [task.template.to_json(), section.identity(), scope, seed, task.tokens_identity]
         + ([base.identity, str(base.dtype)] if by_base else [])
-        + ([generator.sha256()] if isinstance(generator, FileVariants) else [])
+        + ([generator.sha256()] if isinstance(generator, FileVariants) else []),
     )
     at.directory.begin("mutations", key, *MUTATION_PATHS)
     journal = at.directory / MUTATION_PATHS[0]
@@ -257,7 +258,8 @@ def make_learned(
     }
     if (select := task.config.score.select) != "kl":
         settings["select"] = select
-    key = sha256_json(
+    key = key_of(
+        DESCENT_VERSION,
         [
             settings,
             list(ids),
@@ -266,7 +268,7 @@ def make_learned(
             moments.key if moments else reference.key,
             train.sha256(),
             held_out.sha256(),
-        ]
+        ],
     )
     folder = at.directory / "contexts" / config.name
     checkpoint = at.directory / ".state" / f"{config.name}.safetensors"

@@ -27,6 +27,8 @@ from kvopt.storage.files import append_line, mend_last_line
 from kvopt.task.examples import Example
 from kvopt.task.seam import Encoded, Encoder, common_prefix
 
+TRIALS_VERSION = 1
+"""Raise it when the same inputs give another KL of a shortened text."""
 TEXTS_KEPT = 256
 SLOTS_KEPT = 16_384
 """Tokens of texts whose keys and values are kept, for texts that begin alike and for more rows of the same."""

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +268,13 @@ def sha256_bytes(data: bytes) -> str:
 def sha256_json(value: Any) -> str:
     """Hex SHA-256 of the canonical JSON of ``value``."""
     return sha256_bytes(canonical_json(value).encode("utf-8"))
+
+
+def key_of(version: int, parts: Sequence[Any]) -> str:
+    """As :func:`sha256_json`, of what a result depends on and the version of the code that computes it. The first
+    version adds nothing, so results from before keys had versions keep theirs.
+    """
+    return sha256_json([*parts, {"version": version}] if version > 1 else list(parts))
 
 
 def sha256_file(path: Path | str) -> str:

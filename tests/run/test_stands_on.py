@@ -16,7 +16,7 @@ from kvopt.report import report_of, write_report
 from kvopt.report.reading import read_run
 from kvopt.run.run import Run
 from kvopt.train.commands import evaluate_all, train_students
-from tests.jobs import write_job
+from tests.jobs import stages_in, write_job
 from tests.report.made import change, write_run
 from tests.tiny import save_tiny
 from tests.train.evaluated import open_evaluated, student
@@ -169,3 +169,31 @@ def test_a_study_of_another_template_is_left_out(tmp_path: Path) -> None:
     change(run / "study.json", **study | {"stands_on": {"template_sha256": "B"}})
     assert read_run(run).study is None
     assert "study.json: another template" in left_out(run)
+
+
+@pytest.mark.parametrize(
+    ("version", "stages"),
+    [
+        ("kvopt.measure.reference.REFERENCE_VERSION", {"reference", "scores/", "contexts/kv-8", "samples"}),
+        ("kvopt.run.scoring.SCORES_VERSION", {"scores/"}),
+        ("kvopt.run.stages.DESCENT_VERSION", {"contexts/kv-8"}),
+        ("kvopt.run.stages.RULES_VERSION", {"mutations"}),
+        ("kvopt.run.answers.ANSWERS_VERSION", {"answers/"}),
+        ("kvopt.run.sampling.SAMPLES_VERSION", {"samples"}),
+        ("kvopt.train.training.TRAINING_VERSION", {"students/s1"}),
+        (None, set()),
+    ],
+)
+def test_a_newer_version_of_the_code_that_computes_a_result_computes_it_again(
+    measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None, stages: set[str]
+) -> None:
+    config, out = measured
+    out = Path(shutil.copytree(out, tmp_path / "out"))
+    (out / "ledger.jsonl").unlink()
+    if version is not None:
+        monkeypatch.setattr(version, 2)
+    with opened(config, out).opened() as run:
+        run.run()
+    train_students(opened(config, out))
+    worked = stages_in(out) if (out / "ledger.jsonl").is_file() else []
+    assert {stage.partition("/")[0] + "/" if "." in stage else stage for stage in worked} == stages
