@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvopt.errors import InputError
-from kvopt.storage.files import write_bytes, write_error
+from kvopt.storage.files import parsed_json, write_bytes, write_error
 from kvopt.task.template import Message, Template
 
 
@@ -130,7 +130,7 @@ def _parse(path: Path) -> tuple[list[Mutation], int]:
     for i, line in enumerate(lines[:-1]):
         where = f"{path}:{i + 1}"
         try:
-            mutation = Mutation.from_json(json.loads(line.decode("utf-8")), where=where)
+            mutation = Mutation.from_json(parsed_json(line.decode("utf-8")), where=where)
         except (ValueError, InputError):
             if i == len(lines) - 2 and not lines[-1]:
                 break

@@ -7,7 +7,6 @@ run that is continued ends in the same bytes as one that was not.
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import shutil
 import time
@@ -27,7 +26,15 @@ from kvopt.documents.validated import first_fault
 from kvopt.errors import InputError, KvoptError
 from kvopt.kernels.memory import peak_resident
 from kvopt.run.put_aside import UNNAMED, Kept
-from kvopt.storage.files import append_line, canonical_json, mend_last_line, remove_partials, write_error, write_json
+from kvopt.storage.files import (
+    append_line,
+    canonical_json,
+    mend_last_line,
+    parsed_json,
+    remove_partials,
+    write_error,
+    write_json,
+)
 from kvopt.storage.keyed_rows import key_of_rows, stored_rows
 from kvopt.storage.locks import LockHeld, acquire_lock
 from kvopt.version import VERSION
@@ -86,8 +93,8 @@ class RunDirectory:
         if not path.is_file():
             return
         try:
-            manifest = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            manifest = parsed_json(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
             raise _damaged(path, str(error)) from None
         if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
             raise InputError(

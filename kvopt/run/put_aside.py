@@ -7,7 +7,6 @@ step is one rename, in an order that a process killed between two of them is con
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from kvopt.documents.kept_file import KeptRecord
 from kvopt.documents.validated import read_document
-from kvopt.storage.files import file_name, fsync_directory, sha256_json, write_error, write_json
+from kvopt.storage.files import file_name, fsync_directory, parsed_json, sha256_json, write_error, write_json
 
 FOLDER = ".kept"
 RECORD = "kept.json"
@@ -155,9 +154,9 @@ class Kept:
 def own_key(path: Path) -> str:
     """What a result says of what it depends on; where it says nothing, a hash of its files' names and sizes."""
     for record in [path / name for name in RECORDS] if path.is_dir() else [path]:
-        with suppress(OSError, ValueError, RecursionError):
+        with suppress(OSError, ValueError):
             text = record.read_text("utf-8")
-            value = json.loads(text.partition("\n")[0] if path.suffix == ".jsonl" else text)
+            value = parsed_json(text.partition("\n")[0] if path.suffix == ".jsonl" else text)
             if isinstance(value, dict) and (own := next((value[name] for name in OWN if value.get(name)), None)):
                 return str(own)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]

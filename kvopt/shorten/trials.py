@@ -23,7 +23,7 @@ from kvopt.errors import InputError
 from kvopt.measure.reference import Reference
 from kvopt.measure.score import score_prefix
 from kvopt.shorten.pieces import Pieces
-from kvopt.storage.files import append_line, mend_last_line
+from kvopt.storage.files import append_line, mend_last_line, parsed_json
 from kvopt.task.examples import Example
 from kvopt.task.seam import Encoded, Encoder, common_prefix
 
@@ -83,9 +83,9 @@ class Trials:
         lines = []
         for number, line in enumerate(self.journal.read_bytes().splitlines(), 1):
             try:
-                one = json.loads(line)
+                one = parsed_json(line)
                 lines.append({"key": one["key"], "text": one["text"], "from": one["from"], "kl": list(one["kl"])})
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError):
                 where = f"{self.journal}:{number}"
                 raise InputError("the line is damaged", where=where, fix="delete the file to start over") from None
         return lines

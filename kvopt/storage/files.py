@@ -59,10 +59,18 @@ def read_text(path: Path, fix: str | None = None) -> str:
         raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
 
 
+def parsed_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError for anything else, and for what is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises InputError for anything else."""
     try:
-        value = json.loads(read_text(path))
+        value = parsed_json(read_text(path))
     except ValueError as error:
         raise InputError(f"cannot be read as JSON: {error}", where=str(path)) from None
     if not isinstance(value, dict):
