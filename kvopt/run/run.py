@@ -34,7 +34,7 @@ from kvopt.measure.score import Score, TokenScores
 from kvopt.mutate.mutation import Mutation
 from kvopt.run import scoring, stages
 from kvopt.run.answers import TaskMetrics, task_metrics
-from kvopt.run.board import Board, Measures, carried_wordings, put_on_board
+from kvopt.run.board import Board, Measures, carried_wordings, earlier_wordings, put_on_board
 from kvopt.run.catalogue import Catalogue, accepted_mutation
 from kvopt.run.directory import RunDirectory, Workspace
 from kvopt.run.encoded_task import EncodedTask, encode_task
@@ -361,7 +361,8 @@ class Run:
             shown: called with the leaderboard after each context.
         """
         task, best = self.task(), self.config.score.best
-        written, board = self.written(), Board(self.measures(), shown)
+        written = self.written()
+        board = Board(self.measures(), shown, earlier_wordings(task, self.at))
         at_once, later = stages.by_cost(task)
         board.add(task.original, task.none, *written.values())
         for config in at_once:

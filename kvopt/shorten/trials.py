@@ -30,6 +30,10 @@ from kvopt.task.seam import Encoded, Encoder, common_prefix
 TRIALS_VERSION = 1
 """Raise it when the same inputs give another KL of a shortened text."""
 TEXTS_KEPT = 256
+STRIDE = 64
+"""Texts are run in stretches of so many tokens, and texts that begin alike share whole stretches. So no bit depends on
+which texts were tried before, and an interrupted search ends as one that was not.
+"""
 SLOTS_KEPT = 16_384
 """Tokens of texts whose keys and values are kept, for texts that begin alike and for more rows of the same."""
 
@@ -140,17 +144,19 @@ class Trials:
             append_line(self.journal, json.dumps({"key": self.key, "text": key, "from": first, "kl": sums}))
 
     def _prefix(self, ids: Sequence[int]) -> Prefix:
-        """Keys and values of a text, from those of the kept one that it shares the most tokens with."""
+        """Keys and values of a text, from those of the kept one that it shares the most stretches with."""
         ids = tuple(ids)
         if ids in self._prefixes:
             return self._prefixes[ids]
         best, shared = empty_prefix(self.base), 0
         for other, prefix in self._prefixes.items():
-            same = common_prefix([ids, other], min(len(ids), len(other)))
+            same = common_prefix([ids, other], min(len(ids), len(other))) // STRIDE * STRIDE
             if same > shared:
                 best, shared = prefix, same
-        rest = torch.tensor(ids[shared:], dtype=torch.int64, device=self.base.device)
-        result = prefill_after(self.base, best.first(shared), rest)
+        result = best.first(shared)
+        for start in range(shared, len(ids), STRIDE):
+            stretch = torch.tensor(ids[start : start + STRIDE], dtype=torch.int64, device=self.base.device)
+            result = prefill_after(self.base, result, stretch)
         self._prefixes[ids] = result
         self._prefixes.move_to_end(ids)
         while len(self._prefixes) > 1 and sum(map(len, self._prefixes)) > SLOTS_KEPT:

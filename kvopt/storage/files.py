@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -31,6 +32,9 @@ WRITING = ".writing"
 
 REPLACED = ".old"
 """What the name of a folder ends in while another takes its place."""
+
+LONG_NAME = 150
+"""Bytes of a file's name, after which its half-written form has a hash in its place: names have at most 255."""
 
 RELATIVE = "paths are relative to the config file"
 
@@ -121,11 +125,14 @@ def fsync_directory(directory: Path) -> None:
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
-    """Replace ``path`` by ``data`` atomically; on failure the old file stays and nothing else does."""
+    """Replace ``path`` by ``data`` atomically; on failure the old file stays and nothing else does. What a process of
+    this machine that died left there for the same ``path`` is removed.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        _remove_partial_files(path)
+        fd, name = tempfile.mkstemp(prefix=_partial_start(path, os.getpid()), suffix=".partial", dir=path.parent)
         try:
             with os.fdopen(fd, "wb") as file:
                 file.write(data)
@@ -140,6 +147,25 @@ def write_bytes(path: Path | str, data: bytes) -> None:
         fsync_directory(path.parent)
     except OSError as error:
         raise write_error(error, path) from error
+
+
+def _partial_start(path: Path, process: int) -> str:
+    """How the name of a half-written file for ``path`` begins: it tells who writes it, a process of which machine."""
+    machine = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+    name = path.name if len(path.name.encode()) <= LONG_NAME else sha256_bytes(path.name.encode())[:16]
+    return f".{name}.{machine}-{process}-"
+
+
+def _remove_partial_files(path: Path) -> None:
+    """Delete half-written files for ``path`` whose writer, a process of this machine, is gone."""
+    start = _partial_start(path, 0).removesuffix("0-")
+    for child in path.parent.iterdir():
+        if child.name.startswith(start) and child.name.endswith(".partial"):
+            import psutil
+
+            process = child.name.removeprefix(start).partition("-")[0]
+            if process.isdecimal() and not psutil.pid_exists(int(process)):
+                child.unlink(missing_ok=True)
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -147,6 +147,7 @@ class Fuzz:
         self.table[case.kind, "fault" if fault else f"exit code {ended.code}"] += 1
         if fault:
             self.faults.append(f"case {number} ({case.kind}): {fault}")
+            print(self.faults[-1], file=sys.stderr, flush=True)
         return ended
 
 

@@ -14,9 +14,9 @@ import re
 import resource
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -61,36 +61,42 @@ class Outcome:
 
 def run(arguments: list[str], folder: Path, stop: Stop | None = None) -> Outcome:
     """One command of kvopt in ``folder``, to its end or to where it is stopped."""
-    calls_file, said_file = (Path(tempfile.mkstemp(prefix="kvopt-stopped-")[1]) for _ in range(2))
+    calls, said = os.pipe(), os.pipe()  # no files: the limit on the size of files must not stop what is said
     child = os.fork()
     if child == 0:
-        _in_child(arguments, folder, stop, calls_file, said_file)
-    begin = time.monotonic()
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            break
-        passed = time.monotonic() - begin
-        if passed > LONGEST or (stop and stop.how == "after" and passed > stop.seconds):
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            break
-        time.sleep(0.002)
-    calls, said = calls_file.read_text().splitlines(), said_file.read_text(errors="replace")
-    calls_file.unlink()
-    said_file.unlink()
+        _in_child(arguments, folder, stop, calls[1], said[1])
+    os.close(calls[1])
+    os.close(said[1])
+    with ThreadPoolExecutor(2) as readers:
+        texts = [readers.submit(_read, pipe[0]) for pipe in (calls, said)]
+        begin = time.monotonic()
+        while True:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                break
+            passed = time.monotonic() - begin
+            if passed > LONGEST or (stop and stop.how == "after" and passed > stop.seconds):
+                os.kill(child, signal.SIGKILL)
+                _, status = os.waitpid(child, 0)
+                break
+            time.sleep(0.002)
+        seen, words = (text.result() for text in texts)
     if time.monotonic() - begin > LONGEST:
-        raise SystemExit(f"kvopt {' '.join(arguments)} hangs: {said[-500:]}")
-    return Outcome(os.waitstatus_to_exitcode(status), calls, said)
+        raise SystemExit(f"kvopt {' '.join(arguments)} hangs: {words[-500:]}")
+    return Outcome(os.waitstatus_to_exitcode(status), seen.splitlines(), words)
 
 
-def _in_child(arguments: list[str], folder: Path, stop: Stop | None, calls: Path, said: Path) -> None:
+def _read(descriptor: int) -> str:
+    with os.fdopen(descriptor, errors="replace") as pipe:
+        return pipe.read()
+
+
+def _in_child(arguments: list[str], folder: Path, stop: Stop | None, report: int, said: int) -> None:
     code = 3
     try:
         os.chdir(folder)
         for stream in (1, 2):
-            os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), stream)
-        report = os.open(calls, os.O_WRONLY | os.O_APPEND)
+            os.dup2(said, stream)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if stop and stop.how == "inside":
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
@@ -117,9 +123,9 @@ def _hook(folder: str, report: int, stop: Stop | None) -> Callable[[str, tuple[o
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal count
-        if event not in CHANGING:
+        if event not in CHANGING or not isinstance(arguments[0], str | bytes | os.PathLike):
             return
-        path = os.path.abspath(str(arguments[0]))
+        path = os.path.abspath(os.fsdecode(arguments[0]))
         if not path.startswith(folder):
             return
         if event == "open" and not int(str(arguments[2] or 0)) & (os.O_WRONLY | os.O_RDWR):
