@@ -1,7 +1,8 @@
 """kvopt from Python, in one call each: learn a context for a template, compare learned with sampled contexts, export.
 
 Every call works in a folder that the command line reads too: ``kvopt.yaml``, ``examples.jsonl`` and the run directory
-``run/``. A second call with the same arguments finds everything done.
+``run/``. The folder is named by a hash of the call's arguments and files, so a second call with the same ones finds
+everything done, and another call never works in the same folder.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from kvopt.config.document import load_config
 from kvopt.errors import InputError
 from kvopt.export.writing import export
 from kvopt.run.run import Run
-from kvopt.storage.files import write_jsonl, write_text
+from kvopt.storage.files import canonical_json, sha256_file, sha256_json, write_jsonl, write_text
 
 __all__ = ["Comparison", "LearnedContext", "compare_contexts", "export_context", "optimize_context"]
 
 OURS = "# Written by a call of kvopt from Python; the next call in this folder writes it anew.\n"
+CALL = "# call: "
+HASH_DIGITS = 12
 PLACES = ("context:", "text:")  # beginnings of a context's init that go on with a path
 
 TemplateLike = str | Sequence[Mapping[str, str]]
@@ -85,7 +88,7 @@ def optimize_context(
     base: str = "smollm2-135m",
     kind: str = "kv",
     tokens: int | None = None,
-    out: str | Path = "runs/context",
+    out: str | Path | None = None,
     validation: Examples | None = None,
     settings: Mapping[str, Any] | None = None,
     **context: Any,
@@ -98,7 +101,7 @@ def optimize_context(
             unless ``validation`` is given.
         base: the built-in model, a hub id, a folder, or a .gguf file.
         kind, tokens: kv or soft, and how many slots (default: as many as its starting text has tokens).
-        out: the folder to work in.
+        out: the folder to work in, which must not hold the results of another call; default: ``runs/context-HASH``.
         settings: further sections of the config, as in YAML.
         context: further settings of the context: init, steps, learning_rate, batch_size, …
 
@@ -107,7 +110,7 @@ def optimize_context(
     """
     entry = {"name": f"{kind}-{tokens or 'all'}", "kind": kind, **({"tokens": tokens} if tokens else {}), **context}
     tree = _config(template, base, {"contexts": [entry], "mutations": {"count": 0}, **_settings(settings)})
-    with _run(tree, examples, validation, Path(out)).opened() as run:
+    with _run(tree, examples, validation, out, "context").opened() as run:
         (learned,) = run.learned([entry["name"]])
         score = run.score(learned)
         folder = run.directory / "contexts" / learned.name
@@ -124,7 +127,7 @@ def compare_contexts(
     base: str = "smollm2-135m",
     contexts: Sequence[Mapping[str, Any]] = (),
     mutations: int | Mapping[str, Any] = 8,
-    out: str | Path = "runs/comparison",
+    out: str | Path | None = None,
     validation: Examples | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Comparison:
@@ -134,7 +137,8 @@ def compare_contexts(
         contexts: as in the config: ``{"name", "kind", "tokens", "init", "steps", …}``, or ``{"text": FILE}`` for
             a wording of your own; a name is made where there is none.
         mutations: how many mutations by rules, or the config's whole section.
-        template, examples, base, out, validation, settings: as for :func:`optimize_context`.
+        out: as for :func:`optimize_context`; default: ``runs/comparison-HASH``.
+        template, examples, base, validation, settings: as for :func:`optimize_context`.
 
     Raises:
         InputError: something of this is wrong, in one line.
@@ -148,7 +152,7 @@ def compare_contexts(
     if not isinstance(mutations, int):
         section = _mapping(mutations, "mutations", '8, or {"count": 8}')
     tree = _config(template, base, {"contexts": entries, "mutations": section, **_settings(settings)})
-    with _run(tree, examples, validation, Path(out)).opened() as run:
+    with _run(tree, examples, validation, out, "comparison").opened() as run:
         return Comparison(run.directory.path, run.run().to_json())
 
 
@@ -215,37 +219,87 @@ def _placed(entry: Mapping[str, Any]) -> dict[str, Any]:
     return dict(entry)
 
 
-def _run(tree: dict[str, Any], examples: Examples, validation: Examples | None, out: Path) -> Run:
-    """Write the config and the rows into ``out`` and open the run on them."""
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or _is_ours(out / "kvopt.yaml"))):
-        raise InputError("already exists and is not from such a call", where=str(out), fix="choose another out")
+def _run(
+    tree: dict[str, Any], examples: Examples, validation: Examples | None, out: str | Path | None, what: str
+) -> Run:
+    """Write the config and the rows into the call's folder and open the run on them."""
     if not isinstance(examples, str | Path | Collection):
         raise InputError(f"must be rows or a file of them, not {examples!r}", where="examples")
-    write_text(out / "kvopt.yaml", OURS)  # first, so that a call that fails below can be put right and made again
-    for name, rows in (("train", examples), ("validation", validation)):
-        if rows is not None:
-            tree["data"][name] = _stored(rows, out, "examples.jsonl" if name == "train" else "validation.jsonl")
+    data = {"train": _rows(examples, "examples")}
+    if validation is not None:
+        data["validation"] = _rows(validation, "validation")
     if "limit" not in tree["data"] and not isinstance(examples, str | Path):
         tree["data"]["limit"] = {"selection": max(1, min(32, len(examples) // 4))}
-    write_text(out / "kvopt.yaml", OURS + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
-    config, base_dir = load_config(out / "kvopt.yaml")
-    return Run(config, base_dir, out / "run")
+    call = _name_of_call([what, _as_yaml(tree), {name: _content(rows) for name, rows in data.items()}, _files(tree)])
+    folder = Path("runs") / f"{what}-{call}" if out is None else Path(out)
+    _check_free(folder, call)
+    for name, rows in data.items():
+        file = "examples.jsonl" if name == "train" else "validation.jsonl"
+        if not isinstance(rows, str):
+            write_jsonl(folder / file, rows)
+        tree["data"][name] = rows if isinstance(rows, str) else file
+    write_text(folder / "kvopt.yaml", f"{OURS}{CALL}{call}\n{_as_yaml(tree)}")
+    config, base_dir = load_config(folder / "kvopt.yaml")
+    return Run(config, base_dir, folder / "run")
 
 
-def _is_ours(config: Path) -> bool:
-    """Whether a config was written here; one of ``kvopt init`` or of a user's own is not written over."""
-    return config.is_file() and config.read_bytes().startswith(OURS.encode())
+def _check_free(folder: Path, call: str) -> None:
+    """Refuse a folder that no call wrote, or in which another call has results."""
+    if not folder.exists():
+        return
+    config = folder / "kvopt.yaml"
+    head = config.read_bytes()[:200].decode("utf-8", "replace") if config.is_file() else ""
+    if not folder.is_dir() or (any(folder.iterdir()) and not head.startswith(OURS)):
+        raise InputError("already exists and is not from such a call", where=str(folder), fix="choose another out")
+    before = head.partition(CALL)[2].partition("\n")[0]
+    if before not in ("", call) and (folder / "run" / "manifest.json").exists():
+        fix = "choose another out, or leave it out: each call then has a folder of its own"
+        raise InputError("holds the results of a call with other arguments", where=str(folder), fix=fix)
 
 
-def _stored(rows: Examples, out: Path, name: str) -> str:
-    """Where the rows are, for the config: a file's own place, or the one they are written to."""
+def _rows(rows: Examples, where: str) -> str | list[dict[str, Any]]:
+    """The rows themselves, or where they are: a file's own place, or the name of a data set."""
     if isinstance(rows, Path):
         return str(rows.resolve())
     if isinstance(rows, str):
         return str(Path(rows).resolve()) if Path(rows).exists() else rows
     try:
-        write_jsonl(out / name, [dict(row) for row in rows])
+        plain = [dict(row) for row in rows]
+        canonical_json(plain)
     except (TypeError, ValueError) as error:
-        what = f"rows must be mappings of plain values: {error}"
-        raise InputError(what, where="validation" if name == "validation.jsonl" else "examples") from None
-    return name
+        raise InputError(f"rows must be mappings of plain values: {error}", where=where) from None
+    return plain
+
+
+def _content(rows: str | list[dict[str, Any]]) -> Any:
+    """What rows are, for the name of a call: themselves, or their place with a hash of what is there."""
+    return [rows, _sha256_of(Path(rows))] if isinstance(rows, str) else rows
+
+
+def _files(tree: Mapping[str, Any]) -> list[str | None]:
+    """Hashes of the files and folders that the contexts of a call name."""
+    entries = tree["contexts"] if isinstance(tree["contexts"], list | tuple) else []
+    known = [entry for entry in entries if isinstance(entry, Mapping)]
+    named = [value for entry in known for value in (entry.get("text"), entry.get("init")) if isinstance(value, str)]
+    return [_sha256_of(Path(value.partition(":")[2] or value)) for value in named]
+
+
+def _sha256_of(path: Path) -> str | None:
+    """Hash of a file, or of all files of a folder; None for neither."""
+    if path.is_file():
+        return sha256_file(path)
+    if not path.is_dir():
+        return None
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    return sha256_json([[str(file.relative_to(path)), sha256_file(file)] for file in files])
+
+
+def _as_yaml(tree: Mapping[str, Any]) -> str:
+    try:
+        return yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True)
+    except yaml.YAMLError as error:
+        raise InputError(f"must be plain values: {' '.join(str(error).split())[:200]}", where="settings") from None
+
+
+def _name_of_call(parts: Sequence[Any]) -> str:
+    return sha256_json(parts)[:HASH_DIGITS]

@@ -89,8 +89,8 @@ def run_job(config: Path, out: Path, sets: tuple[str, ...] = ()) -> dict[str, An
 
 
 def artefacts(out: Path) -> dict[str, bytes]:
-    """The bytes of every file of a run but those that hold times."""
-    files = (path for path in sorted(out.rglob("*")) if path.is_file())
+    """The bytes of every file of a run but those that hold times, and those that are put aside."""
+    files = (path for path in sorted(out.rglob("*")) if path.is_file() and ".kept" not in path.parts)
     return {str(p.relative_to(out)): p.read_bytes() for p in files if p.name not in NOT_COMPARED}
 
 

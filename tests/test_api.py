@@ -59,8 +59,36 @@ def test_a_second_call_finds_everything_done(learn: Any, tmp_path: Path) -> None
     assert stages_in(tmp_path / "out" / "run") == stages
 
 
-def test_other_arguments_learn_again(learn: Any) -> None:
-    assert learn(tokens=6).kl != learn(tokens=6, steps=5, learning_rate=0.02).kl
+def test_calls_with_other_arguments_rows_or_files_never_share_a_folder(
+    learn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", rows()[:16])
+    (tmp_path / "start.txt").write_text("Sort the message into a label.", "utf-8")
+    limit = {"data": {"limit": {"selection": 3, "validation": 4}}}
+    calls: list[dict[str, Any]] = [
+        {},
+        {"steps": 5, "learning_rate": 0.02},
+        {"examples": rows()[:18]},
+        {"examples": tmp_path / "rows.jsonl", "settings": limit},
+        {"init": "text:start.txt", "tokens": None},
+    ]
+    first = [learn(**call, out=None) for call in calls]
+    bytes_of = [(context.folder / "adapter_model.safetensors").read_bytes() for context in first]
+    assert len({context.folder for context in first}) == len(calls)
+    assert all(context.folder.parts[:1] == ("runs",) for context in first)
+    write_rows(tmp_path / "rows.jsonl", rows()[:15])
+    (tmp_path / "start.txt").write_text("Sort it into a label, please.", "utf-8")
+    second = [learn(**call, out=None) for call in calls]
+    assert [a.folder == b.folder for a, b in zip(first, second, strict=True)] == [True, True, True, False, False]
+    assert [(context.folder / "adapter_model.safetensors").read_bytes() for context in first] == bytes_of
+
+
+def test_a_folder_with_another_calls_results_is_refused_and_stays(learn: Any, tmp_path: Path) -> None:
+    first = learn()
+    with pytest.raises(InputError, match=r"holds the results of a call with other arguments \(choose another out, or"):
+        learn(steps=5)
+    assert learn().kl == first.kl
 
 
 def test_text_templates_files_of_rows_and_validation_rows_work(tmp_path: Path) -> None:

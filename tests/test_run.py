@@ -181,7 +181,7 @@ def test_a_context_that_starts_from_another_follows_its_changes(copied, tmp_path
     assert stages_in(out)[:3] == ["contexts/kv-8", "scores/kv-8.validation", "contexts/heir"]
 
 
-def test_what_the_config_no_longer_has_is_removed(copied, tmp_path):
+def test_what_the_config_no_longer_has_leaves_its_place(copied, tmp_path):
     config, out = copied
 
     def fewer(c):

@@ -29,7 +29,15 @@ from kvopt.train.evaluation.models import subjects
 from kvopt.train.evaluation.probes import load_probes
 from kvopt.train.launch import Launch
 from kvopt.train.study.study import StudyRunner
-from kvopt.train.training import check_student, chosen, contexts_of, make_students, needs_reference, train_ordered
+from kvopt.train.training import (
+    check_student,
+    chosen,
+    contexts_of,
+    make_students,
+    needs_reference,
+    student_paths,
+    train_ordered,
+)
 
 
 def train_students(run: Run, only: Sequence[str] = ()) -> list[StudentRecord] | None:
@@ -48,6 +56,7 @@ def train_students(run: Run, only: Sequence[str] = ()) -> list[StudentRecord] | 
     if launch.is_first:
         with run.opened():
             records = train_chosen(run, configs, launch)
+            set_aside_others(run)
         launch.share(None)
         return records
     train_ordered(run.task(), run.silent(), launch)  # the first process speaks for all
@@ -59,6 +68,16 @@ def train_chosen(run: Run, configs: Sequence[StudentConfig], launch: Launch | No
     catalogue = run.catalogue(contexts_of(run.inputs, configs))
     reference = run.whole_reference() if needs_reference(configs) else None
     return make_students(catalogue, configs, reference, run.at, launch)
+
+
+def set_aside_others(run: Run) -> None:
+    """Put aside the students of an open run that its config no longer names, with what was measured of them. What was
+    written there by hand or by another command (a soup) is none of the run's students and stays.
+    """
+    named = {student.name for student in trained_students(run.config)}
+    for stage in [stage for stage in run.directory.manifest.stages if stage.startswith("students/")]:
+        if (name := stage.removeprefix("students/")) not in named:
+            run.directory.set_aside(stage, *student_paths(name))
 
 
 def evaluator_of(
@@ -129,4 +148,6 @@ def study_runner(run: Run) -> StudyRunner:
 
 def conduct_study(run: Run, report: Callable[[StudyDocument], None] | None = None) -> StudyDocument:
     """``kvopt study`` in an open run: train and evaluate what is missing; returns the document of ``study.json``."""
-    return study_runner(run).conduct(report)
+    document = study_runner(run).conduct(report)
+    set_aside_others(run)
+    return document

@@ -7,7 +7,6 @@ there and belongs to this job, so a process may be killed while it writes one.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from kvopt.base.loading import Base, enable_checkpointing
 from kvopt.config.students import StudentConfig
 from kvopt.errors import KvoptError
-from kvopt.storage.files import write_error, write_json
+from kvopt.storage.files import parsed_json, write_error, write_json
 from kvopt.train.context_loss import ContextLoss
 from kvopt.train.distill.drawn_answers import OnPolicyLoss
 from kvopt.train.gold import gold_nll
@@ -37,6 +36,8 @@ from kvopt.train.pool import PoolContext
 from kvopt.train.settings import arguments, trackers
 from kvopt.train.student import Student, full_student, lora_student, start_from
 
+TRAINING_VERSION = 1
+"""Raise it when the same inputs give another student."""
 COMPLETE = "complete.json"
 WEIGHTS = "trained.safetensors"
 MEASUREMENTS = 5
@@ -102,7 +103,7 @@ def last_checkpoint(folder: Path, key: str) -> Path | None:
     checkpoints = []
     for path in folder.glob("checkpoint-*"):
         try:
-            complete = json.loads((path / COMPLETE).read_text("utf-8"))
+            complete = parsed_json((path / COMPLETE).read_text("utf-8"))
         except (OSError, ValueError):
             continue
         if complete.get("key") == key:
@@ -252,7 +253,7 @@ class StudentTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(tensors[name])
-        state = json.loads((folder / COMPLETE).read_text("utf-8"))
+        state = parsed_json((folder / COMPLETE).read_text("utf-8"))
         self.stages, self.loss.counted = state["stages"], state["counted"]
         self.held_out = state.get("held_out", [])
 

@@ -22,7 +22,7 @@ from kvopt.run.catalogue import Catalogue
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.run.inputs import Inputs
-from kvopt.storage.files import sha256_json
+from kvopt.storage.files import key_of
 from kvopt.train.distill.own_answers import check_own_answers, with_own_answers
 from kvopt.train.distill.teacher import Teacher, check_teacher, load_teacher, teacher_name
 from kvopt.train.gold import HeldOut
@@ -31,7 +31,7 @@ from kvopt.train.launch import Launch
 from kvopt.train.pool import Pool, PoolContext, build_pool, check_choices, names_of
 from kvopt.train.settings import untracked
 from kvopt.train.student import read_student_record, save_student, weights_of
-from kvopt.train.trainer import train_student
+from kvopt.train.trainer import TRAINING_VERSION, train_student
 
 UNRELATED = {
     "name", "contexts", "start", "accumulation", "gradient_checkpointing", "checkpoint_every", "log_every", "report_to"
@@ -127,12 +127,13 @@ def _student(
     more = [*(teacher.identity() if teacher else []), *([weights_of(start)] if start else [])]
     key = student_key(task, config, pool, seed, anchor, more)
     folder = at.directory / "students" / config.name
+    stage, *work = student_paths(config.name)
+    at.directory.begin(stage, key, stage, *work)
     record = read_student_record(folder) if folder.is_dir() else None
     if record is not None and record.key == key and _is_whole(folder, record):
         at.say(f"student {config.name}: trained already")
+        shutil.rmtree(at.directory / ".training" / config.name, ignore_errors=True)
         return record
-    stage = f"students/{config.name}"
-    at.directory.begin(stage, key, stage, f".training/{config.name}", f"logs/{config.name}")
     unread = replace(anchor) if anchor else None  # open files cannot be sent
     order = launch.share(Order(config, pool, seed, key, unread, teacher.context if teacher else None, start))
     with at.directory.ledger(stage) as entry:
@@ -148,6 +149,11 @@ def _student(
     written = read_student_record(folder)
     assert written is not None
     return written
+
+
+def student_paths(name: str) -> tuple[str, str, str]:
+    """Where a student, its checkpoints and its logs are in a run directory; the first is its stage, too."""
+    return f"students/{name}", f".training/{name}", f"logs/{name}"
 
 
 def _is_whole(folder: Path, record: StudentRecord) -> bool:
@@ -206,7 +212,9 @@ def student_key(
     """Identity of all that a student depends on: base, contexts, rows, settings, seed, and ``more``: teacher, start."""
     settings = config.model_dump(mode="json", exclude=UNRELATED)
     anchor = reference.key if reference else None
-    return sha256_json([settings, pool.sha256(), task.base.identity, str(task.base.dtype), seed, anchor, *more])
+    return key_of(
+        TRAINING_VERSION, [settings, pool.sha256(), task.base.identity, str(task.base.dtype), seed, anchor, *more]
+    )
 
 
 def record_of(task: EncodedTask, order: Order, trained: Trained) -> StudentFacts:

@@ -25,7 +25,17 @@ of them would else wait for a server that is not there.
 
 
 class ChatFailure(Exception):
-    """No answer: another try would fail the same way, or the tries are used up. The message never holds the key."""
+    """No answer that can be used: another try would fail the same way, or the tries are used up. The message never
+    holds the key.
+
+    Attributes:
+        answered: whether the model answered, only with nothing that can be used; else the request failed, and another
+            time it may not.
+    """
+
+    def __init__(self, message: str, answered: bool = False):
+        super().__init__(message)
+        self.answered = answered
 
 
 class _Transient(Exception):
@@ -92,7 +102,8 @@ class ChatEndpoint:
             answer = retrying(self._ask_once, client, messages, seed)
         except (_Transient, ChatFailure) as error:
             self._not_reached = self._not_reached + 1 if isinstance(error, _Unreachable) else 0
-            raise ChatFailure(self._without_key(str(error))) from None
+            answered = isinstance(error, ChatFailure) and error.answered
+            raise ChatFailure(self._without_key(str(error)), answered) from None
         self._not_reached = 0
         return answer
 
@@ -143,7 +154,7 @@ def _content(response: httpx.Response) -> str:
     except (ValueError, KeyError, IndexError, TypeError):
         raise ChatFailure(f"not a chat completion: {response.text[:200]}") from None
     if not isinstance(content, str) or not content.strip():
-        raise ChatFailure("an empty answer")
+        raise ChatFailure("an empty answer", answered=True)
     if choice.get("finish_reason") == "length":
-        raise ChatFailure("the answer was cut off at the token limit")
+        raise ChatFailure("the answer was cut off at the token limit", answered=True)
     return content

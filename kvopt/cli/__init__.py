@@ -49,6 +49,7 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "frontier": shortest.frontier,
         "compare": report.compare,
         "inspect": contexts.inspect,
+        "clean": contexts.clean,
         "export": exporting.export,
         "move": exporting.move,
         "compose": exporting.compose,

@@ -1,4 +1,4 @@
-"""Commands about contexts: run, mutate, score, optimize, inspect."""
+"""Commands about contexts: run, mutate, score, optimize, inspect, clean."""
 
 from __future__ import annotations
 
@@ -154,10 +154,17 @@ def optimize(
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of a context.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="The folder of a context, an export or a student, or a run directory."),
+    ],
     as_json: Json = False,
 ) -> None:
-    """Say what a context folder holds, for which model, how good it is, and how to use it."""
+    """Say what a context folder holds, for which model, how good it is, and how to use it.
+
+    Of a run directory: what it holds, and what it has put aside because the config no longer names it, or because what
+    it depends on changed.
+    """
     from kvopt.export.inspection import describe, describe_text
 
     facts = describe(folder)
@@ -165,3 +172,32 @@ def inspect(
         print_json(facts)
     else:
         print(describe_text(facts))
+
+
+def clean(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete what a run directory has put aside: results that its config no longer names, or whose inputs changed.
+
+    Nothing else deletes them. What the config names stays.
+    """
+    from kvopt.errors import InputError
+    from kvopt.export.inspection import MANIFEST, describe, kept_lines
+    from kvopt.run.directory import RunDirectory
+
+    if not (folder / MANIFEST).is_file():
+        fix = "kvopt run writes one, runs/NAME by default"
+        raise InputError("is not a run directory", where=str(folder), fix=fix)
+    directory = RunDirectory(folder)
+    with directory.locked():
+        facts = describe(folder)["kept"]
+        for result in [] if dry_run else directory.kept.results():
+            directory.kept.remove(result)
+    if as_json:
+        print_json({"deleted": not dry_run, "kept": facts})
+        return
+    print("\n".join(kept_lines(facts)))
+    if facts:
+        print("nothing is deleted: leave out --dry-run" if dry_run else "all of this is deleted")

@@ -115,6 +115,8 @@ def show_report(report: dict[str, Any]) -> None:
     for run in report["runs"]:
         start = f"{run['label']}: " if several else ""
         out.print(start + " ".join(run["advice"]["sentences"]), markup=False)
+        for line in run["left_out"]:
+            out.print(f"{start}not shown: {line}", markup=False)
     for sentence in report.get("changes", {}).get("why", ()):
         out.print(sentence, markup=False)
 
@@ -123,7 +125,9 @@ def leave_page(folder: Path) -> None:
     """Write a finished run's ``report.html`` and say where it is."""
     from kvopt.report import write_report
 
-    _, (path,) = write_report([folder], folder, ("html",))
+    report, (path,) = write_report([folder], folder, ("html",))
+    for line in report["runs"][0]["left_out"]:
+        say(f"warning: not on the page: {line}")
     say(f"report: {path}")
 
 

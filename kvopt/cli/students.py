@@ -81,15 +81,20 @@ def export_data(
 
 def prepared(run: Run) -> Callable[[], list[StudentRecord]]:
     """What trains the run's students once it is open; their contexts are checked now, before other work."""
-    if not run.config.students:
-        return list
-    from kvopt.train.commands import train_chosen
+    from kvopt.train.commands import set_aside_others, train_chosen
     from kvopt.train.launch import one_process
     from kvopt.train.training import chosen
 
-    one_process("kvopt run")
+    if run.config.students:
+        one_process("kvopt run")
     configs = chosen(run.inputs)
-    return lambda: train_chosen(run, configs)
+
+    def train() -> list[StudentRecord]:
+        records = train_chosen(run, configs) if configs else []
+        set_aside_others(run)
+        return records
+
+    return train
 
 
 def show_students(records: list[StudentRecord], folder: Path, as_json: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -51,6 +51,12 @@ class EndpointSettings(FrozenSection):
         description="how often a request is repeated after a timeout, a lost connection, status 429 or 5xx",
     )
     concurrency: int = Field(4, ge=1, le=32, description="how many requests run at the same time")
+    HOW: ClassVar[frozenset[str]] = frozenset({"base_url", "api_key_env", "timeout", "retries", "concurrency"})
+    """Settings that say how the model is asked, not what comes out: no key holds them."""
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that what comes out depends on."""
+        return self.model_dump(mode="json", exclude=set(self.HOW))
 
     @field_validator("base_url")
     @classmethod
@@ -144,6 +150,13 @@ class MutationsConfig(FrozenSection):
         for entry in value:
             protected_pattern(entry)
         return value
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that single attempts depend on: not how many are wanted, nor how an endpoint is asked."""
+        settings = self.model_dump(mode="json", exclude={"count", "max_attempts"})
+        if isinstance(self.generator, EndpointGenerator):
+            settings["generator"] = self.generator.identity()
+        return settings
 
     @property
     def attempts(self) -> int:

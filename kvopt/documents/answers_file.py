@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from kvopt.documents.leaderboard_file import NamedContext
-from kvopt.documents.part import DocumentPart
+from kvopt.documents.part import DocumentPart, StandsOn
 
 
 class ContextAnswer(DocumentPart):
@@ -36,6 +36,7 @@ class AnswersDocument(DocumentPart):
     pass_or_fail: list[str] = Field([], description="those headlines whose values are 1 for a pass and 0 for a fail")
     contexts: list[NamedContext] = Field(description="what the answers were given under; the original is the first")
     examples: list[AnsweredExample] = Field(description="in the order of the validation rows")
+    stands_on: StandsOn | None = Field(None, description="what it was measured on; absent in old files")
 
     @model_validator(mode="after")
     def _fits_together(self) -> AnswersDocument:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from kvopt.documents.part import CI95, ContextKind, DocumentPart, Estimate, FormatVersion
+from kvopt.documents.part import CI95, ContextKind, DocumentPart, Estimate, FormatVersion, StandsOn
 from kvopt.documents.student_record import StudentRecord
 
 BASE = "base"
@@ -116,6 +116,7 @@ class EvaluationDocument(DocumentPart):
     no_context: HabitShares | None = Field(None, description="answers to the bare input; null where it was not asked")
     frozen_prompt: FrozenHabits | None = Field(None, description="null where it was not asked")
     forgetting: Forgetting | None = Field(None, description="null without probe prompts")
+    stands_on: StandsOn | None = Field(None, description="what it was measured on; absent in old files")
 
     def group(self, name: str) -> GroupResult | None:
         """The group of that name, None without it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from kvopt.documents.part import ContextKind, DocumentPart, Estimate
+from kvopt.documents.part import ContextKind, DocumentPart, Estimate, StandsOn
 from kvopt.documents.scores_file import SplitScores
 
 
@@ -96,3 +96,5 @@ class LeaderboardDocument(DocumentPart):
     noise_floor: NoiseFloor
     contexts: list[LeaderboardRow] = Field(description="lowest forward KL first")
     other_mutations: list[UnreportedMutation] = Field([], description="mutations without scores on validation rows")
+    stands_on: StandsOn | None = Field(None, description="what it was measured on; absent in old files")
+    search: str | None = Field(None, description="which search made its mutations, as in mutations.jsonl")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pydantic import Field, PrivateAttr
 
 from kvopt.documents.part import DocumentPart
 from kvopt.errors import InputError
+from kvopt.storage.files import parsed_json
 
 
 class LedgerEntry(DocumentPart):
@@ -57,7 +57,7 @@ def read_ledger(path: Path) -> list[LedgerEntry]:
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            entries.append(LedgerEntry.model_validate(json.loads(line)))
+            entries.append(LedgerEntry.model_validate(parsed_json(line)))
         except ValueError:
             raise InputError("the line is damaged", where=f"{path}:{number}", fix="delete that line") from None
     return entries

@@ -51,3 +51,27 @@ class Estimate(DocumentPart):
 
     mean: float | None = Field(description="null where the quantity is not defined (0 / 0)")
     ci95: CI95 | None = Field(None, description="95 % interval; null where there is none, as for one row or seed")
+
+
+class StandsOn(DocumentPart):
+    """What a result was measured on. Results that stand on different things are not shown side by side."""
+
+    base: BaseIdentity | None = Field(None, description="the frozen model")
+    template_sha256: str | None = Field(None, description="hash of the original template")
+    data_sha256: str | None = Field(None, description="hash of all rows")
+    tokens_sha256: str | None = Field(None, description="hash of all rows as token ids, rendered with the template")
+
+    def differs_from(self, other: StandsOn) -> str | None:
+        """The first thing that is another, in words; None where all is the same, as far as both say what it is."""
+        mine, its = (one.base.to_json() if one.base else {} for one in (self, other))
+        known = (mine.keys() & its.keys()) - {"name", "source"}
+        if any(mine[what] != its[what] for what in known):
+            return "another base"
+        for name, what in (("template_sha256", "another template"), ("data_sha256", "other data")):
+            if _differ(getattr(self, name), getattr(other, name)):
+                return what
+        return "another rendering of the template" if _differ(self.tokens_sha256, other.tokens_sha256) else None
+
+
+def _differ(one: str | None, other: str | None) -> bool:
+    return one is not None and other is not None and one != other

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from kvopt.documents.leaderboard_file import NamedContext
-from kvopt.documents.part import DocumentPart
+from kvopt.documents.part import DocumentPart, StandsOn
 
 
 class LikelyToken(DocumentPart):
@@ -64,6 +64,7 @@ class SamplesDocument(DocumentPart):
     rows: int = Field(description="validation rows that were ranked")
     max_new_tokens: int = Field(0, description="where greedy answers are cut, in tokens")
     examples: list[SampledExample] = Field(description="from the worst to the best")
+    stands_on: StandsOn | None = Field(None, description="what it was measured on; absent in old files")
 
     @model_validator(mode="after")
     def _fits_together(self) -> SamplesDocument:

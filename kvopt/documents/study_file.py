@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from kvopt.documents.evaluation_file import EvaluatedRows
-from kvopt.documents.part import CI95, DocumentPart, Estimate, FormatVersion
+from kvopt.documents.part import CI95, DocumentPart, Estimate, FormatVersion, StandsOn
 
 SHOWN_GROUPS = ("original", "held-out", "templates", "none")
 LIKELIHOOD = "gold_nll"
@@ -125,6 +125,7 @@ class StudyDocument(DocumentPart):
     sweep: dict[str, ExplainedVariance | None] = Field(
         {}, description="what explains forgetting over all students; null for too few points"
     )
+    stands_on: StandsOn | None = Field(None, description="what it was measured on; absent in old files")
 
 
 def compared_paths(headlines: Sequence[str], known: Container[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from kvopt.documents.leaderboard_file import LeaderboardDocument
 from kvopt.errors import InputError
-from kvopt.storage.files import read_record_file
+from kvopt.storage.files import parsed_json, read_record_file
 
 RUN_AGAIN = "delete it and run kvopt run again"
 
@@ -64,8 +63,8 @@ def read_leaderboard(path: Path) -> LeaderboardDocument:
 def json_value(path: Path) -> Any:
     """The JSON of a file in a run directory. Raises InputError."""
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return parsed_json(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot be read: {reason_of(error)}", where=str(path), fix=RUN_AGAIN) from None
 
 

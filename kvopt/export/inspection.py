@@ -1,24 +1,30 @@
-"""What a folder is, read without loading any model: a context (kvopt's or another PEFT's), an export, or a student."""
+"""What a folder is, read without loading any model: a context (kvopt's or another PEFT's), an export, a student, or a
+run directory with what it has put aside.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kvopt.console.tables import has_width
 from kvopt.contexts.adapter import STUDENT, check_finite, kind_of, read_tensor
 from kvopt.documents.export_record import ExportRecord
+from kvopt.documents.manifest import RunManifest
 from kvopt.documents.student_record import StudentRecord
 from kvopt.documents.validated import validated_record
 from kvopt.errors import InputError, counted
 from kvopt.export.source import open_source
+from kvopt.run.put_aside import Kept
 from kvopt.storage.files import read_json
 
 EXPORT = "kvopt-export.json"
+MANIFEST = "manifest.json"
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """What the folder is, for which base, how good, and how to use it; ``what`` is context, export or student.
+    """What the folder is, for which base, how good, and how to use it; ``what`` is context, export, student or run.
 
     ``RUN#NAME`` is the context NAME of a run. Raises InputError for anything else.
     """
@@ -28,11 +34,31 @@ def describe(folder: Path) -> dict[str, Any]:
         return _student(folder)
     if (folder / EXPORT).is_file():
         return _export(folder)
-    if (folder / "manifest.json").is_file() and not (folder / "adapter_config.json").is_file():
-        raise InputError(
-            "is a run directory", where=str(folder), fix=f"kvopt compare {folder}, or give a folder in contexts/"
-        )
+    if (folder / MANIFEST).is_file() and not (folder / "adapter_config.json").is_file():
+        return _run(folder)
     return _context(folder)
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    manifest = validated_record(RunManifest, read_json(folder / MANIFEST), folder / MANIFEST)
+    kept = [
+        {
+            "stage": result.record.stage,
+            "folder": str(result.folder),
+            "why": result.record.why,
+            "paths": result.paths,
+            "bytes": result.bytes,
+        }
+        for result in Kept(folder).results()
+    ]
+    return {
+        "what": "run",
+        "folder": str(folder),
+        "base": manifest.base.to_json() if manifest.base else None,
+        "kvopt_version": manifest.kvopt_version,
+        "stages": sorted(manifest.stages),
+        "kept": kept,
+    }
 
 
 def _folder_of(spec: str) -> Path:
@@ -98,8 +124,32 @@ def _student(folder: Path) -> dict[str, Any]:
 
 def describe_text(facts: dict[str, Any]) -> str:
     """The facts as a few lines for people, with the Python that uses the folder."""
-    lines = {"context": _context_lines, "export": _export_lines, "student": _student_lines}[facts["what"]](facts)
-    return "\n".join(lines)
+    describe_kind = {
+        "context": _context_lines,
+        "export": _export_lines,
+        "student": _student_lines,
+        "run": _run_lines,
+    }
+    return "\n".join(describe_kind[facts["what"]](facts))
+
+
+def _run_lines(facts: dict[str, Any]) -> list[str]:
+    base = (facts["base"] or {}).get("name")
+    return [
+        f"{facts['folder']}: a run directory; base: {base}, written by kvopt {facts['kvopt_version']}",
+        f"holds: {', '.join(facts['stages']) or 'nothing yet'}",
+        *kept_lines(facts["kept"]),
+        f"look at it: kvopt compare {facts['folder']}, or kvopt inspect {facts['folder']}#NAME for a context",
+    ]
+
+
+def kept_lines(kept: Sequence[dict[str, Any]]) -> list[str]:
+    """What a run directory has put aside, one line each."""
+    if not kept:
+        return ["nothing is put aside"]
+    total = size_of(sum(one["bytes"] for one in kept))
+    head = f"put aside ({counted(len(kept), 'result')}, {total}; named again as they were, they are taken up):"
+    return [head, *(f"  {one['stage']}: {size_of(one['bytes'])}, {one['why']}, {one['folder']}" for one in kept)]
 
 
 def _context_lines(facts: dict[str, Any]) -> list[str]:

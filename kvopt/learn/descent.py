@@ -32,6 +32,8 @@ from kvopt.measure.score import TokenScores, score_prefix
 from kvopt.storage.tensors import read_tensors, stored_key, write_tensors
 from kvopt.task.seam import Row, make_batch
 
+DESCENT_VERSION = 1
+"""Raise it when the same inputs give another context: other starts, steps, or a choice of the state that is kept."""
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 
 

@@ -16,9 +16,11 @@ import torch
 from kvopt.errors import InputError
 from kvopt.kernels import Head, Moments, moments_of
 from kvopt.measure.reference import Reference
-from kvopt.storage.files import sha256_json
+from kvopt.storage.files import key_of
 from kvopt.storage.tensors import read_tensors, stored_key, write_tensors
 
+MOMENTS_VERSION = 1
+"""Raise it when the same inputs give other moments."""
 ROWS_PER_FILE = 64
 
 
@@ -30,7 +32,7 @@ class StoredMoments:
 
     def __init__(self, reference: Reference, example_ids: Sequence[str]) -> None:
         self.reference = reference
-        self.key = sha256_json([reference.key, "moments", list(example_ids), ROWS_PER_FILE])
+        self.key = key_of(MOMENTS_VERSION, [reference.key, "moments", list(example_ids), ROWS_PER_FILE])
         self._ids = list(example_ids)
         self._places = {example_id: place for place, example_id in enumerate(self._ids)}
         self._files: dict[int, list[Moments]] = {}

@@ -8,7 +8,6 @@ is stored never changes. Logits are never stored: the head is applied when they 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -23,10 +22,12 @@ from kvopt.base.loading import Base
 from kvopt.base.prefix import Prefix, gold_states
 from kvopt.errors import InputError, KvoptError
 from kvopt.kernels import Head, KLOptions, ReferenceFacts, reference_facts
-from kvopt.storage.files import sha256_json, write_json
+from kvopt.storage.files import key_of, parsed_json, write_json
 from kvopt.storage.tensors import stored_key, write_tensors
 from kvopt.task.seam import Encoded, Row
 
+REFERENCE_VERSION = 1
+"""Raise it when the same inputs give other hidden states."""
 ROWS_PER_SHARD = 256
 INDEX = "index.json"
 FACTS_ROWS = 32
@@ -39,8 +40,9 @@ Progress = Callable[[int], None]
 
 def reference_key(base: Base, encoded: Encoded, batch_size: int) -> str:
     """Identity of all that the reference depends on: base, dtype, token stream, batching."""
-    return sha256_json(
-        [base.identity, str(base.dtype), str(base.device.type), encoded.sha256(), batch_size, ROWS_PER_SHARD]
+    return key_of(
+        REFERENCE_VERSION,
+        [base.identity, str(base.dtype), str(base.device.type), encoded.sha256(), batch_size, ROWS_PER_SHARD],
     )
 
 
@@ -186,7 +188,7 @@ def _read_index(folder: Path, key: str) -> dict[str, Any]:
     """The index. Raises InputError when it is not there, damaged, or of another reference than ``key`` names."""
     path = folder / INDEX
     try:
-        stored = json.loads(path.read_text("utf-8"))
+        stored = parsed_json(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"the reference cannot be read: {error}", where=str(path), fix="run kvopt run again") from None
     if not isinstance(stored, dict) or {"key", "rows", "hidden_size"} - stored.keys():

@@ -32,6 +32,8 @@ from kvopt.measure.score import TokenScores
 from kvopt.task.examples import Example
 from kvopt.task.seam import Encoded, make_batch
 
+SAMPLES_VERSION = 1
+"""Raise it when the same inputs give other samples."""
 GOLD_LIMIT = 128  # gold tokens of an example that are shown
 DIGITS = 6
 Progress = Callable[[int], None]

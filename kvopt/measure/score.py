@@ -27,6 +27,8 @@ from kvopt.measure.reference import Reference
 from kvopt.storage.tensors import read_tensors, write_tensors
 from kvopt.task.seam import Encoded, Row
 
+SCORES_VERSION = 1
+"""Raise it when the same inputs give other scores."""
 Progress = Callable[[int], None]
 
 

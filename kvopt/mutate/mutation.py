@@ -7,11 +7,13 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvopt.errors import InputError, KvoptError
+from kvopt.errors import InputError
+from kvopt.storage.files import parsed_json, write_bytes, write_error
 from kvopt.task.template import Message, Template
 
 
@@ -93,6 +95,10 @@ def _template(record: Mapping[str, Any]) -> Template:
     return Template(messages=tuple(Message(m["role"], m["content"]) for m in record["messages"]))
 
 
+def _line(mutation: Mutation) -> bytes:
+    return (json.dumps(mutation.to_json(), ensure_ascii=False) + "\n").encode("utf-8")
+
+
 def counts_by_reason(mutations: Sequence[Mutation]) -> dict[str, int]:
     """How many were accepted, then how many were rejected for each reason, most frequent first."""
     rejected = Counter(m.reason or "unknown" for m in mutations if not m.accepted)
@@ -107,6 +113,12 @@ def read_mutations(path: Path) -> list[Mutation]:
     return _parse(Path(path))[0]
 
 
+def search_of(path: Path) -> str | None:
+    """Which search a journal is of; None for none, or an empty one."""
+    attempts = read_mutations(path)
+    return attempts[0].search if attempts else None
+
+
 def _parse(path: Path) -> tuple[list[Mutation], int]:
     """The mutations of a journal and how many bytes of it are good."""
     try:
@@ -118,7 +130,7 @@ def _parse(path: Path) -> tuple[list[Mutation], int]:
     for i, line in enumerate(lines[:-1]):
         where = f"{path}:{i + 1}"
         try:
-            mutation = Mutation.from_json(json.loads(line.decode("utf-8")), where=where)
+            mutation = Mutation.from_json(parsed_json(line.decode("utf-8")), where=where)
         except (ValueError, InputError):
             if i == len(lines) - 2 and not lines[-1]:
                 break
@@ -128,49 +140,81 @@ def _parse(path: Path) -> tuple[list[Mutation], int]:
     return mutations, good
 
 
+REST = ".{}.rest"
+"""Attempts of the same search that are more than is wanted now."""
+
+
 class Journal:
     """``mutations.jsonl``: one line an attempt, on disk before the next one begins."""
 
     def __init__(self, path: Path, search: str):
-        """Open ``path`` and keep what belongs to ``search`` and is whole; the rest of the file is cut off."""
+        """Open ``path`` and keep what belongs to ``search`` and is whole; the rest of the file is cut off. Attempts
+        that :meth:`keep` left out are there again.
+        """
         self.path = Path(path)
+        self._rest = self.path.with_name(REST.format(self.path.name))
         attempts, good = _parse(self.path)
         if any(m.search != search or m.attempt != i for i, m in enumerate(attempts)):
             attempts, good = [], 0
         self.attempts = attempts
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("r+b" if self.path.exists() else "w+b")
+            self._file = self.path.open("r+b" if self.path.exists() else "w+b", buffering=0)
             self._file.truncate(good)
             self._file.seek(good)
-        except PermissionError:
-            raise InputError(
-                "no permission to write", where=str(self.path), fix="choose another --out folder"
-            ) from None
+        except OSError as error:
+            raise write_error(error, self.path) from None
+        if self._rest.is_file():
+            self._take_rest(search)
+
+    def _take_rest(self, search: str) -> None:
+        for mutation in _parse(self._rest)[0]:
+            if mutation.search == search and mutation.attempt == len(self.attempts):
+                self.append(mutation)
+                self.attempts.append(mutation)
+        self._rest.unlink()
 
     def keep(self, count: int) -> None:
-        """Keep only the first ``count`` attempts."""
+        """Keep only the first ``count`` attempts; the others are put beside, for a search that wants more of them."""
+        if count >= len(self.attempts):
+            return
         self._file.seek(0)
-        good = sum(len(self._file.readline()) for _ in range(count))
+        lines = self._file.readall().split(b"\n")
+        good = sum(len(line) + 1 for line in lines[:count])
+        write_bytes(self._rest, b"\n".join(lines[count:]))
         self._file.truncate(good)
         self._file.seek(good)
         self.attempts = self.attempts[:count]
 
+    def leave_out(self, count: int) -> None:
+        """Cut off all but the first ``count`` attempts."""
+        self._file.seek(0)
+        good = sum(len(line) + 1 for line in self._file.readall().split(b"\n")[:-1][:count])
+        self._file.truncate(good)
+        self._file.seek(good)
+
+    def replace(self, mutation: Mutation) -> None:
+        """Put an attempt in the place of the one with its number, and wait until it is on disk."""
+        self._file.seek(0)
+        lines = self._file.readall().split(b"\n")
+        lines[mutation.attempt] = _line(mutation).rstrip(b"\n")
+        write_bytes(self.path, b"\n".join(lines))
+        self._file.close()
+        self._file = self.path.open("r+b", buffering=0)
+        self._file.seek(0, os.SEEK_END)
+
     def append(self, mutation: Mutation) -> None:
         """Write one attempt and wait until it is on disk. On a full disk nothing half-written is left."""
-        line = (json.dumps(mutation.to_json(), ensure_ascii=False) + "\n").encode("utf-8")
         start = self._file.tell()
         try:
-            self._file.write(line)
-            self._file.flush()
+            line = _line(mutation)
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
         except OSError as error:
-            self._file.truncate(start)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise KvoptError(
-                    f"{self.path}: the disk is full; free space and run again, finished attempts are kept"
-                ) from error
-            raise
+            with suppress(OSError):
+                self._file.truncate(start)
+            raise write_error(error, self.path) from error
 
     def close(self) -> None:
         self._file.close()

@@ -11,13 +11,13 @@ from pathlib import Path
 from random import Random
 
 from kvopt.config.mutations import FAMILIES, MutationsConfig
-from kvopt.errors import counted
+from kvopt.errors import KvoptError, counted
 from kvopt.mutate.generators.rules import compose
 from kvopt.mutate.mutation import Journal, Mutation, counts_by_reason
 from kvopt.mutate.operator import RULE_FAMILIES, Operator, operators
 from kvopt.mutate.proposals import Generator, Proposal, Request
 from kvopt.mutate.spans import compile_protect
-from kvopt.mutate.validity import Checker, Rejection, Scope, TokenIds
+from kvopt.mutate.validity import REQUEST_FAILED, Checker, Rejection, Scope, TokenIds
 from kvopt.storage.files import sha256_json
 from kvopt.task.template import Template
 
@@ -27,7 +27,7 @@ LARGE_STEP_EVERY = 8
 CHILD_SHARE = 0.35
 DEEPEST_LINEAGE = 3
 GIVES_UP_AFTER = 5
-"""Failures of the generator in a row after which the search goes on without it."""
+"""Failures of the generator in a row after which the search goes on without it; of requests, after which it ends."""
 
 
 @dataclass
@@ -49,6 +49,9 @@ class Search:
         self.protect = compile_protect(self.config.protect)
         self.families = [f for f in RULE_FAMILIES if any(o.family == f for o in self.chosen)]
         self._failures = 0
+        self._unanswered = 0
+        self._answered = False
+        self.failed = False
 
     def lead(self, attempt: int) -> tuple[str, int]:
         """The family that an attempt begins with, and how many paraphrases or rules began before it."""
@@ -68,11 +71,47 @@ class Search:
     def take(self, mutation: Mutation) -> None:
         """Count an attempt in, made now or found in the journal."""
         self.attempts.append(mutation)
-        if mutation.family == "paraphrase":
+        self._count(mutation)
+
+    def take_again(self, mutation: Mutation) -> None:
+        """Count in an attempt in the place of one that an endpoint did not answer."""
+        self.attempts[mutation.attempt] = mutation
+        self._count(mutation)
+
+    def _count(self, mutation: Mutation) -> None:
+        if mutation.reason == REQUEST_FAILED:
+            self._unanswered += 1
+        elif mutation.family == "paraphrase":
+            self._answered, self._unanswered = True, 0
             self._failures = self._failures + 1 if mutation.reason == "generation-failed" else 0
         if mutation.accepted and mutation.template:
             self.accepted.append(mutation)
             self.checker.remember(mutation.template, mutation.name or mutation.id)
+
+    def go_on(self) -> list[int]:
+        """Give an endpoint that failed before a new chance; returns the attempts that it did not answer."""
+        self._unanswered, self._answered = 0, False
+        return [m.attempt for m in self.attempts if m.reason == REQUEST_FAILED]
+
+    def leave_out_unanswered(self) -> int:
+        """Forget the last attempts that an endpoint did not answer: they decided nothing. Returns how many are left."""
+        while self.attempts and self.attempts[-1].reason == REQUEST_FAILED:
+            self.attempts.pop()
+        return len(self.attempts)
+
+    def check_endpoint(self, ended: bool = False) -> None:
+        """Raises KvoptError where the endpoint answers nothing any more: the last requests failed, or, where the search
+        has ``ended`` without all that was wanted, all of them.
+        """
+        dead = self._unanswered >= GIVES_UP_AFTER or (ended and self._unanswered and not self._answered)
+        if dead and len(self.accepted) < self.config.count:
+            self.failed = True
+            last = next(m for m in reversed(self.attempts) if m.reason == REQUEST_FAILED)
+            raise KvoptError(
+                f"mutations.generator: the endpoint answered none of the last {counted(self._unanswered, 'request')}:"
+                f" {last.detail}; {counted(len(self.accepted), 'accepted mutation')} of {self.config.count} are kept,"
+                " and the same command asks again"
+            )
 
     @property
     def done(self) -> bool:
@@ -103,6 +142,11 @@ class Search:
         )
         return self._judged(number, seed, family, candidate if names else None, names, lineage, None)
 
+    def attempt_again(self, number: int, unanswered: Sequence[int]) -> Mutation:
+        """An attempt that an endpoint did not answer, with the same request; ``unanswered`` are all such attempts."""
+        seed = attempt_seed(self.seed, number)
+        return self._paraphrase(number, self.lead(number)[1], seed, Random(seed), unanswered)
+
     def _parent(self, rng: Random) -> Mutation | None:
         """An accepted mutation to go on from, or None for the original."""
         fit = [m for m in self.accepted if len(m.lineage) < DEEPEST_LINEAGE]
@@ -113,9 +157,11 @@ class Search:
             return rng.randint(self.config.max_depth, 2 * self.config.max_depth)
         return rng.randint(1, self.config.max_depth)
 
-    def _paraphrase(self, number: int, turn: int, seed: int, rng: Random) -> Mutation:
+    def _paraphrase(
+        self, number: int, turn: int, seed: int, rng: Random, among: Sequence[int] | None = None
+    ) -> Mutation:
         assert self.generator is not None
-        proposal = self._proposed(number)
+        proposal = self._proposed(number, range(self.config.attempts) if among is None else among)
         family = self.generator.family
         names: tuple[str, ...] = proposal.operators or (self.generator.name,)
         if proposal.template is None:
@@ -130,12 +176,14 @@ class Search:
             names = (*names, *more)
         return self._judged(number, seed, family, candidate, names, (), None, proposal.detail, cut=proposal.cut)
 
-    def _proposed(self, number: int) -> Proposal:
-        """The generator's proposal for an attempt; it is asked for several at once when it likes batches."""
+    def _proposed(self, number: int, among: Sequence[int]) -> Proposal:
+        """The generator's proposal for an attempt; when it likes batches, it is asked for several of those ``among`` at
+        once.
+        """
         assert self.generator is not None
         if number not in self._ahead:
             wanted = max(1, min(self.generator.batch, self.config.count - len(self.accepted)))
-            numbers = [n for n in range(number, self.config.attempts) if self.lead(n)[0] == "paraphrase"][:wanted]
+            numbers = [n for n in among if n >= number and self.lead(n)[0] == "paraphrase"][:wanted]
             requests = [
                 Request(self.template, self.scope, self.protect, attempt_seed(self.seed, n), self.seed, self.lead(n)[1])
                 for n in numbers
@@ -162,7 +210,7 @@ class Search:
         identity = candidate.sha256 if candidate else sha256_json([self.seed, number])
         return Mutation(
             id=identity[:12],
-            name=None if rejection else f"m{len(self.accepted) + 1:03d}",
+            name=None if rejection else self._next_name(),
             attempt=number,
             template=candidate,
             operators=names,
@@ -174,6 +222,10 @@ class Search:
             detail=(rejection.detail if rejection else note) or None,
             search=identity_of(self.template, self.config, self.scope, self.seed, self.generator),
         )
+
+    def _next_name(self) -> str:
+        """After the last name that was given: an attempt that was made again stands before later ones."""
+        return f"m{1 + max((int((m.name or 'm0')[1:]) for m in self.accepted), default=0):03d}"
 
 
 def attempt_seed(seed: int, number: int) -> int:
@@ -189,10 +241,9 @@ def chosen_operators(names: Sequence[str]) -> list[Operator]:
 def identity_of(
     template: Template, config: MutationsConfig, scope: Scope, seed: int, generator: Generator | None
 ) -> str:
-    """What the attempts depend on, ``count`` and ``max_attempts`` apart, as 12 hex digits."""
-    settings = config.model_dump(mode="json", exclude={"count", "max_attempts"})
+    """What the attempts depend on, as 12 hex digits: not how many are wanted, nor how an endpoint is asked."""
     return sha256_json(
-        [template.to_json(), settings, scope, seed, generator.name if generator else None, RULES_VERSION]
+        [template.to_json(), config.identity(), scope, seed, generator.name if generator else None, RULES_VERSION]
     )[:12]
 
 
@@ -223,7 +274,10 @@ def mutate(
         progress: called with each attempt, those taken over too.
 
     With rules, a file or a deterministic model the journal's bytes depend on the other arguments alone, however often
-    the search was interrupted.
+    the search was interrupted. What an endpoint did not answer before is asked again.
+
+    Raises:
+        KvoptError: an endpoint answers nothing; what it answered so far is in the journal.
     """
     if "paraphrase" not in config.operators:
         generator = None
@@ -243,10 +297,31 @@ def _attempts(search: Search, journal: Journal) -> Iterator[Mutation]:
         search.take(mutation)
         yield mutation
     journal.keep(len(search.attempts))
-    while not search.done:
-        mutation = search.attempt()
-        journal.append(mutation)
-        search.take(mutation)
+    try:
+        yield from _asked_again(search, journal)
+        while not search.done:
+            mutation = search.attempt()
+            journal.append(mutation)
+            search.take(mutation)
+            search.check_endpoint()
+            yield mutation
+        search.check_endpoint(ended=True)
+    finally:
+        if search.failed or len(search.accepted) >= search.config.count:
+            journal.leave_out(search.leave_out_unanswered())
+
+
+def _asked_again(search: Search, journal: Journal) -> Iterator[Mutation]:
+    """The attempts that an endpoint did not answer before, as long as mutations are wanted."""
+    unanswered = search.go_on()
+    for number in unanswered:
+        if len(search.accepted) >= search.config.count:
+            break
+        mutation = search.attempt_again(number, unanswered)
+        if mutation.reason != REQUEST_FAILED:
+            journal.replace(mutation)
+        search.take_again(mutation)
+        search.check_endpoint()
         yield mutation
 
 

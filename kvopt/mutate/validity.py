@@ -3,7 +3,8 @@ repaired.
 
 | reason | what is wrong |
 |---|---|
-| ``generation-failed`` | the generator gave no text (endpoint error, lost marker, …) |
+| ``generation-failed`` | the generator gave no text that can be used |
+| ``request-failed`` | the endpoint did not answer; the next search asks again |
 | ``not-applicable`` | no operator found anything to change |
 | ``empty`` | a field, or the whole static text, is blank |
 | ``lost-slot``, ``duplicated-slot``, ``invented-slot``, ``renamed-slot``, ``slot-order`` | not its slots in order |
@@ -38,6 +39,9 @@ HARD_KINDS = frozenset(
     {"user", "code", "fence", "url", "path", "tag", "format", "number", "identifier", "caps", "json", "brace", "quoted"}
 )
 """Kinds of which a candidate may not have more than the original."""
+
+REQUEST_FAILED = "request-failed"
+"""The reason of an attempt that an endpoint never answered: it is the only one that is tried again."""
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ def run_document(run: RunFiles) -> dict[str, Any]:
         "rows": board.rows.to_json(),
         "noise_floor": board.noise_floor.to_json(),
         "complete": board.complete,
+        "left_out": [str(one) for one in run.left_out],
         "advice": advice(board),
         "recommended": recommended(board),
         "own_prompt": own.name if (own := own_prompt(board)) else None,

@@ -7,17 +7,20 @@ is empty or None.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import ValidationError
 
 from kvopt.documents.answers_file import AnswersDocument
 from kvopt.documents.context_record import ContextRecord
 from kvopt.documents.evaluation_file import BASE, EvaluationDocument
 from kvopt.documents.leaderboard_file import LeaderboardDocument
 from kvopt.documents.ledger import LedgerEntry, read_ledger
+from kvopt.documents.part import DocumentPart, StandsOn
 from kvopt.documents.samples_file import SamplesDocument
 from kvopt.documents.study_file import StudyDocument
 from kvopt.documents.validated import RUN_AGAIN, json_value, read_document, read_leaderboard, reason_of
@@ -25,8 +28,25 @@ from kvopt.errors import InputError
 from kvopt.mutate.mutation import Mutation, read_mutations
 from kvopt.task.template import Template
 
+RUN, EVALUATE, STUDY = "kvopt run", "kvopt evaluate", "kvopt study"
 NO_EVALUATION = "is not an evaluation; delete it and run kvopt evaluate again"
+NO_CONTEXT = "is not the record of a context"
 NO_STUDY = "is not a study; delete it and run kvopt study again"
+
+Standing = TypeVar("Standing", bound=DocumentPart)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file of a run directory that is not shown, because it stands on something else than the leaderboard."""
+
+    what: str
+    why: str
+    again: str
+    """The command that measures it anew."""
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.why} ({self.again} measures it on what the board stands on)"
 
 
 @dataclass(frozen=True)
@@ -47,6 +67,7 @@ class RunFiles:
     answers: AnswersDocument | None = None
     evaluations: list[EvaluationDocument] = field(default_factory=list)
     study: StudyDocument | None = None
+    left_out: list[LeftOut] = field(default_factory=list)
 
     @property
     def students(self) -> list[EvaluationDocument]:
@@ -88,26 +109,88 @@ def read_run(folder: Path, label: str | None = None) -> RunFiles:
         )
         raise InputError(what, where=str(folder), fix="give a run directory in which kvopt run has finished")
     board = read_leaderboard(path)
-    config = _yaml(folder / "config.yaml")
-    samples, answers, study = (folder / f"{name}.json" for name in ("samples", "answers", "study"))
+    manifest, config = _mapping(folder / "manifest.json"), _yaml(folder / "config.yaml")
+    latest = _stands_on(manifest)
+    board_stands = _Basis(board.stands_on or latest)
+    if not board_stands.fits(latest, "manifest.json and config.yaml", RUN):
+        manifest, config = {}, {}
+    mutations = read_mutations(folder / "mutations.jsonl")
+    if board.search is not None and any(one.search != board.search for one in mutations):
+        board_stands.leave_out("mutations.jsonl", "another search than that of the board's mutations", RUN)
+        mutations = []
+    learned = [(name, folder / "contexts" / name / "kvopt.json") for name in _of_tensors(board)]
+    fitting = board_stands.fitting
     return RunFiles(
         folder,
         label or board.name,
         board,
-        manifest=_mapping(folder / "manifest.json"),
+        manifest=manifest,
         config=config,
         ledger=read_ledger(folder / "ledger.jsonl"),
-        mutations=read_mutations(folder / "mutations.jsonl"),
+        mutations=mutations,
         learned=[
-            read_document(ContextRecord, file, "is not the record of a context")
-            for file in (folder / "contexts" / row.name / "kvopt.json" for row in board.contexts if row.kind != "text")
-            if file.is_file()
+            record
+            for name, path in learned
+            if (record := fitting(_optional(ContextRecord, path, NO_CONTEXT), f"contexts/{name}", RUN))
         ],
-        samples=read_document(SamplesDocument, samples) if samples.is_file() else None,
-        answers=read_document(AnswersDocument, answers) if answers.is_file() else None,
-        evaluations=_evaluations(folder, _names(config.get("students"))),
-        study=read_document(StudyDocument, study, NO_STUDY) if study.is_file() else None,
+        samples=fitting(_optional(SamplesDocument, folder / "samples.json"), "samples.json", RUN),
+        answers=fitting(_optional(AnswersDocument, folder / "answers.json"), "answers.json", RUN),
+        evaluations=[
+            one
+            for one in _evaluations(folder, _names(config.get("students")))
+            if fitting(one, f"the evaluation of {one.name}", EVALUATE)
+        ],
+        study=fitting(_optional(StudyDocument, folder / "study.json", NO_STUDY), "study.json", STUDY),
+        left_out=board_stands.left_out,
     )
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """What a leaderboard stands on, and what does not fit it."""
+
+    stands_on: StandsOn
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    def fits(self, other: StandsOn | None, what: str, again: str) -> bool:
+        """Whether something stands on the same; what does not is left out."""
+        why = other.differs_from(self.stands_on) if other else None
+        if why is not None:
+            self.leave_out(what, why, again)
+        return why is None
+
+    def fitting(self, document: Standing | None, what: str, again: str) -> Standing | None:
+        """The document; None for one that does not fit, and for none."""
+        return document if document and self.fits(_standing_of(document), what, again) else None
+
+    def leave_out(self, what: str, why: str, again: str) -> None:
+        self.left_out.append(LeftOut(what, why, again))
+
+
+def _of_tensors(board: LeaderboardDocument) -> list[str]:
+    """Names of the learned contexts on a board."""
+    return [row.name for row in board.contexts if row.kind != "text"]
+
+
+def _optional(model: type[Standing], path: Path, *what: str) -> Standing | None:
+    return read_document(model, path, *what) if path.is_file() else None
+
+
+def _stands_on(manifest: dict[str, Any]) -> StandsOn:
+    """What a run directory stood on when a command last worked in it, as far as its manifest can be read."""
+    with suppress(ValidationError):
+        return StandsOn.model_validate({name: manifest.get(name) for name in StandsOn.model_fields})
+    return StandsOn()
+
+
+def _standing_of(document: DocumentPart) -> StandsOn | None:
+    """What a document says that it stands on; evaluations of old versions say it in the student's own record."""
+    if isinstance(document, ContextRecord):
+        return StandsOn(base=document.base, template_sha256=document.template_sha256, data_sha256=document.data_sha256)
+    stands_on = getattr(document, "stands_on", None)
+    if stands_on is None and isinstance(document, EvaluationDocument) and document.student is not None:
+        return StandsOn(base=document.student.base)
+    return stands_on
 
 
 def read_runs(folders: list[Path]) -> list[RunFiles]:

@@ -21,12 +21,14 @@ from kvopt.documents.part import Estimate
 from kvopt.measure.ratios import summarize
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
-from kvopt.storage.files import file_name, sha256_json, write_json
-from kvopt.storage.keyed_rows import stored_rows, write_rows
+from kvopt.storage.files import file_name, key_of, write_json
+from kvopt.storage.keyed_rows import write_rows
 from kvopt.task.examples import Example
 from kvopt.task.seam import Row
 
 ANSWERS = "answers.json"
+ANSWERS_VERSION = 1
+"""Raise it when the same inputs give other answers."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,12 @@ class TaskMetrics:
         rows = context.bodies(task.rows_for(context, split)).rows[: settings.rows]
         limit = self._limit(context.tokens, rows)
         stream = [(row.example_id, row.body) for row in rows]
-        key = sha256_json(
-            [task.base.identity, str(task.base.dtype), context.sha256(), stream, limit, settings.batch_size]
+        key = key_of(
+            ANSWERS_VERSION,
+            [task.base.identity, str(task.base.dtype), context.sha256(), stream, limit, settings.batch_size],
         )
         path = self.at.directory / "answers" / f"{file_name(context.name)}.{split}.jsonl"
-        stored = stored_rows(path, key, len(rows))
+        stored = self.at.directory.rows(path, key, len(rows))
         if stored is None:
             with (
                 self.at.directory.ledger(f"answers/{file_name(context.name)}.{split}") as entry,
@@ -196,6 +199,7 @@ class TaskMetrics:
                 )
                 for i, example in enumerate(self._examples("validation"))
             ],
+            stands_on=self.task.stands_on,
         )
 
     def write(self, answered: Sequence[ContextAnswers]) -> None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from kvopt.contexts.context import Context, TextContext
 from kvopt.documents.answers_file import AnswersDocument
-from kvopt.documents.leaderboard_file import LeaderboardDocument, NoiseFloor
+from kvopt.documents.leaderboard_file import LeaderboardDocument, LeaderboardRow, NoiseFloor
 from kvopt.documents.validated import read_document
 from kvopt.errors import InputError
 from kvopt.measure.score import Score
+from kvopt.mutate.mutation import search_of
 from kvopt.run.answers import ANSWERS, ContextAnswers, TaskMetrics
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
@@ -49,13 +50,20 @@ class Board:
     Args:
         measures: score the contexts.
         shown: called with the leaderboard after each context.
+        earlier: rows of a board before this one that are to be added again; until then they are shown as they were, so
+            that a process that dies in between does not lose them.
 
     Attributes:
         unreported: mutations that have scores on the selection rows alone.
     """
 
-    def __init__(self, measures: Measures, shown: Callable[[LeaderboardDocument], None] | None = None) -> None:
-        self._measures, self._shown = measures, shown
+    def __init__(
+        self,
+        measures: Measures,
+        shown: Callable[[LeaderboardDocument], None] | None = None,
+        earlier: Sequence[LeaderboardRow] = (),
+    ) -> None:
+        self._measures, self._shown, self._earlier = measures, shown, earlier
         self._entries: list[Entry] = []
         self._contexts: list[Context] = []
         self.unreported: Sequence[Entry] = ()
@@ -66,7 +74,8 @@ class Board:
             self._entries.append(self._measures.entry(context, selection))
             self._contexts.append(context)
             board = self._document()
-            board.complete = False
+            board.complete, added = False, {entry.name for entry in self._entries}
+            board.contexts = in_order([*board.contexts, *(row for row in self._earlier if row.name not in added)])
             write_leaderboard(self._measures.task, board, self._measures.at)
             if self._shown is not None:
                 self._shown(board)
@@ -80,7 +89,7 @@ class Board:
     def _document(self) -> LeaderboardDocument:
         measures, metrics = self._measures, self._measures.metrics
         answers = [metrics.answers(context) for context in self._contexts[:1]] if metrics else []
-        return build_leaderboard(
+        board = build_leaderboard(
             measures.task,
             self._entries,
             self.unreported,
@@ -88,14 +97,21 @@ class Board:
             headlines=metrics.headlines(answers[0]) if answers else (),
             answered=metrics.rows if metrics else 0,
         )
+        board.search = search_of(measures.at.directory / "mutations.jsonl")
+        return board
+
+
+def earlier_wordings(task: EncodedTask, at: Workspace) -> list[LeaderboardRow]:
+    """Rows of the stored leaderboard that are wordings of the user's own."""
+    board = stored_board(task, at)
+    return [row for row in board.contexts if row.template is not None] if board else []
 
 
 def carried_wordings(task: EncodedTask, at: Workspace, taken: Collection[str]) -> dict[str, TextContext]:
     """Wordings that ``kvopt score`` put on the stored leaderboard, by name, without the names that are ``taken``."""
-    board = stored_board(task, at)
     carried = {}
-    for row in board.contexts if board else ():
-        if row.template is None or row.name in taken:
+    for row in earlier_wordings(task, at):
+        if row.name in taken or row.template is None:
             continue
         try:
             template = Template.from_json(row.template.to_json(), where=f"leaderboard.json {row.name}")
@@ -114,9 +130,10 @@ def put_on_board(measures: Measures, contexts: Sequence[Context]) -> Leaderboard
     if not own:
         return None
     board = stored_board(task, at)
-    if board is None:
-        growing = Board(measures)
-        growing.add(task.original, task.none, *own)
+    if board is None or _holds_wordings_alone(board):
+        others = carried_wordings(task, at, taken={context.name for context in own}) if board else {}
+        growing = Board(measures, earlier=earlier_wordings(task, at))
+        growing.add(task.original, task.none, *others.values(), *own)
         return growing.finished()
     rows = {row.name: row for row in board.contexts}
     for context in own:
@@ -128,6 +145,11 @@ def put_on_board(measures: Measures, contexts: Sequence[Context]) -> Leaderboard
     if metrics and board.headlines:
         _put_answers(metrics, [metrics.answers(context) for context in own], at)
     return write_leaderboard(task, board, at)
+
+
+def _holds_wordings_alone(board: LeaderboardDocument) -> bool:
+    """Whether a board was begun here by a process that died: all of it is made again, from scores that are there."""
+    return not board.complete and all(row.template or row.name in ("original", "none") for row in board.contexts)
 
 
 def _put_answers(metrics: TaskMetrics, answered: Sequence[ContextAnswers], at: Workspace) -> None:

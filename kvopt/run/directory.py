@@ -7,15 +7,15 @@ run that is continued ends in the same bytes as one that was not.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -23,9 +23,19 @@ from kvopt.console.progress import Progress
 from kvopt.documents.ledger import LedgerEntry
 from kvopt.documents.manifest import RunManifest
 from kvopt.documents.validated import first_fault
-from kvopt.errors import InputError
+from kvopt.errors import InputError, KvoptError
 from kvopt.kernels.memory import peak_resident
-from kvopt.storage.files import canonical_json, remove_partials, write_error, write_json
+from kvopt.run.put_aside import UNNAMED, Kept
+from kvopt.storage.files import (
+    append_line,
+    canonical_json,
+    mend_last_line,
+    parsed_json,
+    remove_partials,
+    write_error,
+    write_json,
+)
+from kvopt.storage.keyed_rows import key_of_rows, stored_rows
 from kvopt.storage.locks import LockHeld, acquire_lock
 from kvopt.version import VERSION
 
@@ -38,6 +48,8 @@ class RunDirectory:
 
     path: Path
     manifest: RunManifest = field(default_factory=RunManifest)
+    say: Callable[[str], None] = field(default=lambda line: None)
+    """Gets a line for what is put aside or taken up again."""
     stages_worked: int = field(default=0, init=False)
     """Stages that this process did itself, rather than find them done."""
 
@@ -63,7 +75,7 @@ class RunDirectory:
             raise write_error(error, self.path) from None
         with lock:
             remove_partials(self.path)
-            self._mend_ledger()
+            mend_last_line(self / "ledger.jsonl")
             self._read_manifest()
             yield
 
@@ -76,18 +88,12 @@ class RunDirectory:
                 fix="choose an empty --out folder",
             )
 
-    def _mend_ledger(self) -> None:
-        """Cut off the last line of the ledger where a kill left half of it."""
-        path = self / "ledger.jsonl"
-        if path.is_file() and (data := path.read_bytes()) and not data.endswith(b"\n"):
-            os.truncate(path, data.rfind(b"\n") + 1)
-
     def _read_manifest(self) -> None:
         path = self / "manifest.json"
         if not path.is_file():
             return
         try:
-            manifest = json.loads(path.read_text("utf-8"))
+            manifest = parsed_json(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise _damaged(path, str(error)) from None
         if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
@@ -112,24 +118,56 @@ class RunDirectory:
     def write_manifest(self) -> None:
         write_json(self / "manifest.json", self.manifest.to_json())
 
-    def begin(self, stage: str, key: str, *artefacts: str) -> None:
-        """Before a stage works: when its key changed, its old artefacts go, so nothing of another job is taken up."""
+    @cached_property
+    def kept(self) -> Kept:
+        """What is put aside."""
+        return Kept(self.path, self.say)
+
+    def begin(self, stage: str, key: str, *artefacts: str, remade: Sequence[str] = ()) -> None:
+        """Before a stage works: artefacts of another key are put aside, so nothing of another job is taken up, and
+        those of this key come back.
+
+        Args:
+            remade: files and folders that are deleted instead: one pass over the rows makes them again, and several of
+                them would fill the disk.
+        """
         stages = self.manifest.stages
         if stages.get(stage) != key:
-            for name in artefacts:
+            self.kept.put_aside(stage, stages.get(stage), artefacts, unless=key)
+            for name in remade:
                 target = self / name
                 if target.is_dir():
                     shutil.rmtree(target)
                 else:
                     target.unlink(missing_ok=True)
-            self.manifest.stages = stages | {stage: key}
-            self.write_manifest()
+            self._write_stages(stages | {stage: key})
+        self.kept.take_up(stage, key)
 
-    def keep_stages(self, names: set[str]) -> None:
-        """Forget stages that the config no longer has."""
+    def set_aside(self, stage: str, *artefacts: str) -> None:
+        """Put aside what a config does not name."""
+        self.kept.put_aside(stage, self.manifest.stages.get(stage), artefacts, why=UNNAMED)
+        self.forget(stage)
+
+    def forget(self, stage: str) -> None:
+        """Take a stage out of the manifest."""
         stages = self.manifest.stages
-        self.manifest.stages = {name: stages[name] for name in sorted(stages) if name in names}
+        if stage in stages:
+            self._write_stages({name: key for name, key in stages.items() if name != stage})
+
+    def _write_stages(self, stages: dict[str, str]) -> None:
+        self.manifest.stages = dict(sorted(stages.items()))
         self.write_manifest()
+
+    def rows(self, path: Path, key: str, count: int) -> list[dict[str, Any]] | None:
+        """As :func:`kvopt.storage.keyed_rows.stored_rows`; rows of another key are put aside, those of this one come
+        back.
+        """
+        rows = stored_rows(path, key, count)
+        if rows is None:
+            name = path.relative_to(self.path).as_posix()
+            self.kept.exchange(name, key, key_of_rows(path) or key, [name])  # what has no key is damaged
+            rows = stored_rows(path, key, count)
+        return rows
 
     @contextlib.contextmanager
     def ledger(self, stage: str) -> Iterator[LedgerEntry]:
@@ -149,18 +187,8 @@ class RunDirectory:
             entry.peak_memory_bytes = peak_resident()
             if not entry.is_left_out:
                 self.stages_worked += 1
-                self._append_to_ledger((canonical_json(entry.to_json()) + "\n").encode("utf-8"))
-
-    def _append_to_ledger(self, line: bytes) -> None:
-        """Add a whole line or nothing; a full disk must not hide what else went wrong, nor stop a run that goes on."""
-        with contextlib.suppress(OSError), (self / "ledger.jsonl").open("ab", buffering=0) as file:
-            start = file.seek(0, os.SEEK_END)
-            try:
-                if file.write(line) != len(line):
-                    file.truncate(start)
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(start)
+                with contextlib.suppress(KvoptError):  # a full disk must not hide what else went wrong, nor stop a run
+                    append_line(self / "ledger.jsonl", canonical_json(entry.to_json()))
 
 
 @dataclass(frozen=True)

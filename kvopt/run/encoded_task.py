@@ -11,6 +11,7 @@ from kvopt.base.loading import Base
 from kvopt.config.document import Config
 from kvopt.contexts.context import Context, NoContext, TextContext
 from kvopt.documents.leaderboard_file import MutationLineage
+from kvopt.documents.part import StandsOn
 from kvopt.errors import InputError, counted
 from kvopt.mutate.mutation import Mutation
 from kvopt.run.inputs import Inputs
@@ -128,6 +129,16 @@ class EncodedTask:
     def tokens_identity(self) -> list[Any]:
         """What token ids depend on beside the template: tokenizer, chat template, data."""
         return [self.base.identity["tokenizer"], self.base.identity["chat_template"], self.dataset.sha256]
+
+    @cached_property
+    def stands_on(self) -> StandsOn:
+        """What everything that is measured of this task stands on."""
+        return StandsOn(
+            base=self.base.document,
+            template_sha256=self.template.sha256,
+            data_sha256=self.dataset.sha256,
+            tokens_sha256=self.encoded.sha256(),
+        )
 
     # ---- contexts
 

@@ -158,6 +158,7 @@ def write_leaderboard(task: EncodedTask, board: LeaderboardDocument, at: Workspa
     """
     board.template = StoredTemplate.model_validate(task.template.to_json())
     board.rows_sha256 = rows_sha256(task)
+    board.stands_on = task.stands_on
     write_json(at.directory / BOARD, board.to_json())
     write_text(at.directory / "leaderboard.csv", _as_csv([*board.contexts, *board.other_mutations], board.headlines))
     rows: list[LeaderboardRow | UnreportedMutation] = [*board.contexts, *board.other_mutations]
@@ -176,7 +177,9 @@ def stored_board(task: EncodedTask, at: Workspace) -> LeaderboardDocument | None
     with suppress(InputError):
         board = read_leaderboard(at.directory / BOARD)
         template = StoredTemplate.model_validate(task.template.to_json())
-        if board.template == template and board.rows_sha256 == rows_sha256(task) and board.base == task.base.name:
+        same_rows = board.template == template and board.rows_sha256 == rows_sha256(task)
+        another = board.stands_on.differs_from(task.stands_on) if board.stands_on else board.base != task.base.name
+        if same_rows and not another:
             return board
     return None
 

@@ -8,7 +8,6 @@ while the run lives. The stages themselves are functions (``stages.py``, ``scori
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ from kvopt.measure.score import Score, TokenScores
 from kvopt.mutate.mutation import Mutation
 from kvopt.run import scoring, stages
 from kvopt.run.answers import TaskMetrics, task_metrics
-from kvopt.run.board import Board, Measures, carried_wordings, put_on_board
+from kvopt.run.board import Board, Measures, carried_wordings, earlier_wordings, put_on_board
 from kvopt.run.catalogue import Catalogue, accepted_mutation
 from kvopt.run.directory import RunDirectory, Workspace
 from kvopt.run.encoded_task import EncodedTask, encode_task
@@ -72,7 +71,8 @@ class Run:
         bars: bool | None = None,
     ) -> None:
         say = say or (lambda line: print(line, file=sys.stderr, flush=True))
-        self.at = Workspace(RunDirectory(out), Progress(say, bars))
+        progress = Progress(say, bars)
+        self.at = Workspace(RunDirectory(out, say=progress.say), progress)
         self.inputs = read_inputs(config, base_dir)
         for warning in self.inputs.dataset.warnings:
             say(f"warning: {warning}")
@@ -358,11 +358,9 @@ class Run:
             shown: called with the leaderboard after each context.
         """
         task, best = self.task(), self.config.score.best
-        board, shortened = (
-            Board(self.measures(), shown),
-            {name for item in self.config.frontiers for name in item.texts},
-        )
+        shortened = {name for item in self.config.frontiers for name in item.texts}
         written = [context for name, context in self.written().items() if name not in shortened]
+        board = Board(self.measures(), shown, earlier_wordings(task, self.at))
         at_once, later = stages.by_cost(task)
         board.add(task.original, task.none, *written)
         for config in at_once:
@@ -375,25 +373,26 @@ class Run:
             board.add(self._learn(config))
         document = board.finished()
         top = [context for context, _ in self.ranked_mutations()[: min(1, best)]]
-        samples = make_samples(
+        make_samples(
             self.task(), self.reference(), top, self.learned(), self.token_scores, self.task_metrics(), self.at
         )
-        stage_names = {"reference", *(f"contexts/{c.name}" for c in self.config.learned)}
-        stage_names |= {name for name in self.directory.manifest.stages if name.startswith("students/")}
-        stage_names |= {"samples"} if samples else set()
-        self.directory.keep_stages(stage_names | ({"mutations"} if self.config.mutations.count else set()))
-        self._drop_stale()
+        self._set_aside_others()
         return document
 
-    def _drop_stale(self) -> None:
-        """Remove what this config does not give: contexts, scores against another reference, states, mutations."""
+    def _set_aside_others(self) -> None:
+        """Put aside what this config does not name: contexts, mutations. What one pass makes again is deleted: scores
+        against another reference, moments.
+        """
+        folder, states = self.directory / "contexts", self.directory / ".state"
+        there = [child.name for child in folder.iterdir() if child.is_dir()] if folder.is_dir() else []
+        begun = [child.stem for child in states.glob("*.safetensors")]
+        for name in sorted({*there, *begun}):
+            if name not in self.inputs.context_names and not name.startswith("."):
+                self.directory.set_aside(f"contexts/{name}", *stages.context_paths(name))
         if self.config.mutations.count == 0:
-            (self.directory / "mutations.jsonl").unlink(missing_ok=True)
+            self.directory.set_aside("mutations", *stages.MUTATION_PATHS)
         scoring.drop_other_scores(self.reference(), self.at)
         if self.config.reference.storage == "hidden":
             drop_moments(self.directory / "reference")
-        folder = self.directory / "contexts"
-        for child in folder.iterdir() if folder.is_dir() else ():
-            if child.is_dir() and child.name not in self.inputs.context_names and not child.name.startswith("."):
-                shutil.rmtree(child)
-        shutil.rmtree(self.directory / ".state", ignore_errors=True)
+        if states.is_dir() and not any(states.iterdir()):
+            states.rmdir()

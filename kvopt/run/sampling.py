@@ -12,12 +12,12 @@ from kvopt.documents.samples_file import SamplesDocument
 from kvopt.documents.validated import read_document
 from kvopt.errors import InputError
 from kvopt.measure.reference import Reference
-from kvopt.measure.samples import GOLD_LIMIT, SampleLimits, Shown, collect
+from kvopt.measure.samples import GOLD_LIMIT, SAMPLES_VERSION, SampleLimits, Shown, collect
 from kvopt.measure.score import TokenScores
 from kvopt.run.answers import TaskMetrics
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
-from kvopt.storage.files import sha256_json, write_json
+from kvopt.storage.files import key_of, sha256_json, write_json
 
 SAMPLES = "samples.json"
 
@@ -48,6 +48,7 @@ def make_samples(
     config = task.config.report
     if config.examples == 0:
         (at.directory / SAMPLES).unlink(missing_ok=True)
+        at.directory.forget("samples")
         return None
 
     def shown(context: Context) -> Shown:
@@ -62,10 +63,12 @@ def make_samples(
     limits = SampleLimits(config.examples, config.top_k, cut)
     facts = [(s.context.name, s.context.kind, s.context.sha256(), s.bodies.sha256()) for s in (original, *others)]
     size, ends = task.config.score.batch_size, task.answer_ends
-    key = sha256_json([reference.key, task.dataset.sha256, vars(limits), facts, size, sorted(ends), GOLD_LIMIT])
+    key = key_of(
+        SAMPLES_VERSION, [reference.key, task.dataset.sha256, vars(limits), facts, size, sorted(ends), GOLD_LIMIT]
+    )
     if metrics:
         key = sha256_json([key, task.config.evaluate.rows])
-    at.directory.begin("samples", key, SAMPLES)
+    at.directory.begin("samples", key, remade=[SAMPLES])
     stored = read_samples(at)
     if stored is not None and stored.key == key:
         return stored
@@ -75,6 +78,6 @@ def make_samples(
         )
         fed = [s.context.tokens + sum(map(len, s.bodies.rows)) // len(s.bodies.rows) for s in (original, *others)]
         entry.tokens_in, entry.contexts = sum(fed) * len(document.examples), len(fed)
-    document.key = key
+    document.key, document.stands_on = key, task.stands_on
     write_json(at.directory / SAMPLES, document.to_json())
     return document

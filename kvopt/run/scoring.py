@@ -6,10 +6,10 @@ from kvopt.console.progress import advance
 from kvopt.contexts.context import Context
 from kvopt.documents.leaderboard_file import NoiseFloor
 from kvopt.measure.reference import Reference
-from kvopt.measure.score import Score, TokenScores, own_scores, score_tokens, summarize
+from kvopt.measure.score import SCORES_VERSION, Score, TokenScores, own_scores, score_tokens, summarize
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
-from kvopt.storage.files import file_name, sha256_json
+from kvopt.storage.files import file_name, key_of
 from kvopt.storage.tensors import stored_key
 
 
@@ -20,7 +20,7 @@ def token_scores(
     own = context is task.original and batch_size is None  # the reference holds all that these scores need
     batch_size = batch_size or task.config.score.batch_size
     rows = task.rows_for(context, split)
-    key = f"{reference.key}:{sha256_json([context.sha256(), rows.sha256(), batch_size])}"
+    key = f"{reference.key}:{key_of(SCORES_VERSION, [context.sha256(), rows.sha256(), batch_size])}"
     name = file_name(context.name)
     path = at.directory / "scores" / f"{name}.{split}.b{batch_size}.safetensors"
     if stored_key(path) == key:

@@ -24,8 +24,8 @@ from kvopt.run.validate import check_length
 from kvopt.shorten.cutting import CutSearch, Shorter
 from kvopt.shorten.importance import Sensitivity, largest_attention, sensitivity
 from kvopt.shorten.pieces import Pieces, take_apart
-from kvopt.shorten.trials import Trials, spread_order
-from kvopt.storage.files import sha256_json, write_json, write_text
+from kvopt.shorten.trials import TRIALS_VERSION, Trials, spread_order
+from kvopt.storage.files import key_of, sha256_json, write_json, write_text
 from kvopt.task.template import Template
 
 FOLDER = STAGE = "shortened"
@@ -36,10 +36,11 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Shortened:
-    """A text that was found: its ``template``, and what is recorded of it."""
+    """A text that was found: its ``template``, what is recorded of it, and the ``key`` of all that it depends on."""
 
     template: Template
     document: ShortenedDocument
+    key: str
 
     def context(self, task: EncodedTask) -> TextContext:
         """The text as a context, with a lineage that says what was asked for."""
@@ -78,7 +79,8 @@ class Shortener:
             literals=config.literals,
         )
         identity = [base.identity, str(base.dtype), task.template.to_json(), task.encoded.sha256()]
-        key = sha256_json([*identity, self._rows_identity(), config.literals])
+        key = key_of(TRIALS_VERSION, [*identity, self._rows_identity(), config.literals])
+        self._key = sha256_json([key, config.exchanges, task.config.seed])
         self._trials = Trials(
             base,
             task.encoder,
@@ -222,12 +224,12 @@ class Shortener:
             original_tokens=len(self.pieces.prefix),
             kl_selection=found.kl,
             rows=len(self._examples),
-            trials=self._trials.rows_run,
+            trials=self._trials.rows_tried,
             cut=_stretches(self.pieces, found.kept),
             lost_literals=[LostLiteral(text=text, state=state) for text, state in self.pieces.broken(found.kept)],  # type: ignore[arg-type]
             template=StoredTemplate.model_validate(template.to_json()),
         )
-        return Shortened(template, document)
+        return Shortened(template, document, sha256_json([self._key, asked]))
 
 
 class ShorterTexts:
@@ -324,7 +326,8 @@ def write_shortened(found: Shortened, at: Workspace) -> Path:
     """Write ``shortened/NAME.json`` (the record) and ``shortened/NAME.yaml`` (the template, for ``contexts.text`` or
     ``template``); returns the latter's path.
     """
-    folder = at.directory / FOLDER
+    folder, name = at.directory / FOLDER, found.document.name
+    at.directory.begin(f"{FOLDER}/{name}", found.key, f"{FOLDER}/{name}.json", f"{FOLDER}/{name}.yaml")
     write_json(folder / f"{found.document.name}.json", found.document.to_json())
     path = folder / f"{found.document.name}.yaml"
     write_text(path, yaml.safe_dump(found.template.to_json(), sort_keys=False, allow_unicode=True, width=10_000))

@@ -19,23 +19,26 @@ from kvopt.contexts.adapter import read_record
 from kvopt.contexts.context import KVContext, SoftContext, TextContext
 from kvopt.contexts.folder import TensorContext, load_context, save_context
 from kvopt.documents.context_record import ContextFacts, LearningPoint
-from kvopt.errors import InputError
-from kvopt.learn.descent import batch_at, optimize
+from kvopt.errors import InputError, counted
+from kvopt.learn.descent import DESCENT_VERSION, batch_at, optimize
 from kvopt.learn.start_task import StartTask, initial_tensor
 from kvopt.measure.moments import StoredMoments, check_head
 from kvopt.measure.reference import Reference, build_reference, open_reference, reference_key
 from kvopt.measure.score import TokenScores
 from kvopt.mutate.generators import build_generator
-from kvopt.mutate.mutation import Mutation, read_mutations
-from kvopt.mutate.search import mutate, summary
+from kvopt.mutate.generators.file import FileVariants
+from kvopt.mutate.mutation import REST, Mutation, read_mutations
+from kvopt.mutate.search import RULES_VERSION, mutate, summary
+from kvopt.mutate.validity import REQUEST_FAILED
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.run.shorter_texts import ShorterTexts
-from kvopt.storage.files import sha256_json
+from kvopt.storage.files import key_of
 from kvopt.task.template import Template
 
 MATCHING_ROWS = 64
 """Training rows whose bodies give the queries of attention matching."""
+MUTATION_PATHS = ("mutations.jsonl", REST.format("mutations.jsonl"))
 
 
 # ---- reference
@@ -56,7 +59,8 @@ def make_reference(task: EncodedTask, at: Workspace, wanted: Collection[str] | N
     batch_size = task.config.reference.batch_size
     if task.config.reference.storage == "moments":
         check_head(task.base.head)
-    at.directory.begin("reference", reference_key(task.base, task.encoded, batch_size), "reference")
+    key = reference_key(task.base, task.encoded, batch_size)
+    at.directory.begin("reference", key, "scores", remade=["reference"])
     stored: set[str] = set()
     with suppress(InputError):  # not there or not whole: what is missing is computed now
         reference = read_reference(task, at)
@@ -111,15 +115,7 @@ def make_mutations(task: EncodedTask, at: Workspace, shorter: ShorterTexts) -> l
     if section.count == 0:
         return []
     by_base = section.generator.kind in ("local", "extract") and "paraphrase" in section.operators
-    asked = section.model_dump(mode="json", exclude={"count", "max_attempts"})
     scope, seed = task.config.template.scope, task.config.seed
-    key = sha256_json(
-        [task.template.to_json(), asked, scope, seed, task.tokens_identity]
-        + ([base.identity, str(base.dtype)] if by_base else [])
-    )
-    at.directory.begin("mutations", key, "mutations.jsonl")
-    journal = at.directory / "mutations.jsonl"
-    before = len(read_mutations(journal))
     usage = {"model_calls": 0, "tokens_in": 0, "tokens_out": 0}
     generator = build_generator(
         section.generator,
@@ -128,6 +124,15 @@ def make_mutations(task: EncodedTask, at: Workspace, shorter: ShorterTexts) -> l
         shorten=lengths_of(section.generator, shorter),
         folder=task.inputs.base_dir,
     )
+    key = key_of(
+        RULES_VERSION,
+        [task.template.to_json(), section.identity(), scope, seed, task.tokens_identity]
+        + ([base.identity, str(base.dtype)] if by_base else [])
+        + ([generator.sha256()] if isinstance(generator, FileVariants) else []),
+    )
+    at.directory.begin("mutations", key, *MUTATION_PATHS)
+    journal = at.directory / MUTATION_PATHS[0]
+    before = len(read_mutations(journal))
     with at.directory.ledger("mutations") as entry, at.progress.bar("mutations", section.count, "mutation") as bar:
         seen = count()
 
@@ -152,6 +157,9 @@ def make_mutations(task: EncodedTask, at: Workspace, shorter: ShorterTexts) -> l
         if 0 < len(tried) <= before:
             entry.leave_out()
     at.say(summary(tried, section))
+    if failed := [m for m in tried if m.reason == REQUEST_FAILED]:
+        what = f"warning: {counted(len(failed), 'request')} failed, the first because of: {failed[0].detail}"
+        at.say(f"{what}; the same command asks again where mutations are wanted")
     return tried
 
 
@@ -244,7 +252,8 @@ def make_learned(
     }
     if (select := task.config.score.select) != "kl":
         settings["select"] = select
-    key = sha256_json(
+    key = key_of(
+        DESCENT_VERSION,
         [
             settings,
             list(ids),
@@ -253,14 +262,15 @@ def make_learned(
             moments.key if moments else reference.key,
             train.sha256(),
             held_out.sha256(),
-        ]
+        ],
     )
     folder = at.directory / "contexts" / config.name
+    checkpoint = at.directory / ".state" / f"{config.name}.safetensors"
+    at.directory.begin(f"contexts/{config.name}", key, *context_paths(config.name))
     record = read_record(folder) if folder.is_dir() else None
     if record is not None and record.key == key:
+        checkpoint.unlink(missing_ok=True)
         return load_context(folder, task.base)
-    checkpoint = at.directory / ".state" / f"{config.name}.safetensors"
-    at.directory.begin(f"contexts/{config.name}", key, f"contexts/{config.name}")
     start = StartTask(task.base, config.name, config.kind, tokens, ids, train.rows[:MATCHING_ROWS], source, seed)
     with (
         at.directory.ledger(f"contexts/{config.name}") as entry,
@@ -302,6 +312,11 @@ def make_learned(
     save_context(context, folder, task.base, frozen=min(config.frozen, tokens), record=facts)
     checkpoint.unlink(missing_ok=True)
     return context
+
+
+def context_paths(name: str) -> tuple[str, str]:
+    """Where a learned context and the state of its descent are in a run directory."""
+    return f"contexts/{name}", f".state/{name}.safetensors"
 
 
 def learning_history(name: str, at: Workspace) -> list[LearningPoint]:

@@ -23,10 +23,17 @@ from kvopt.errors import InputError
 from kvopt.measure.reference import Reference
 from kvopt.measure.score import score_prefix
 from kvopt.shorten.pieces import Pieces
+from kvopt.storage.files import append_line, mend_last_line, parsed_json
 from kvopt.task.examples import Example
 from kvopt.task.seam import Encoded, Encoder, common_prefix
 
+TRIALS_VERSION = 1
+"""Raise it when the same inputs give another KL of a shortened text."""
 TEXTS_KEPT = 256
+STRIDE = 64
+"""Texts are run in stretches of so many tokens, and texts that begin alike share whole stretches. So no bit depends on
+which texts were tried before, and an interrupted search ends as one that was not.
+"""
 SLOTS_KEPT = 16_384
 """Tokens of texts whose keys and values are kept, for texts that begin alike and for more rows of the same."""
 
@@ -58,6 +65,7 @@ class Trials:
     batch_size: int = 16
     rows_run: int = 0
     tokens_run: int = 0
+    _asked: dict[str, int] = field(default_factory=dict)
     _texts: OrderedDict[frozenset[int], tuple[str, Encoded | None]] = field(default_factory=OrderedDict)
     _sums: dict[str, list[float]] = field(default_factory=dict)
     _prefixes: OrderedDict[tuple[int, ...], Prefix] = field(default_factory=OrderedDict)
@@ -70,15 +78,24 @@ class Trials:
                 if len(known) == line["from"]:
                     known += line["kl"]
 
+    @property
+    def rows_tried(self) -> int:
+        """As ``rows_run``, with those that an interrupted search had run before."""
+        return sum(self._asked.values())
+
     def _lines(self) -> list[dict[str, Any]]:
+        """The journal's lines; one that was being written when the process died is cut off."""
         if self.journal is None or not self.journal.is_file():
             return []
+        mend_last_line(self.journal)
         lines = []
-        for line in self.journal.read_text("utf-8").splitlines():
+        for number, line in enumerate(self.journal.read_bytes().splitlines(), 1):
             try:
-                lines.append(json.loads(line))
-            except ValueError:
-                continue  # a line that was being written when the process died
+                one = parsed_json(line)
+                lines.append({"key": one["key"], "text": one["text"], "from": one["from"], "kl": list(one["kl"])})
+            except (ValueError, KeyError, TypeError):
+                where = f"{self.journal}:{number}"
+                raise InputError("the line is damaged", where=where, fix="delete the file to start over") from None
         return lines
 
     def _written(self, kept: Collection[int]) -> tuple[str, Encoded | None]:
@@ -112,6 +129,7 @@ class Trials:
         if encoded is None:
             return float("inf")
         known = self._sums.setdefault(key, [])
+        self._asked[key] = max(wanted, self._asked.get(key, 0))
         if len(known) < wanted:
             self._run(key, encoded, known, wanted)
         return sum(known[:wanted]) / sum(self._counts[:wanted])
@@ -128,23 +146,23 @@ class Trials:
         self.rows_run += len(rows)
         self.tokens_run += sum(map(len, rows))
         if self.journal is not None:
-            self.journal.parent.mkdir(parents=True, exist_ok=True)
-            with self.journal.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": self.key, "text": key, "from": first, "kl": sums}) + "\n")
+            append_line(self.journal, json.dumps({"key": self.key, "text": key, "from": first, "kl": sums}))
 
     def _prefix(self, ids: Sequence[int]) -> Prefix:
-        """Keys and values of a text, from those of the kept one that it shares the most tokens with."""
+        """Keys and values of a text, from those of the kept one that it shares the most stretches with."""
         ids = tuple(ids)
         if ids in self._prefixes:
             return self._prefixes[ids]
         best, shared = empty_prefix(self.base), 0
         for other, prefix in self._prefixes.items():
-            same = common_prefix([ids, other], min(len(ids), len(other)))
+            same = common_prefix([ids, other], min(len(ids), len(other))) // STRIDE * STRIDE
             if same > shared:
                 best, shared = prefix, same
-        rest = torch.tensor(ids[shared:], dtype=torch.int64, device=self.base.device)
-        result = prefill_after(self.base, best.first(shared), rest)
-        self.tokens_run += len(rest)
+        result = best.first(shared)
+        for start in range(shared, len(ids), STRIDE):
+            stretch = torch.tensor(ids[start : start + STRIDE], dtype=torch.int64, device=self.base.device)
+            result = prefill_after(self.base, result, stretch)
+        self.tokens_run += len(ids) - shared
         self._prefixes[ids] = result
         self._prefixes.move_to_end(ids)
         while len(self._prefixes) > 1 and sum(map(len, self._prefixes)) > SLOTS_KEPT:

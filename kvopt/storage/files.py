@@ -9,10 +9,11 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ _PLACE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.E
 
 WRITING = ".writing"
 """A lock file in a folder that is not whole yet."""
+
+REPLACED = ".old"
+"""What the name of a folder ends in while another takes its place."""
+
+LONG_NAME = 150
+"""Bytes of a file's name, after which its half-written form has a hash in its place: names have at most 255."""
 
 RELATIVE = "paths are relative to the config file"
 
@@ -56,10 +63,18 @@ def read_text(path: Path, fix: str | None = None) -> str:
         raise InputError(f"cannot be read: {error.strerror or error}", where=str(path)) from None
 
 
+def parsed_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError for anything else, and for what is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises InputError for anything else."""
     try:
-        value = json.loads(read_text(path))
+        value = parsed_json(read_text(path))
     except ValueError as error:
         raise InputError(f"cannot be read as JSON: {error}", where=str(path)) from None
     if not isinstance(value, dict):
@@ -110,11 +125,14 @@ def fsync_directory(directory: Path) -> None:
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
-    """Replace ``path`` by ``data`` atomically; on failure the old file stays and nothing else does."""
+    """Replace ``path`` by ``data`` atomically; on failure the old file stays and nothing else does. What a process of
+    this machine that died left there for the same ``path`` is removed.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        _remove_partial_files(path)
+        fd, name = tempfile.mkstemp(prefix=_partial_start(path, os.getpid()), suffix=".partial", dir=path.parent)
         try:
             with os.fdopen(fd, "wb") as file:
                 file.write(data)
@@ -129,6 +147,25 @@ def write_bytes(path: Path | str, data: bytes) -> None:
         fsync_directory(path.parent)
     except OSError as error:
         raise write_error(error, path) from error
+
+
+def _partial_start(path: Path, process: int) -> str:
+    """How the name of a half-written file for ``path`` begins: it tells who writes it, a process of which machine."""
+    machine = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+    name = path.name if len(path.name.encode()) <= LONG_NAME else sha256_bytes(path.name.encode())[:16]
+    return f".{name}.{machine}-{process}-"
+
+
+def _remove_partial_files(path: Path) -> None:
+    """Delete half-written files for ``path`` whose writer, a process of this machine, is gone."""
+    start = _partial_start(path, 0).removesuffix("0-")
+    for child in path.parent.iterdir():
+        if child.name.startswith(start) and child.name.endswith(".partial"):
+            import psutil
+
+            process = child.name.removeprefix(start).partition("-")[0]
+            if process.isdecimal() and not psutil.pid_exists(int(process)):
+                child.unlink(missing_ok=True)
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -149,6 +186,30 @@ def write_json(path: Path | str, value: Any) -> None:
 def write_jsonl(path: Path | str, rows: list[Any]) -> None:
     """As :func:`write_bytes`: one JSON value a line."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file and wait until it is on disk; on failure nothing of it is left. Raises KvoptError."""
+    data = (line + "\n").encode("utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:
+            start = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(start)
+                raise
+    except OSError as error:
+        raise write_error(error, path) from error
+
+
+def mend_last_line(path: Path) -> None:
+    """Cut off the last line of a file of lines where a kill left half of it."""
+    if path.is_file() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
 
 
 @contextlib.contextmanager
@@ -197,6 +258,9 @@ def _remove_leftovers(path: Path) -> None:
     """Delete the half-written folders for ``path`` that no process is writing."""
     ours = re.compile(rf"\.{re.escape(path.name)}\.[^.]+\.partial(\.old)?")
     for leftover in [child for child in path.parent.iterdir() if ours.fullmatch(child.name) and child.is_dir()]:
+        if leftover.name.endswith(REPLACED) and not path.exists():
+            os.rename(leftover, path)  # the process died between two renames
+            continue
         with contextlib.suppress(LockHeld, InputError, OSError):
             with acquire_lock(leftover / WRITING, wait=False):
                 pass
@@ -208,7 +272,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
     if not path.exists():
         os.rename(temporary, path)
         return
-    old = temporary.with_name(temporary.name + ".old")
+    old = temporary.with_name(temporary.name + REPLACED)
     os.rename(path, old)
     try:
         os.rename(temporary, path)
@@ -219,8 +283,14 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 
 
 def remove_partials(directory: Path | str) -> None:
-    """Delete what a killed process left half-written under ``directory``."""
+    """Delete what a killed process left half-written under ``directory``; a folder that was about to be replaced is put
+    back.
+    """
     for leftover in list(Path(directory).rglob(".*.partial*")):
+        replaced = re.fullmatch(r"\.(.+)\.[^.]+\.partial" + re.escape(REPLACED), leftover.name)
+        if replaced and not (place := leftover.with_name(replaced[1])).exists():
+            os.rename(leftover, place)
+            continue
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
@@ -232,6 +302,13 @@ def sha256_bytes(data: bytes) -> str:
 def sha256_json(value: Any) -> str:
     """Hex SHA-256 of the canonical JSON of ``value``."""
     return sha256_bytes(canonical_json(value).encode("utf-8"))
+
+
+def key_of(version: int, parts: Sequence[Any]) -> str:
+    """As :func:`sha256_json`, of what a result depends on and the version of the code that computes it. The first
+    version adds nothing, so results from before keys had versions keep theirs.
+    """
+    return sha256_json([*parts, {"version": version}] if version > 1 else list(parts))
 
 
 def sha256_file(path: Path | str) -> str:

@@ -4,11 +4,10 @@ file says by itself whether it is still good. They are written whole or not at a
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from kvopt.storage.files import write_jsonl
+from kvopt.storage.files import parsed_json, write_jsonl
 
 KEY = "key"
 
@@ -17,12 +16,23 @@ def stored_rows(path: Path, key: str, count: int) -> list[dict[str, Any]] | None
     """The rows of a file that belongs to ``key`` and has ``count`` rows; None for any other, or none."""
     try:
         text = path.read_bytes().decode("utf-8")
-        rows = [json.loads(line) for line in text.split("\n")[:-1]]  # answers may hold other ends of lines
+        rows = [parsed_json(line) for line in text.split("\n")[:-1]]  # answers may hold other ends of lines
     except (OSError, ValueError):
         return None
     if len(rows) != count or any(not isinstance(row, dict) or row.get(KEY) != key for row in rows):
         return None
     return rows
+
+
+def key_of_rows(path: Path) -> str | None:
+    """The key that a file belongs to; None for no file, or a damaged one."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            row = parsed_json(file.readline())
+    except (OSError, ValueError):
+        return None
+    key = row.get(KEY) if isinstance(row, dict) else None
+    return key if isinstance(key, str) else None
 
 
 def write_rows(path: Path, key: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

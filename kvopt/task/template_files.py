@@ -7,7 +7,6 @@ object never holds marks: they are taken out where a template is read.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ import yaml
 
 from kvopt.config.sections import TemplateConfig
 from kvopt.errors import InputError
-from kvopt.storage.files import read_text
+from kvopt.storage.files import parsed_json, read_text
 from kvopt.task.template import Slot, Template, parse, unparse
 
 MARK = re.compile(r"\{\{keep:(.*?)\}\}", re.DOTALL)
@@ -93,7 +92,7 @@ def is_structured(path: Path) -> bool:
 def structured(source: str, path: Path) -> Any:
     """The value of a file that :func:`is_structured`. Raises InputError."""
     try:
-        return json.loads(source) if path.suffix.lower() == ".json" else yaml.safe_load(source)
+        return parsed_json(source) if path.suffix.lower() == ".json" else yaml.safe_load(source)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: JSON, and dates that do not exist
         raise InputError(f"not valid JSON or YAML: {error}".replace("\n", " "), where=str(path)) from None
 

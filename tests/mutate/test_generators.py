@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 
 from kvopt.config.mutations import EndpointGenerator, MutationsConfig, NoGenerator
-from kvopt.errors import InputError
+from kvopt.errors import InputError, KvoptError
 from kvopt.mutate.generators import build_generator
 from kvopt.mutate.generators.endpoint import EndpointParaphraser
 from kvopt.mutate.generators.file import FileVariants
 from kvopt.mutate.generators.local import LocalParaphraser
+from kvopt.mutate.mutation import Mutation, read_mutations
 from kvopt.mutate.proposals import Proposal, Request, marked
-from kvopt.mutate.search import accepted, counts_by_reason, mutate
+from kvopt.mutate.search import accepted, mutate
 from kvopt.mutate.spans import mask
 from kvopt.task.template import Template
 
@@ -118,22 +119,96 @@ def test_an_endpoint_that_always_fails_is_a_failure_not_a_candidate(serve: Any, 
     url, calls = serve(lambda n, body: (500, {}, b"oops"))
     generator = endpoint(url)
     [proposal] = generator.propose([request()])
-    assert reason(proposal) == "generation-failed"
+    assert reason(proposal) == "request-failed"
     assert len(calls) == 3
-    made = mutate(
-        TEMPLATE, MutationsConfig(count=2, operators=("paraphrase",)), journal=tmp_path / "m", generator=generator
-    )
-    assert accepted(made) == []
-    assert set(counts_by_reason(made)) == {"accepted", "generation-failed"}
+    with pytest.raises(
+        KvoptError, match=r"answered none of the last 5 requests: status 500; 0 accepted mutations of 2"
+    ):
+        mutate(
+            TEMPLATE, MutationsConfig(count=2, operators=("paraphrase",)), journal=tmp_path / "m", generator=generator
+        )
+    assert read_mutations(tmp_path / "m") == []
+
+
+VERBS = ("Study", "Check", "View", "Consider", "Review", "Examine", "Inspect", "Look at", "Go over", "Take")
+
+
+def differently(n: int, body: dict[str, Any]) -> Answer:
+    """Another rewording for each seed."""
+    text = body["messages"][-1]["content"].split("\n\n", 1)[1]
+    return chat(text.replace("Read", VERBS[body["seed"] % len(VERBS)]))
+
+
+WANTED = MutationsConfig(count=4, operators=("paraphrase",), max_attempts=20)
+
+
+def searched(journal: Path, generator: EndpointParaphraser, config: MutationsConfig = WANTED) -> list[Mutation]:
+    made = mutate(TEMPLATE, config, journal=journal, generator=generator)
+    assert made == read_mutations(journal)
+    return made
+
+
+def test_what_an_endpoint_did_not_answer_is_asked_again_with_the_same_requests(serve: Any, tmp_path: Path) -> None:
+    up, asked = serve(differently)
+    wanted = searched(tmp_path / "whole", endpoint(up, concurrency=1))
+    down, refused = serve(lambda n, body: (503, {}, b""))
+    with pytest.raises(KvoptError, match="status 503"):
+        searched(tmp_path / "m", endpoint(down, concurrency=1, retries=0))
+    assert searched(tmp_path / "m", endpoint(up, concurrency=2, timeout=60)) == wanted
+    again = sorted(call["seed"] for call in asked[len(wanted) :])
+    assert again == sorted(call["seed"] for call in refused[: len(again)])
+
+
+def test_a_request_that_fails_in_the_middle_loses_nothing_and_takes_a_name_of_its_own(
+    serve: Any, tmp_path: Path
+) -> None:
+    url, calls = serve(lambda n, body: (503, {}, b"") if n == 2 else differently(n, body))
+    first = searched(tmp_path / "m", endpoint(url, concurrency=1, retries=0))
+    assert first[1].reason == "request-failed"
+    assert len(accepted(first)) == 4
+    paid = len(calls)
+    assert searched(tmp_path / "m", endpoint(url, concurrency=1, retries=0)) == first
+    assert len(calls) == paid  # all that was wanted is there
+    more = searched(tmp_path / "m", endpoint(url, concurrency=1), WANTED.model_copy(update={"count": 5}))
+    assert more[1].reason != "request-failed"
+    assert [m for m in more if m.attempt != 1][: len(first) - 1] == [m for m in first if m.attempt != 1]
+    names = [m.name for m in accepted(more)]
+    assert sorted(names) == ["m001", "m002", "m003", "m004", "m005"]
+    assert len({m.id for m in accepted(more)}) == 5
+
+
+def test_an_endpoint_that_answers_now_and_then_does_not_end_the_search(serve: Any, tmp_path: Path) -> None:
+    url, _ = serve(lambda n, body: differently(n, body) if n % 5 == 0 else (500, {}, b""))
+    made = searched(tmp_path / "m", endpoint(url, concurrency=1, retries=0))
+    assert len(made) == 20
+    assert 0 < len(accepted(made)) < 4
+
+
+def test_a_search_whose_every_request_failed_is_an_error_however_few_they_are(serve: Any, tmp_path: Path) -> None:
+    url, _ = serve(lambda n, body: (401, {}, b"no such key"))
+    few = WANTED.model_copy(update={"max_attempts": 2})
+    with pytest.raises(KvoptError, match="last 2 requests: status 401: no such key"):
+        searched(tmp_path / "m", endpoint(url), few)
+
+
+def test_how_an_endpoint_is_asked_is_in_no_key_and_what_it_is_asked_is() -> None:
+    settings = {"kind": "endpoint", "base_url": "http://a/v1", "model": "m"}
+    identity = MutationsConfig(generator=settings).identity()
+    for name, value in [
+        ("base_url", "http://b/v1"), ("timeout", 5), ("retries", 0), ("concurrency", 9), ("api_key_env", "KEY"),
+    ]:  # fmt: skip
+        assert MutationsConfig(generator=settings | {name: value}).identity() == identity
+    for name, value in [("model", "n"), ("temperature", 0.5)]:
+        assert MutationsConfig(generator=settings | {name: value}).identity() != identity
 
 
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        ((200, {}, b"{not json"), "generation-failed"),
-        ((200, {}, b'{"choices": []}'), "generation-failed"),
-        ((200, {}, b'{"error": "x"}'), "generation-failed"),
-        ((400, {}, b"bad"), "generation-failed"),
+        ((200, {}, b"{not json"), "request-failed"),
+        ((200, {}, b'{"choices": []}'), "request-failed"),
+        ((200, {}, b'{"error": "x"}'), "request-failed"),
+        ((400, {}, b"bad"), "request-failed"),
         (chat(""), "generation-failed"),
         (chat(None), "generation-failed"),
         (chat("Look at the note [K1] [K2] [K3]", "length"), "generation-failed"),
@@ -157,7 +232,7 @@ def test_a_bad_answer_is_refused_with_its_reason(serve: Any, answer: Answer, exp
 
 
 def test_an_endpoint_that_is_not_there_is_a_failure() -> None:
-    assert reason(endpoint("http://127.0.0.1:9", retries=1).propose([request()])[0]) == "generation-failed"
+    assert reason(endpoint("http://127.0.0.1:9", retries=1).propose([request()])[0]) == "request-failed"
 
 
 def test_the_key_is_sent_and_never_shown(
@@ -166,7 +241,7 @@ def test_the_key_is_sent_and_never_shown(
     monkeypatch.setenv("MY_KEY", KEY)
     url, calls = serve(lambda n, body: (401, {}, f"bad key {KEY}".encode()))
     generator = endpoint(url, api_key_env="MY_KEY")
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG), pytest.raises(KvoptError, match=r"bad key \*\*\*"):
         mutate(
             TEMPLATE, MutationsConfig(count=1, operators=("paraphrase",)), journal=tmp_path / "m", generator=generator
         )

@@ -18,7 +18,7 @@ from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.run.inputs import Inputs
 from kvopt.storage.files import sha256_json
-from kvopt.storage.keyed_rows import stored_rows, write_rows
+from kvopt.storage.keyed_rows import write_rows
 from kvopt.task.seam import Encoded, Row
 from kvopt.train.pool import Pool
 
@@ -77,7 +77,7 @@ def _answers(task: EncodedTask, max_new_tokens: int, at: Workspace) -> dict[str,
     stream = [context.sha256(), [(row.example_id, row.body) for row in rows], max_new_tokens, sorted(task.answer_ends)]
     key = sha256_json([VERSION, base.identity, str(base.dtype), base.device.type, batch_size, stream])[:16]
     path = at.directory / "own-answers.jsonl"
-    stored = stored_rows(path, key, len(rows))
+    stored = at.directory.rows(path, key, len(rows))
     if stored is None:
         with at.directory.ledger("own-answers") as entry, at.progress.bar("own answers", len(rows)) as bar:
             answers = generate(

@@ -13,11 +13,12 @@ from typing import Any
 
 from kvopt.base.generate import answer_text, generate
 from kvopt.config.metrics import Item, Metric, Verdict
+from kvopt.config.mutations import EndpointSettings
 from kvopt.console.progress import Bar, advance
 from kvopt.documents.evaluation_file import EvaluationDocument
 from kvopt.errors import counted
 from kvopt.storage.files import file_name, sha256_json, write_json
-from kvopt.storage.keyed_rows import stored_rows, write_rows
+from kvopt.storage.keyed_rows import write_rows
 from kvopt.train.evaluation.conditions import Condition
 from kvopt.train.evaluation.evaluation_plan import EvaluationPlan
 from kvopt.train.evaluation.frozen import frozen_answers, frozen_template
@@ -78,7 +79,7 @@ class Evaluator(EvaluationPlan):
         limits = [len(self.answered), self.settings.max_new_tokens, self.drawing]
         key = self._key(model, [condition.context.sha256(), stream, limits])
         path = self._path(model, f"{file_name(condition.name)}.jsonl")
-        if (stored := stored_rows(path, key, len(rows))) is not None:
+        if (stored := self.at.directory.rows(path, key, len(rows))) is not None:
             bar.take_over(len(self.answered) + len(rows))
             return stored
         limit = self.settings.max_new_tokens
@@ -116,7 +117,10 @@ class Evaluator(EvaluationPlan):
         by_metric = {}
         for metric, settings in zip(self.metrics, self.settings.metrics, strict=True):
             if metric.remote:
-                key = sha256_json([rows[0]["key"], settings.model_dump(mode="json"), len(items)])[:16]
+                asked = (
+                    settings.identity() if isinstance(settings, EndpointSettings) else settings.model_dump(mode="json")
+                )
+                key = sha256_json([rows[0]["key"], asked, len(items)])[:16]
                 path = self._path(model, f"{file_name(condition)}.{file_name(metric.label)}.jsonl")
                 by_metric[metric.label] = self._remote_verdicts(metric, items, path, key)
             else:
@@ -125,7 +129,7 @@ class Evaluator(EvaluationPlan):
 
     def _remote_verdicts(self, metric: Metric, items: list[Item], path: Path, key: str) -> list[Verdict]:
         """Stored verdicts; answers that the endpoint never judged are sent again."""
-        stored = stored_rows(path, key, len(items)) or []
+        stored = self.at.directory.rows(path, key, len(items)) or []
         verdicts = {
             i: Verdict({q: (r[0], r[1]) for q, r in row["ratios"].items()}, row["note"]) for i, row in enumerate(stored)
         }
@@ -157,7 +161,7 @@ class Evaluator(EvaluationPlan):
         templates = [frozen_template(self.task.template, instruction) for instruction in settings.instructions]
         asked = [[t.to_json() for t in templates], [(e.id, e.values) for e in examples], limit, self.drawing]
         key, path = self._key(model, ["frozen", asked]), self._path(model, "frozen-prompt.jsonl")
-        stored = stored_rows(path, key, len(templates) * len(examples))
+        stored = self.at.directory.rows(path, key, len(templates) * len(examples))
         if stored is None:
             with (
                 self.at.directory.ledger(f"evaluate/{model.name}/frozen-prompt"),
@@ -188,7 +192,7 @@ class Evaluator(EvaluationPlan):
         assert self.probes is not None
         rows = self.probes.encoded.rows
         key, path = self._key(model, ["probes", self.probes.sha256()]), self._path(model, "probes.jsonl")
-        if (stored := stored_rows(path, key, len(rows))) is not None:
+        if (stored := self.at.directory.rows(path, key, len(rows))) is not None:
             return stored
         reference = self.probes.make_reference(self.at)
         with (

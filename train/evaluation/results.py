@@ -128,6 +128,7 @@ def build_document(evaluation: EvaluationPlan, model: Subject, measured: Measure
         no_context=HabitShares(**_shares(measured.bare, draws)) if measured.bare is not None else None,
         frozen_prompt=_frozen_document(evaluation, measured, draws),
         forgetting=_forgetting_document(evaluation, measured, draws),
+        stands_on=task.stands_on,
     )
 
 

@@ -5,7 +5,6 @@ Symbols: r rank, I and O the module's input and output width.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvopt.errors import InputError
-from kvopt.storage.files import write_json
+from kvopt.storage.files import parsed_json, write_json
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -58,7 +57,7 @@ def read_adapter(folder: Path) -> Adapter:
     products B A alone (DoRA, biases, whole modules saved with it).
     """
     try:
-        config = json.loads((folder / CONFIG).read_text("utf-8"))
+        config = parsed_json((folder / CONFIG).read_text("utf-8"))
         tensors = load_file(str(folder / TENSORS))
     except FileNotFoundError as error:
         raise InputError(f"has no {Path(error.filename or TENSORS).name}", where=str(folder)) from None

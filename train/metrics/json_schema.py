@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -11,7 +10,7 @@ from pydantic import Field
 
 from kvopt.config.metrics import Item, Metric, Verdict
 from kvopt.errors import InputError, from_extra
-from kvopt.storage.files import RELATIVE, read_text
+from kvopt.storage.files import RELATIVE, parsed_json, read_text
 from kvopt.train.json_answers import NotJSON, parse_json
 
 
@@ -42,7 +41,7 @@ class JSONSchema(Metric):
             return self.definition, f"{self.place}.definition"
         path = base_dir / self.definition
         try:
-            return json.loads(read_text(path, RELATIVE)), str(path)
+            return parsed_json(read_text(path, RELATIVE)), str(path)
         except ValueError as error:
             raise InputError(f"is not a JSON file: {error}", where=str(path)) from None
 

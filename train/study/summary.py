@@ -85,6 +85,7 @@ def build_document(
         arms=rows,
         curve=_curves(config, rows, base.headlines[0]),
         sweep=sweep(rows),
+        stands_on=base.stands_on,
     )
 
 

@@ -1,4 +1,6 @@
-"""Paraphrases from any OpenAI-compatible chat endpoint; a failure of the endpoint is a rejection with its reason."""
+"""Paraphrases from any OpenAI-compatible chat endpoint; a failure of the endpoint is a rejection with its reason, and
+the next search asks for it again.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from kvopt.config.mutations import EndpointGenerator
 from kvopt.mutate.proposals import Proposal, Request, marked
 from kvopt.mutate.sanity import sanity
 from kvopt.mutate.spans import MARK, Field, MarkError
-from kvopt.mutate.validity import Rejection
+from kvopt.mutate.validity import REQUEST_FAILED, Rejection
 
 if TYPE_CHECKING:
     import httpx
@@ -88,7 +90,7 @@ class EndpointParaphraser:
                 client, [SYSTEM_MESSAGE, {"role": "user", "content": f"{way}\n\n{form.text}"}], seed
             )
         except ChatFailure as error:
-            return Rejection("generation-failed", str(error))
+            return Rejection("generation-failed" if error.answered else REQUEST_FAILED, str(error))
         if not field.text.endswith((" ", "\n")) or field.fixed_end:
             answer = answer.strip()
         restored = form.restore(answer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from kvopt.errors import InputError
 from kvopt.mutate.proposals import Proposal, Request
 from kvopt.mutate.validity import Rejection
-from kvopt.storage.files import RELATIVE, read_text
+from kvopt.storage.files import RELATIVE, parsed_json, read_text, sha256_json
 from kvopt.task.template import SLOT, Template
 
 BETWEEN = re.compile(r"^---[ \t]*(?:\r?\n|\Z)", re.M)
@@ -36,6 +35,10 @@ class FileVariants:
         if not self._variants:
             raise InputError("no variants", where=str(path), fix="write at least one")
         self.limit: int | None = len(self._variants)
+
+    def sha256(self) -> str:
+        """Hash of the variants: the file may change while its name does not."""
+        return sha256_json([sources for _, sources in self._variants])
 
     def propose(self, requests: Sequence[Request]) -> list[Proposal]:
         return [self._one(request.turn) for request in requests]
@@ -94,7 +97,7 @@ def _entries(path: Path) -> list[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                entries.append((f"{path}:{number}", json.loads(line)))
+                entries.append((f"{path}:{number}", parsed_json(line)))
             except ValueError as error:
                 raise InputError(f"not JSON: {error}", where=f"{path}:{number}") from None
     return entries
