@@ -13,9 +13,12 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
+from kvopt.config.document import load_config
+from kvopt.config.shortening import ShorteningConfig
 from kvopt.documents.schemas import DOCUMENTS, schema_of
 from kvopt.export.derive import truncate
 from kvopt.export.writing import export
+from kvopt.run.frontier import Question, make_frontier
 from kvopt.storage.files import canonical_json
 from kvopt.train.commands import conduct_study, evaluate_all, train_chosen
 from kvopt.train.merging.folders import scaled_student
@@ -29,6 +32,8 @@ FILES = {
     "answers": "answers.json",
     "evaluation": "students/*/evaluation.json",
     "study": "study.json",
+    "frontier": "frontier/frontier.json",
+    "shortened": "frontier/shortened/*.json",
     "context": "contexts/*/kvopt.json",
     "student": "students/*/kvopt-student.json",
     "export": "exports/*/kvopt-export.json",
@@ -54,7 +59,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     place = tmp_path_factory.mktemp("documents")
     out = place / "out"
-    run = open_evaluated(write_evaluated(place, whole), out)
+    path = write_evaluated(place, whole)
+    run = open_evaluated(path, out)
     with run.opened():
         run.run()
         train_chosen(run, chosen(run.inputs))
@@ -62,6 +68,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         conduct_study(run)
     for kind, name in (("peft", "kv-8"), ("hf-cache", "kv-8"), ("text", "original")):
         export(f"{out}#{name}", kind, out / "exports" / kind)
+    question = Question(kinds=("text", "kv"), max_kl=0.5, steps=0, how=ShorteningConfig(rows=2, exchanges=0))
+    make_frontier(*load_config(path), out / "frontier", question, say=lambda line: None)
     truncate(str(out / "contexts" / "kv-8"), 4, out / "contexts" / "short", by="first")
     scaled_student(out / "students" / "lora", run.load_base(), out / "students" / "scaled", alpha=0.5, beta=0.5)
     return out

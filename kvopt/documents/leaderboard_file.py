@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from kvopt.documents.part import ContextKind, DocumentPart, Estimate, StandsOn
+from kvopt.documents.part import CI95, ContextKind, DocumentPart, Estimate, StandsOn
 from kvopt.documents.scores_file import SplitScores
 
 
@@ -56,15 +56,32 @@ class NamedContext(DocumentPart):
     tokens: int = Field(description="length in tokens of text, or in slots")
 
 
+class Difference(DocumentPart):
+    """The forward KL of a context minus that of another one, on the validation rows that both were scored on."""
+
+    to: str = Field(description="the other context's name")
+    mean: float = Field(description="nats per gold token; positive where the context is further from the template")
+    ci95: CI95 | None = Field(None, description="bootstrap interval over rows; null for a single row")
+    p: float | None = Field(
+        None,
+        description="two-sided, of random signs of the rows' differences, corrected for the number of contexts on the"
+        " board (Holm); null for a single row",
+    )
+
+
 class LeaderboardRow(SplitScores, NamedContext):
     """One context, with its scores on the validation rows."""
 
-    selection: SplitScores | None = Field(None, description="a mutation's scores on the rows that it was chosen by")
+    selection: SplitScores | None = Field(None, description="scores on the rows that contexts are chosen by")
     lineage: MutationLineage = Field(MutationLineage(), description="of a mutation; absent for others")
     separable_from_best: bool | None = Field(
         None,
-        description="whether the interval of its forward KL lies wholly above that of the best context; null without "
-        "intervals, absent for the best context and the original",
+        description="whether a paired test on the validation rows tells its forward KL from that of the closest context"
+        " (chosen by the selection rows), corrected for the number of contexts (Holm, 5 %); null for a single row,"
+        " absent for the closest context and the original",
+    )
+    difference: Difference | None = Field(
+        None, description="to the recommended context; absent for itself, and where that is not known"
     )
     metrics: dict[str, Estimate] | None = Field(
         None, description="the config's metrics of the base's answers under this context, by quantity; null without any"
@@ -95,6 +112,14 @@ class LeaderboardDocument(DocumentPart):
     rows_sha256: dict[str, str] = Field({}, description="hash of each part's rows, which tells runs apart")
     noise_floor: NoiseFloor
     contexts: list[LeaderboardRow] = Field(description="lowest forward KL first")
+    recommended: str | None = Field(
+        None, description="the context to take, chosen by the selection rows; null where there is none to choose from"
+    )
+    picking: float | None = Field(
+        None,
+        description="how much lower the lowest forward KL of this table looks than it is, if this table picks it:"
+        " a bootstrap estimate, nats per gold token",
+    )
     other_mutations: list[UnreportedMutation] = Field([], description="mutations without scores on validation rows")
     stands_on: StandsOn | None = Field(None, description="what it was measured on; absent in old files")
     search: str | None = Field(None, description="which search made its mutations, as in mutations.jsonl")

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvopt.documents.choosing import KEPT
 from kvopt.documents.leaderboard_file import LeaderboardDocument, LeaderboardRow
-from kvopt.report.choice import KEPT, advice, own_prompt, recommended, share_kept
+from kvopt.report.choice import advice, own_prompt, recommended, share_kept
 
 EXPORTED_AS = {"text": "text", "soft": "peft", "kv": "peft"}
 """The format of ``kvopt export --to`` by kind of context."""

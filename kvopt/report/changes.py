@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvopt.documents.choosing import BUILT_IN
 from kvopt.documents.leaderboard_file import LeaderboardRow
-from kvopt.report.choice import BUILT_IN, share_kept, shown_interval
+from kvopt.report.choice import share_kept, shown_interval
 from kvopt.report.reading import RunFiles
 
 RENDERING = ("template.chat_kwargs", "template.end_token")

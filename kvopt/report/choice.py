@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kvopt.config.names import MUTATION
+from kvopt.documents.choosing import BUILT_IN, choice
 from kvopt.documents.leaderboard_file import LeaderboardDocument, LeaderboardRow
 from kvopt.documents.scores_file import SplitScores
 
-BUILT_IN = ("original", "none")
-KEPT = 0.9  # of the way from no context to the template: what a shorter context must keep to be advised
 DUST = 1e-9  # widths of intervals, by the size of their ends, that are rounding errors
-SHORTER = 0.75  # of the template's tokens: what counts as shorter
 
 
 def rivals(board: LeaderboardDocument) -> list[LeaderboardRow]:
@@ -22,7 +21,7 @@ def rivals(board: LeaderboardDocument) -> list[LeaderboardRow]:
 
 def on_selection(board: LeaderboardDocument) -> list[tuple[str, SplitScores]]:
     """Every mutation with its numbers on the rows that it was chosen by."""
-    reported = [(row.name, row.selection) for row in board.contexts if row.selection is not None]
+    reported = [(row.name, row.selection) for row in board.contexts if is_mutation(row) and row.selection is not None]
     return [*reported, *((row.name, row.selection) for row in board.other_mutations)]
 
 
@@ -43,7 +42,7 @@ def share_kept(row: LeaderboardRow, board: LeaderboardDocument) -> float | None:
 
 def is_mutation(row: LeaderboardRow) -> bool:
     """Whether a row is another wording that a search made of the original."""
-    return bool(row.lineage.id) or row.selection is not None
+    return bool(row.lineage.id) or MUTATION.fullmatch(row.name) is not None
 
 
 def is_shortened(row: LeaderboardRow) -> bool:
@@ -62,8 +61,7 @@ def own_prompt(board: LeaderboardDocument) -> LeaderboardRow | None:
 
 def recommended(board: LeaderboardDocument) -> str | None:
     """The name of the context to take: the best shorter one, or the closest where no shorter one is advised."""
-    found = advice(board)
-    return found["shorter"] or found["closest"]
+    return choice(board).recommended
 
 
 def advice(board: LeaderboardDocument) -> dict[str, Any]:
@@ -76,20 +74,19 @@ def advice(board: LeaderboardDocument) -> dict[str, Any]:
             "ties": [],
             "sentences": ["This run has no contexts to choose from: only the original template and no context at all."],
         }
-    closest = rows[0]
-    ties = [row for row in rows[1:] if row.separable_from_best is False]
-    short = next((row for row in rows if row.tokens <= SHORTER * board.template_tokens), None)
-    kept = share_kept(short, board) if short else None
-    if short is not None and kept is not None and kept < KEPT:
-        advised, worse = None, short
-    else:
-        advised, worse = short, None
+    chosen = choice(board)
+    closest, advised, worse = chosen.closest or rows[0], chosen.shorter, chosen.far
+    ties = [row for row in rows if row is not closest and row.separable_from_best is False]
     sentences = [_lead(advised, closest, board)]
     if advised is not None and advised is not closest:
         sentences.append(f"{_is_closest(closest, ties)}: {_distance(closest)} with {_tokens(closest)}.")
     elif ties:
         sentences.append(_not_separable(closest, ties))
+    if rows[0] is not closest:
+        lower = f"{rows[0].name} has {number(rows[0].kl_forward.mean)} on the rows reported here"
+        sentences.append(f"{lower}; contexts are chosen by other rows, the selection rows.")
     if worse is not None:
+        kept = share_kept(worse, board)
         share = f", {kept:.0%} of the template's effect" if kept is not None and kept > 0 else ""
         what = f"{worse.name} with {_tokens(worse)} at {_distance(worse)}{share}"
         sentences.append(f"Nothing much shorter comes close: the best is {what}.")
@@ -123,7 +120,7 @@ def _is_closest(closest: LeaderboardRow, ties: Sequence[LeaderboardRow]) -> str:
 
 def _not_separable(closest: LeaderboardRow, ties: Sequence[LeaderboardRow]) -> str:
     verb = "is" if len(ties) == 1 else "are"
-    return f"{_list(ties)} {verb} not separable from {closest.name}: the intervals overlap."
+    return f"{_list(ties)} {verb} not separable from {closest.name} by a paired test on these rows."
 
 
 def _list(rows: Sequence[LeaderboardRow], most: int = 3) -> str:

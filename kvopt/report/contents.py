@@ -12,7 +12,16 @@ from kvopt.documents.leaderboard_file import LeaderboardRow, UnreportedMutation
 from kvopt.mutate.mutation import Mutation, counts_by_reason
 from kvopt.report.agreement import headline_agreements, rank_agreements
 from kvopt.report.changes import compare_runs
-from kvopt.report.choice import advice, on_selection, own_prompt, pareto_front, recommended, rivals, share_kept
+from kvopt.report.choice import (
+    advice,
+    is_mutation,
+    on_selection,
+    own_prompt,
+    pareto_front,
+    recommended,
+    rivals,
+    share_kept,
+)
 from kvopt.report.costs import build_costs, pays_after, stage_costs, total_costs
 from kvopt.report.reading import RunFiles
 from kvopt.version import VERSION
@@ -45,6 +54,7 @@ def run_document(run: RunFiles) -> dict[str, Any]:
         "left_out": [str(one) for one in run.left_out],
         "advice": advice(board),
         "recommended": recommended(board),
+        "picking": board.picking,
         "own_prompt": own.name if (own := own_prompt(board)) else None,
         "headlines": board.headlines,
         "answered": board.answered,
@@ -117,8 +127,9 @@ def _chosen(run: RunFiles) -> list[dict[str, Any]]:
     rows = []
     kept = {one.name: _kept_kl(one.best_step, one.history) for one in run.learned}
     for row in rivals(run.board):
-        if row.selection is not None:
-            how, mean, interval = "mutation", row.selection.kl_forward.mean, row.selection.kl_forward.ci95
+        if row.selection is not None and row.name not in kept:
+            how = "mutation" if is_mutation(row) else "context"
+            mean, interval = row.selection.kl_forward.mean, row.selection.kl_forward.ci95
         elif (checkpoint_kl := kept.get(row.name)) is not None:
             how, mean, interval = "checkpoint", checkpoint_kl, None
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from kvopt.documents.choosing import deciding_share
 from kvopt.documents.leaderboard_file import LeaderboardDocument, LeaderboardRow
 from kvopt.errors import counted
 from kvopt.report.choice import number, rivals, share_kept
@@ -14,10 +15,10 @@ LENGTHS = {"text": ("token of text", "tokens of text"), "soft": ("soft slot", No
 
 def shortest(board: LeaderboardDocument, keep: float) -> dict[str, LeaderboardRow | None]:
     """Of each kind that was tried, the shortest context that is shorter than the template and keeps this share of its
-    effect, by the validation rows; None where none does.
+    effect, by the selection rows; None where none does.
     """
     rows = [row for row in rivals(board) if row.tokens < board.template_tokens]
-    fit = [row for row in rows if (share_kept(row, board) or 0.0) >= keep]
+    fit = [row for row in rows if (deciding_share(row, board) or 0.0) >= keep]
     kinds = [kind for kind in KINDS if any(row.kind == kind for row in rows)]
     return {
         kind: min((row for row in fit if row.kind == kind), key=lambda row: row.tokens, default=None) for kind in kinds

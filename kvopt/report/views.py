@@ -9,10 +9,11 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
+from kvopt.documents.choosing import BUILT_IN
 from kvopt.documents.leaderboard_file import LeaderboardRow
 from kvopt.report.answers_view import AnswersView, Wording, answers_view, wordings
 from kvopt.report.cards import Card, cards
-from kvopt.report.choice import BUILT_IN, rivals, shown_interval
+from kvopt.report.choice import is_mutation, rivals, shown_interval
 from kvopt.report.frontier_words import in_words
 from kvopt.report.pictures import distance_picture, kept_picture, learning_curve, length_picture, rank_picture
 from kvopt.report.pictures.curves import curve_values
@@ -85,7 +86,7 @@ class Page:
 def run_view(run: RunFiles, report: Mapping[str, Any]) -> Page:
     """The page of one run."""
     best = min(
-        ((r.name, r.selection.kl_forward.mean) for r in run.board.contexts if r.selection),
+        ((r.name, r.selection.kl_forward.mean) for r in run.board.contexts if r.selection and is_mutation(r)),
         key=lambda p: p[1],
         default=None,
     )

@@ -28,6 +28,7 @@ class Measures:
         task: what the contexts are of.
         metrics: of the base's answers under them; empty where the config names none.
         score: a context's score on the validation rows.
+        select: a context's score on the selection rows, which contexts are chosen by.
         noise_floor: forward KL of the original against itself.
         at: the run directory.
     """
@@ -35,11 +36,14 @@ class Measures:
     task: EncodedTask
     metrics: TaskMetrics
     score: Callable[[Context], Score]
+    select: Callable[[Context], Score]
     noise_floor: NoiseFloor
     at: Workspace
 
     def entry(self, context: Context, selection: Score | None = None) -> Entry:
         """A context's line of the leaderboard."""
+        if selection is None and context is not self.task.original and self.task.dataset.selection:
+            selection = self.select(context)
         estimates = self.metrics.estimates(self.metrics.answers(context)) if self.metrics else None
         return Entry.of(context, self.score(context), selection, estimates)
 

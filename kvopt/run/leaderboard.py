@@ -24,6 +24,7 @@ from kvopt.documents.scores_file import ScoreLine, SplitScores
 from kvopt.documents.validated import read_leaderboard
 from kvopt.errors import InputError
 from kvopt.measure.score import Score
+from kvopt.run.comparing import compare
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.storage.files import sha256_json, write_json, write_jsonl, write_text
@@ -104,26 +105,13 @@ class Entry:
 
 
 def ranked_rows(entries: Sequence[Entry]) -> list[LeaderboardRow]:
-    """The contexts that have a score, by forward KL, lowest first.
-
-    ``separable_from_best`` says whether a context's interval lies wholly above that of the best one (the original is
-    not compared with); None where there are no intervals, because a single row gives none.
-    """
+    """The contexts that have a score, by forward KL, lowest first."""
     return in_order([entry.row() for entry in entries if entry.score is not None])
 
 
 def in_order(rows: list[LeaderboardRow]) -> list[LeaderboardRow]:
     """Rows as :func:`ranked_rows` returns them."""
-    rows = sorted(rows, key=lambda row: (row.kl_forward.mean, row.name))
-    rivals = [row for row in rows if row.name != "original"]
-    best = rivals[0].kl_forward.ci95 if rivals else None
-    for row in rivals[:1]:
-        row.separable_from_best = None
-        row.model_fields_set.discard("separable_from_best")
-    for row in rivals[1:]:
-        interval = row.kl_forward.ci95
-        row.separable_from_best = interval[0] > best[1] if best and interval else None
-    return rows
+    return sorted(rows, key=lambda row: (row.kl_forward.mean, row.name))
 
 
 def build_leaderboard(
@@ -156,6 +144,7 @@ def write_leaderboard(task: EncodedTask, board: LeaderboardDocument, at: Workspa
     """Write ``leaderboard.json``, ``leaderboard.csv`` and ``scores.jsonl``; return the first document, which tells runs
     apart by the template's text and a hash of each part's rows.
     """
+    compare(board, task, at)
     board.template = StoredTemplate.model_validate(task.template.to_json())
     board.rows_sha256 = rows_sha256(task)
     board.stands_on = task.stands_on

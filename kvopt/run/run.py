@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -342,7 +343,8 @@ class Run:
 
     def measures(self) -> Measures:
         """What says how good a context is: its score, and the metrics of the base's answers under it."""
-        return Measures(self.task(), self.task_metrics(), self.score, self.noise_floor(), self.at)
+        select = partial(self.score, split="selection")
+        return Measures(self.task(), self.task_metrics(), self.score, select, self.noise_floor(), self.at)
 
     def put_on_board(self, contexts: Sequence[Context]) -> LeaderboardDocument | None:
         """Put wordings of the user's own on the leaderboard, as :func:`kvopt.run.board.put_on_board` says."""

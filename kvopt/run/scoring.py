@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from kvopt.console.progress import advance
 from kvopt.contexts.context import Context
 from kvopt.documents.leaderboard_file import NoiseFloor
@@ -21,8 +23,7 @@ def token_scores(
     batch_size = batch_size or task.config.score.batch_size
     rows = task.rows_for(context, split)
     key = f"{reference.key}:{key_of(SCORES_VERSION, [context.sha256(), rows.sha256(), batch_size])}"
-    name = file_name(context.name)
-    path = at.directory / "scores" / f"{name}.{split}.b{batch_size}.safetensors"
+    name, path = file_name(context.name), _path(context.name, split, batch_size, at)
     if stored_key(path) == key:
         return TokenScores.read(path)
     with (
@@ -38,6 +39,16 @@ def token_scores(
     return scores
 
 
+def _path(name: str, split: str, batch_size: int, at: Workspace) -> Path:
+    return at.directory / "scores" / f"{file_name(name)}.{split}.b{batch_size}.safetensors"
+
+
+def stored_scores(name: str, split: str, at: Workspace, batch_size: int) -> TokenScores | None:
+    """What :func:`token_scores` left of a context, whatever it was measured against; None where there is nothing."""
+    path = _path(name, split, batch_size, at)
+    return TokenScores.read(path) if stored_key(path) else None
+
+
 def score(task: EncodedTask, reference: Reference, context: Context, split: str, at: Workspace) -> Score:
     """A context's score on a split: means per gold token, with intervals over rows."""
     scores = token_scores(task, reference, context, split, at)
@@ -46,7 +57,9 @@ def score(task: EncodedTask, reference: Reference, context: Context, split: str,
 
 def noise_floor(task: EncodedTask, reference: Reference, at: Workspace) -> NoiseFloor:
     """Forward KL of the original against itself through another batching: nothing below it means anything."""
-    sizes = [task.config.reference.batch_size, max(1, task.config.score.batch_size // 3)]
+    first = task.config.reference.batch_size
+    other = max(1, task.config.score.batch_size // 3)
+    sizes = [first, other if other != first else first + 1]
     scores = token_scores(task, reference, task.original, "validation", at, sizes[1])
     kl = summarize(scores, resamples=task.config.score.resamples).kl_forward
     return NoiseFloor(kl_forward=abs(kl.mean), batch_sizes=sizes, dtype=str(task.base.dtype).removeprefix("torch."))

@@ -15,7 +15,7 @@ from kvopt.documents.leaderboard_file import LeaderboardDocument
 from kvopt.report import report_of
 from kvopt.report.agreement import in_words, rank_agreements
 from kvopt.report.changes import compare_runs, flatten
-from kvopt.report.choice import advice, number, pareto_front, rivals
+from kvopt.report.choice import advice, number, pareto_front, recommended, rivals
 from kvopt.report.costs import build_costs, pays_after
 from kvopt.report.reading import read_run, read_runs
 from kvopt.report.worddiff import WORD, _stretches, diff
@@ -50,6 +50,26 @@ def test_a_shorter_context_that_keeps_too_little_is_not_advised():
     assert "50% of the template's effect" in found["sentences"][1]
 
 
+def test_selection_rows_choose_and_validation_rows_report():
+    rows = [
+        row("lucky", "kv", 10, 0.010, selection=score(0.030)),
+        row("a", "kv", 10, 0.020, selection=score(0.015)),
+        row("long", "kv", 40, 0.012, selection=score(0.002)),
+        row("none", "text", 0, 1.0, selection=score(1.2)),
+    ]
+    found = advice(board(*rows))
+    assert (found["closest"], found["shorter"]) == ("long", "a")
+    assert found["sentences"][0].startswith("a keeps the template's behaviour to 0.0200 nats")
+    assert "lucky has 0.0100 on the rows reported here; contexts are chosen by other rows" in " ".join(
+        found["sentences"]
+    )
+    assert recommended(board(*rows)) == "a"
+    far = [row("near", "kv", 10, 0.05, selection=score(0.5)), *rows[2:]]
+    assert advice(board(*far))["shorter"] is None, "it keeps 58 % on the rows that decide, whatever it keeps on others"
+    rows[0].pop("selection")
+    assert advice(board(*rows))["closest"] == "lucky", "an old board, without scores on selection rows for all"
+
+
 def test_two_tokens_fewer_are_not_called_shorter():
     found = advice(board(row("kv", "kv", 40, 0.004), row("m001", "text", 38, 0.005), NONE))
     assert found["shorter"] is None
@@ -58,7 +78,7 @@ def test_two_tokens_fewer_are_not_called_shorter():
 def test_the_advice_says_when_the_best_cannot_be_told_apart_from_the_noise_or_from_others():
     rows = [row("a", "kv", 40, 0.0004), row("b", "kv", 40, 0.00045, separable_from_best=False)]
     sentences = advice(board(*rows, NONE))["sentences"]
-    assert "b is not separable from a: the intervals overlap." in sentences
+    assert "b is not separable from a by a paired test on these rows." in sentences
     assert "a is within the noise floor of 0.00050: as close as can be measured." in sentences
 
 

@@ -5,11 +5,13 @@ that no row is computed that nothing needs.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
@@ -18,6 +20,7 @@ from kvopt.documents.answers_file import AnswersDocument
 from kvopt.documents.leaderboard_file import LeaderboardDocument
 from kvopt.errors import InputError
 from kvopt.learn.descent import batch_at
+from kvopt.measure.paired import holm, optimism, sign_flip_p
 from kvopt.run.run import Run
 from tests.jobs import rows, run_job, stages_in, write_job
 
@@ -74,6 +77,38 @@ def test_contexts_come_cheapest_first_and_each_is_on_the_board_at_once(finished:
     assert all(one.complete is False for one in shown)
     assert board.complete
     assert "complete" not in board.to_json()
+
+
+def test_pairs_are_compared_row_by_row_with_the_chosen_contexts(finished: Any) -> None:
+    out, shown, board = finished
+    rows = {row.name: row for row in board.contexts}
+    rivals = [row for row in board.contexts if row.name not in ("original", "none")]
+    assert all(row.selection is not None for row in rivals)
+    closest = min(rivals, key=lambda row: row.selection.kl_forward.mean if row.selection else math.inf)
+    best = rows[board.recommended or ""]
+    assert best.tokens <= 0.75 * board.template_tokens or best is closest
+    assert (closest.separable_from_best, rows["original"].separable_from_best) == (None, None)
+    with open_job(out.parent / "job.yaml", out).opened() as run:
+        names = [row.name for row in rivals] + ["none"]
+        contexts = {context.name: context for name in names for context in run.stored_contexts(name)}
+        scores = {name: run.token_scores(context) for name, context in contexts.items()}
+    sums = {name: one.by_example(one.kl).numpy() for name, one in scores.items()}
+    counts = scores["none"].counts.numpy()
+    for to, others in ((best.name, "difference"), (closest.name, "separable_from_best")):
+        found = {name: sign_flip_p(sums[name] - sums[to]) for name in names if name != to}
+        corrected = dict(zip(found, holm(list(found.values())), strict=True))
+        for name, p in corrected.items():
+            if others == "separable_from_best":
+                assert rows[name].separable_from_best is (p is not None and p <= 0.05)
+                continue
+            difference = rows[name].difference
+            assert difference is not None
+            assert (difference.to, difference.p) == (to, pytest.approx(p))
+            assert difference.mean == pytest.approx((sums[name] - sums[to]).sum() / counts.sum())
+    picked = np.stack([sums[row.name] for row in rivals])
+    expected = optimism(picked, counts, seed=run.config.seed, resamples=run.config.score.resamples)
+    assert board.picking == pytest.approx(expected)
+    assert all(row.difference is None for one in shown for row in one.contexts), "not before all are there"
 
 
 def test_a_run_that_was_stopped_leaves_the_board_so_far(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from kvopt.documents.choosing import BUILT_IN
 from kvopt.documents.leaderboard_file import LeaderboardRow
-from kvopt.report.choice import BUILT_IN, number, pareto_front, shown_interval
+from kvopt.report.choice import number, pareto_front, shown_interval
 from kvopt.report.pictures.drawing import Labels, Picture, Scale, log_scale
 
 WIDTH, HEIGHT = 720, 400
