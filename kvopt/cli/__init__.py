@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -92,6 +93,8 @@ for name, command in BENCHMARKS.items():
 
 def main() -> None:
     """Entry point of the ``kvopt`` command."""
+    if isinstance(sys.stdout, TextIOWrapper):  # what a terminal cannot show is shown as its code, never an error
+        sys.stdout.reconfigure(errors="backslashreplace")
     with _ctrl_c() as pressed:
         try:
             code = app(prog_name="kvopt", standalone_mode=False)

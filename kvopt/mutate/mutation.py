@@ -67,9 +67,13 @@ class Mutation:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], *, where: str = "mutation") -> Mutation:
-        """The mutation of :meth:`to_json`. Raises InputError for anything else."""
+        """The mutation of :meth:`to_json`. Raises InputError for anything else, as a text that its id is not of."""
         try:
             template = _template(record["template"]) if record["template"] else None
+            if template is not None and record["id"] != template.sha256[:12]:
+                raise InputError("its text is not the one that its id is of", where=where)
+            if record["accepted"] and (template is None or not isinstance(record["name"], str)):
+                raise InputError("is accepted without a name or a text", where=where)
             return cls(
                 id=record["id"],
                 name=record["name"],

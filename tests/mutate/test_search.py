@@ -6,7 +6,9 @@ import itertools
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -229,3 +231,24 @@ def test_whatever_is_accepted_passes_an_independent_look(tmp_path: Path, templat
 def test_config_mistakes_are_named(bad: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=re.escape(message)):
         MutationsConfig(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda line: line["template"]["messages"][1].update(content="Note: {{nope}}\nLabel:"),
+        lambda line: line["template"]["messages"][0].update(content="Something else."),
+        lambda line: line.update(template=None),
+        lambda line: line.update(name=None),
+        lambda line: line.update(id="0123456789ab"),
+    ],
+)
+def test_a_wording_that_was_changed_in_the_journal_is_refused(tmp_path: Path, change: Callable[[Any], object]) -> None:
+    """It would be scored and exported under the name of another, with slots that nothing fills."""
+    mutate(TEMPLATE, config(count=2), journal=tmp_path / "m.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    first = next(line for line in lines if line["accepted"])
+    change(first)
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, lines[-1]]))
+    with pytest.raises(InputError, match=r"m\.jsonl:\d+: the line is damaged"):
+        read_mutations(tmp_path / "m.jsonl")

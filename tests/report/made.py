@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from kvopt.task.template import Template
+
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>{{ 7 * 7 }}"
 SYSTEM = "You sort messages.\n\n- Read the request twice.\n- Answer in one line.\n"
 
@@ -61,20 +63,27 @@ def leaderboard() -> dict[str, Any]:
     }
 
 
+def id_of(text: str) -> str:
+    """The id of a mutation with this system message."""
+    return Template.from_json(template(text)).sha256[:12]
+
+
 def mutations() -> list[dict[str, Any]]:
-    def one(attempt: int, name: str | None, id: str, text: str, **more: Any) -> dict[str, Any]:
+    def one(attempt: int, name: str | None, text: str, **more: Any) -> dict[str, Any]:
         return {
-            "id": id, "name": name, "attempt": attempt, "accepted": name is not None, "reason": None, "detail": None,
-            "family": "lexical", "operators": ["synonyms"], "lineage": [], "seed": attempt, "template": template(text),
-            "search": "s",
+            "id": id_of(text), "name": name, "attempt": attempt, "accepted": name is not None, "reason": None,
+            "detail": None, "family": "lexical", "operators": ["synonyms"], "lineage": [], "seed": attempt,
+            "template": template(text), "search": "s",
         } | more  # fmt: skip
 
+    first = SYSTEM.replace("twice", "two times")
+    second = SYSTEM.replace("twice", "two times, please")
     return [
-        one(0, "m001", "a1", SYSTEM.replace("twice", "two times")),
-        one(1, None, "r1", "You sort.", reason="slot-lost", detail="the slot {{text}} is gone"),
-        one(2, "m002", "a2", SYSTEM.replace("twice", "two times, please"), lineage=["a1"], operators=["add-please"]),
-        one(3, "m003", "a3", "# Task\n" + SYSTEM, family="structure", operators=["headings"]),
-        one(4, None, "r2", SYSTEM, reason="unchanged"),
+        one(0, "m001", first),
+        one(1, None, "You sort.", reason="slot-lost", detail="the slot {{text}} is gone"),
+        one(2, "m002", second, lineage=[id_of(first)], operators=["add-please"]),
+        one(3, "m003", "# Task\n" + SYSTEM, family="structure", operators=["headings"]),
+        one(4, None, SYSTEM, reason="unchanged"),
     ]
 
 

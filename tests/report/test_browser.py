@@ -16,7 +16,18 @@ from typing import Any
 import pytest
 
 from kvopt.report import write_report
-from tests.report.made import EVIL, add_metrics, change, leaderboard, mutations, put_lines, samples, template, write_run
+from tests.report.made import (
+    EVIL,
+    add_metrics,
+    change,
+    id_of,
+    leaderboard,
+    mutations,
+    put_lines,
+    samples,
+    template,
+    write_run,
+)
 
 pytestmark = pytest.mark.browser
 
@@ -160,7 +171,8 @@ def test_script_in_data_and_texts_does_not_run(browser: Any, run: Path, tmp_path
     document = leaderboard() | {"name": EVIL, "template": template(EVIL)}
     document["contexts"][4]["name"] = EVIL
     change(run / "leaderboard.json", **document)
-    put_lines(run / "mutations.jsonl", [m | {"detail": EVIL, "template": template(EVIL)} for m in mutations()])
+    evil = {"detail": EVIL, "template": template(EVIL), "id": id_of(EVIL)}
+    put_lines(run / "mutations.jsonl", [m | evil for m in mutations()])
     shown = samples()
     for example in shown["examples"]:
         example |= {"values": {"text": EVIL}, "output": EVIL, "gold": [EVIL, EVIL]}

@@ -16,7 +16,19 @@ import yaml
 from kvopt.report import write_report
 from kvopt.report.page import heat, token_markup
 from kvopt.report.pictures.drawing import Labels, Scale, log_scale
-from tests.report.made import EVIL, change, leaderboard, mutations, put_lines, row, samples, study, template, write_run
+from tests.report.made import (
+    EVIL,
+    change,
+    id_of,
+    leaderboard,
+    mutations,
+    put_lines,
+    row,
+    samples,
+    study,
+    template,
+    write_run,
+)
 
 NS = "{http://www.w3.org/1999/xhtml}"
 
@@ -44,7 +56,8 @@ def evil(run: Path) -> Path:
     change(run / "leaderboard.json", **document)
     texts = mutations()
     for mutation in texts:
-        mutation |= {"template": template(mutation["template"]["messages"][0]["content"] + EVIL), "detail": EVIL}
+        text = mutation["template"]["messages"][0]["content"] + EVIL
+        mutation |= {"template": template(text), "id": id_of(text), "detail": EVIL}
     put_lines(run / "mutations.jsonl", texts)
     shown = samples()
     for example in shown["examples"]:
@@ -235,8 +248,12 @@ def test_long_settings_of_two_runs_are_shown_as_what_changed_in_them(run: Path, 
 
 
 def test_a_thousand_mutations_stay_under_two_megabytes(run: Path, tmp_path: Path):
-    first = mutations()[0]
-    many = [first | {"id": f"i{n}", "name": f"m{n:03d}", "attempt": n} for n in range(1, 1001)]
+    first, text = mutations()[0], "You sort messages.\n\n- Read the request {} times.\n- Answer in one line.\n"
+    texts = {n: text.format(n) for n in range(1, 1001)}
+    many = [
+        first | {"id": id_of(text), "template": template(text), "name": f"m{n:03d}", "attempt": n}
+        for n, text in texts.items()
+    ]
     put_lines(run / "mutations.jsonl", many)
     html = page_of([run], tmp_path)
     assert len(html.encode()) < 2 * 2**20

@@ -247,3 +247,71 @@ def test_a_wording_is_a_context_by_its_name_everywhere(tmp_path: Path, kvopt: An
         assert [context.name for context in run.stored_contexts("short")] == ["short"]
     assert kvopt("export", f"{out}#short", "--to", "text", "--out", str(tmp_path / "text"))[0] == 0
     assert SHORT in "".join(p.read_text("utf-8") for p in (tmp_path / "text").iterdir() if p.suffix != ".md")
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def wordings(out: Path) -> list[str]:
+    board = json.loads((out / "leaderboard.json").read_text())
+    return sorted(row["name"] for row in board["contexts"] if "template" in row)
+
+
+def test_a_run_that_dies_keeps_the_wordings_that_were_scored_onto_its_board(tmp_path: Path) -> None:
+    """The board is written again from its first row on: those that come later must be on it all the time."""
+    path, out = job(tmp_path, lambda c: c.update(contexts=c["contexts"][:1])), tmp_path / "out"
+    (tmp_path / "mine.txt").write_text("Sort it.", "utf-8")
+
+    def die(board: LeaderboardDocument) -> None:
+        assert "mine" in wordings(out)
+        if len(board.contexts) > 2:
+            raise Killed
+
+    def score(run: Run) -> list[str]:
+        board = run.put_on_board(run.stored_contexts(f"text:{tmp_path / 'mine.txt'}"))
+        assert board is not None
+        return sorted(row.name for row in board.contexts)
+
+    with open_job(path, out).opened() as run:
+        assert score(run) == ["mine", "none", "original"]
+    with pytest.raises(Killed), open_job(path, out).opened() as run:
+        run.run(die)
+    with open_job(path, out).opened() as run:
+        run.run()
+    assert wordings(out) == ["mine"]
+    assert json.loads((out / "leaderboard.json").read_text()).get("complete", True) is True
+
+
+@pytest.mark.parametrize("stops_at", ["answers.json", "leaderboard.csv", "leaderboard.json"])
+def test_a_scoring_that_dies_anywhere_ends_in_the_same_board_when_it_is_given_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops_at: str
+) -> None:
+    from kvopt.storage import files
+
+    path = job(tmp_path, lambda c: c.update(contexts=[]))
+    (tmp_path / "mine.txt").write_text("Sort it.", "utf-8")
+
+    def score(out: Path) -> None:
+        with open_job(path, out).opened() as run:
+            run.put_on_board(run.stored_contexts(f"text:{tmp_path / 'mine.txt'}"))
+
+    score(tmp_path / "whole")
+    write = files.write_bytes
+    died = 0
+
+    def dies(target: Path | str, data: bytes) -> None:
+        nonlocal died
+        if Path(target).name == stops_at and (stops_at != "leaderboard.json" or b'"mine"' in data):
+            died += 1
+            raise Killed
+        write(target, data)
+
+    monkeypatch.setattr(files, "write_bytes", dies)
+    with pytest.raises(Killed):
+        score(tmp_path / "out")
+    assert died == 1
+    monkeypatch.setattr(files, "write_bytes", write)
+    score(tmp_path / "out")
+    for name in ("leaderboard.json", "leaderboard.csv", "answers.json", "scores.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

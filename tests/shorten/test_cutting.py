@@ -75,6 +75,22 @@ def test_nothing_is_run_twice_even_by_another_process(task: Task, tmp_path: Path
     assert judge_of(task, pieces, journal, key="other").kl(texts[0]) == pytest.approx(values[4], rel=1e-6)
 
 
+@pytest.mark.parametrize("lines", [1, 7, 20])
+def test_an_interrupted_search_ends_in_the_same_bits(task: Task, tmp_path: Path, lines: int) -> None:
+    """Which texts are in memory, to share keys and values with, is another thing after an interruption."""
+    pieces, journal = pieces_of(task, gold_texts=["weather"]), tmp_path / "trials.jsonl"
+
+    def search() -> tuple[object, int]:
+        judge = judge_of(task, pieces, journal)
+        return search_of(task, pieces, judge).down_to(len(pieces.prefix) - 12), judge.rows_tried
+
+    found, whole = search(), journal.read_bytes()
+    assert whole.count(b"\n") > 20
+    journal.write_bytes(b"".join(whole.splitlines(keepends=True)[:lines]) + b'{"key": "k", "te')
+    assert search() == found
+    assert journal.read_bytes() == whole
+
+
 def test_a_text_that_changes_the_gold_ids_is_refused(task: Task) -> None:
     pieces = pieces_of(task)
     judge = judge_of(task, pieces)
