@@ -12,7 +12,9 @@ from typing import Any
 import jsonschema
 import pytest
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
+from kvopt.cli import app
 from kvopt.documents.schemas import DOCUMENTS, schema_of
 from kvopt.export.derive import truncate
 from kvopt.export.writing import export
@@ -34,6 +36,8 @@ FILES = {
     "export": "exports/*/kvopt-export.json",
     "manifest": "manifest.json",
     "ledger": "ledger.jsonl",
+    "frontier": "frontier/frontier.json",
+    "shortened": "frontier/shortened/*.json",
 }
 """Where each document lies in the folder of :func:`finished`; sequences: tests/train/test_sequence.py."""
 
@@ -42,7 +46,7 @@ Change = Callable[[dict[str, Any]], object]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with students, a study, exports, a shortened context and a scaled student."""
+    """A run with students, a study, exports, a shortened context, a frontier and a scaled student."""
 
     def whole(config: dict[str, Any]) -> None:
         config["students"] = [
@@ -63,6 +67,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind, name in (("peft", "kv-8"), ("hf-cache", "kv-8"), ("text", "original")):
         export(f"{out}#{name}", kind, out / "exports" / kind)
     truncate(str(out / "contexts" / "kv-8"), 4, out / "contexts" / "short", by="first")
+    asked = ["--max-kl", "5", "--kind", "text", "--kind", "kv", "--rows", "3", "--exchanges", "0", "--steps", "1"]
+    found = CliRunner().invoke(app, ["frontier", str(place / "job.yaml"), *asked, "--out", str(out / "frontier")])
+    assert found.exit_code == 0, found.output
     scaled_student(out / "students" / "lora", run.load_base(), out / "students" / "scaled", alpha=0.5, beta=0.5)
     return out
 
