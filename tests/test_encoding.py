@@ -157,6 +157,17 @@ def test_a_row_over_the_window_is_named_with_its_length() -> None:
         Encoder(tokenizer).encode(template_for("chatml"), examples_of([("a", "b"), ("c " * 200, "d")]), window=120)
 
 
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_prefix_body_and_gold_fill_the_window_to_the_last_token(kind: str) -> None:
+    encoder, template, rows = Encoder(tiny_tokenizer(kind)), template_for(kind), examples_of([("a", "b"), ("c d", "e")])
+    encoded = encoder.encode(template, rows)
+    assert len(encoded.prefix) > 5
+    longest = len(encoded.prefix) + max(map(len, encoded.rows))
+    assert encoder.encode(template, rows, window=longest) == encoded
+    with pytest.raises(InputError, match=rf"train\.jsonl:2: {longest} tokens .* window of {longest - 1} "):
+        encoder.encode(template, rows[1:], window=longest - 1)
+
+
 def test_a_chat_template_that_changes_a_value_is_refused_and_trimming_is_followed() -> None:
     tokenizer = tiny_tokenizer("gemma")
     template = Template.from_messages([{"role": "user", "content": "{{text}}"}])

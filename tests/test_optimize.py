@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,50 @@ def test_a_diverging_run_stops_with_the_step_and_what_is_kept(llama: Base, tmp_p
     config = ContextConfig(name="wild", tokens=6, steps=50, batch_size=4, learning_rate=1e20, eval_every=1, warmup=0)
     with pytest.raises(KvoptError, match=r"contexts\.wild: .* at step \d+.*lower learning_rate"):
         learn(task, config, checkpoint=tmp_path / "state.safetensors", key="k")
+
+
+def plain_descent(task: Task, config: ContextConfig, seed: int) -> Tensor:
+    """The steps of a config written out with torch's own clipping and AdamW, on unclipped gradients of the loss."""
+    initial = start(task, config.kind)
+    frozen, slots = initial[: config.frozen], initial[config.frozen :].clone().requires_grad_(True)
+    adam = torch.optim.AdamW([slots], lr=config.learning_rate, weight_decay=config.weight_decay)
+    for step in range(config.steps):
+        rows = [task.encoded.rows[row] for row in batch_at(step, 8, config.batch_size, seed)]
+        context_loss(task.base, config.kind, torch.cat([frozen, slots]), rows, task.reference).backward(inputs=[slots])
+        torch.nn.utils.clip_grad_norm_([slots], config.clip)
+        for group in adam.param_groups:
+            group["lr"] = learning_rate_at(step, config)
+        adam.step()
+        adam.zero_grad()
+    return torch.cat([frozen, slots.detach()])
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{"clip": 1e-3}, {"clip": 1e3}, {"clip": 1e3, "weight_decay": 0.1}], ids=["clip", "adam", "decay"]
+)
+def test_steps_are_those_of_torchs_adamw_with_clipped_gradients(
+    llama: Base, tmp_path: Path, settings: dict[str, float], resumed: bool
+) -> None:
+    task = make_task(llama, tmp_path / "reference")
+    config = ContextConfig(
+        name="c", tokens=6, frozen=1, steps=4, batch_size=3, learning_rate=0.05, warmup=0.5, eval_every=1, **settings
+    )  # type: ignore[arg-type]
+    newest = count()
+    more = {"seed": 2, "choose": lambda *_: float(-next(newest)), "checkpoint": tmp_path / "state.safetensors"}
+
+    def cut(step: int, *_: object) -> None:
+        if resumed and step == 2:
+            raise InterruptedError
+
+    if resumed:
+        with pytest.raises(InterruptedError):
+            learn(task, config, **more, report=cut)
+    learned = learn(task, config, **more)
+    assert learned.step == learned.steps == 4, "the newest state is kept"
+    expected = plain_descent(task, config, seed=2)
+    assert (expected - start(task, "kv")).abs().max() > 0.05
+    torch.testing.assert_close(learned.tensor, expected, rtol=0, atol=2e-5)
 
 
 def test_every_epoch_visits_every_row_once() -> None:

@@ -61,6 +61,13 @@ def test_state_adaptive_keeps_the_lowest_and_draws_among_them() -> None:
     assert [step for step in range(12) if of.schedule.rescores_at(step)] == [0, 5, 10]
 
 
+def test_state_adaptive_draws_anew_for_each_row_and_epoch() -> None:
+    of = schedule({"kind": "state-adaptive", "keep": 2}, 30, (1, 1, 1))
+    epochs = [dict(items(of, 30 * epoch, 30 * (epoch + 1), (0, 2))) for epoch in range(3)]
+    for one, two in ((0, 1), (1, 2), (0, 2)):
+        assert 5 <= sum(epochs[one][row] != epochs[two][row] for row in range(30)) <= 25
+
+
 def test_state_adaptive_once_is_before_the_first_step() -> None:
     of = schedule({"kind": "state-adaptive"}, 30, (1, 1))
     assert [step for step in range(12) if of.schedule.rescores_at(step)] == [0]
