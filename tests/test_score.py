@@ -13,9 +13,10 @@ from scipy.stats import bootstrap
 from kvopt.base.loading import Base
 from kvopt.base.prefix import gold_hidden, prefill
 from kvopt.contexts import KVContext, NoContext, SoftContext
+from kvopt.errors import InputError
 from kvopt.kernels import KLOptions, reference_facts
 from kvopt.measure.reference import build_reference, open_reference, reference_key
-from kvopt.measure.score import TokenScores, score_prefix, score_tokens, summarize
+from kvopt.measure.score import TokenScores, own_scores, score_prefix, score_tokens, summarize
 from kvopt.task.seam import Encoded, Row, make_batch
 from tests.naive import naive_logits, naive_scores
 from tests.tasks import OTHER, Task, make_task, template_for
@@ -45,6 +46,36 @@ def test_a_text_context_scores_as_a_float64_loop_over_full_prompts(task: Task) -
     torch.testing.assert_close(ours.nll, naive.nll, rtol=1e-4, atol=1e-5)
     assert torch.equal(ours.agree, naive.agree)
     assert ours.counts.tolist() == [len(row.gold) for row in task.encoded.rows]
+
+
+def test_the_original_s_own_scores_need_no_pass_and_are_those_of_one(task: Task) -> None:
+    rows = task.encoded.rows
+    own = own_scores(task.base, rows, task.reference, batch_size=5)
+    naive = naive_scores(task.base, pairs(task.encoded), original_logits(task))
+    torch.testing.assert_close(own.nll, naive.nll, rtol=1e-4, atol=1e-5)
+    assert torch.equal(own.kl, torch.zeros_like(own.nll))
+    assert own.agree.all()
+    assert own.counts.tolist() == [len(row.gold) for row in rows]
+
+
+def test_progress_counts_every_row_once(task: Task) -> None:
+    done: list[int] = []
+    score_tokens(task.base, task.original, task.encoded, task.reference, batch_size=5, progress=done.append)
+    assert (len(done), sum(done)) == (3, 12)
+
+
+def test_a_score_s_document_has_its_numbers() -> None:
+    kl = torch.tensor([0.0, 1.0, 2.0, 5.0])
+    score = summarize(TokenScores(kl, 2 * kl + 1, kl < 1.5, torch.tensor([3, 1])), resamples=50)
+    assert score.to_json() == {
+        "kl_forward": {"mean": 2.0, "ci95": list(score.kl_forward.ci95 or ()), "p95": score.kl_forward_p95},
+        "gold_nll": 5.0,
+        "gold_nll_ci95": list(score.gold_nll.ci95 or ()),
+        "top1_agreement": 0.5,
+        "examples": 2,
+        "gold_tokens": 4,
+    }
+    assert score.kl_forward_p95 == pytest.approx(4.55)
 
 
 def test_the_original_is_at_no_distance_from_itself_through_any_batching(task: Task) -> None:
@@ -153,7 +184,6 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 
 
 def test_reference_refuses_another_key_and_is_resumed_shard_by_shard(tmp_path: Path, llama: Base) -> None:
-    from kvopt.errors import InputError
     from kvopt.measure.reference import shard_name
 
     task = make_task(llama, tmp_path)
@@ -202,6 +232,52 @@ def task_hidden(task: Task, prefix: object) -> torch.Tensor:
     """The gold positions' hidden states of all rows, computed now."""
     with torch.no_grad():
         return gold_hidden(task.base, prefix, make_batch(task.encoded.rows, range(len(task.encoded.rows))))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("{", "the reference cannot be read"),
+        ("[1]", "is no index of a reference"),
+        ('{"rows": [], "hidden_size": 3}', "is no index of a reference"),
+        ('{"key": "k", "hidden_size": 3}', "is no index of a reference"),
+        ('{"key": "k", "rows": [], "shards": [], "hidden_size": 3}', "another base, template or data set"),
+    ],
+)
+def test_a_damaged_index_is_one_line(written: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text(written)
+    with pytest.raises(InputError, match=message):
+        open_reference(tmp_path, "mine")
+
+
+def test_a_reference_grows_in_shards_of_its_own_and_says_what_was_there(
+    tmp_path: Path, llama: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvopt.measure import reference as module
+
+    monkeypatch.setattr(module, "ROWS_PER_SHARD", 5)
+    whole = make_task(llama, tmp_path / "whole")
+    ids, prefix = [row.example_id for row in whole.encoded.rows], whole.original.prefix(llama)
+    told: list[int] = []
+
+    def build(folder: str, wanted: set[str] | None) -> object:
+        return build_reference(
+            llama, prefix, whole.encoded, tmp_path / folder, batch_size=4, wanted=wanted, stored=told.append
+        )
+
+    some = build("grown", set(ids[:4]))
+    assert told == [], "nothing was there"
+    assert some.lacks(ids)  # type: ignore[attr-defined]
+    assert not some.lacks(ids[:4])  # type: ignore[attr-defined]
+    grown = build("grown", None)
+    assert told == [4]
+    again = build("grown", set(ids[2:7]))
+    assert told == [4, 5]
+    assert sorted(path.name for path in (tmp_path / "grown").glob("hidden-*")) == [
+        f"hidden-0000{shard}.safetensors" for shard in range(3)
+    ]
+    for one in (grown, again):
+        torch.testing.assert_close(one.hidden(ids), whole.reference.hidden(ids), rtol=1e-5, atol=1e-5)  # type: ignore[attr-defined]
 
 
 def test_facts_of_the_reference_are_computed_once_and_do_not_depend_on_what_was_scored_first(

@@ -6,10 +6,14 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 
 from kvopt.config.students import StudentConfig
 from kvopt.train.schedules.state_adaptive import StateAdaptive
-from kvopt.train.stream import Stream
+from kvopt.train.stream import Stream, draws, permutation
+
+EPOCHS_1_AND_2 = [(1, 2), (4, 2), (0, 2), (2, 2), (5, 2), (3, 0), (1, 2), (3, 1), (5, 1), (2, 1), (0, 2), (4, 2)]
+ORDER = (3, 2, 0, 1, 4)
 
 
 def schedule(kind: str | dict[str, Any], rows: int, weights: tuple[float, ...], seed: int = 0) -> Stream:
@@ -49,6 +53,17 @@ def test_epochs_and_seeds_have_their_own_order(kind: str) -> None:
     assert items(of, 0, 2 * n) == items(again, 0, 2 * n)
     assert items(of, 0, n) != items(of, n, 2 * n)
     assert items(of, 0, n) != items(other, 0, n)
+
+
+def test_orders_and_draws_are_those_of_earlier_versions_whatever_was_drawn_before() -> None:
+    """A student that is resumed, or trained again years later, meets the same rows under the same contexts."""
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        permutation.cache_clear()
+        draws.cache_clear()
+        of = schedule("resample", 6, (1, 3, 2), seed=5)
+        assert items(of, 6, 18) == EPOCHS_1_AND_2
+        assert permutation(5, 4, 3) == ORDER
 
 
 def test_state_adaptive_keeps_the_lowest_and_draws_among_them() -> None:
