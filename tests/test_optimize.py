@@ -107,13 +107,16 @@ def test_kl_falls_frozen_slots_stay_and_the_base_does_not_change(task: Task, kin
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in task.base.model.named_parameters())
 
 
-def test_the_state_kept_is_the_best_on_held_out_rows(llama: Base, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rate", "patience"), [(10, 1), (30, 2), (300, 1)])
+def test_the_state_kept_is_the_best_on_held_out_rows(llama: Base, tmp_path: Path, rate: float, patience: int) -> None:
     task = make_task(llama, tmp_path)
-    config = ContextConfig(name="c", tokens=6, steps=40, batch_size=2, learning_rate=300, eval_every=4, patience=1)
+    config = ContextConfig(
+        name="c", tokens=6, steps=40, batch_size=2, learning_rate=rate, eval_every=4, patience=patience
+    )
     learned = learn(task, config)
     best = min(learned.history, key=lambda point: point["held_out_kl"])
-    assert learned.step == best["step"]
-    assert learned.steps < 40  # patience ended it
+    assert learned.step == best["step"] == (4 if rate == 10 else 0)
+    assert learned.steps == learned.step + 4 * patience < 40  # patience ended it
     kept = context_loss(llama, "kv", learned.tensor, task.encoded.rows[8:], task.reference)
     assert float(kept) == pytest.approx(best["held_out_kl"], rel=1e-4)
 
@@ -135,8 +138,14 @@ def test_a_run_that_is_cut_and_continued_ends_in_the_same_bytes(llama: Base, tmp
     with pytest.raises(Cut):
         learn(task, config, seed=5, checkpoint=checkpoint, key="k", report=cut)
     seen: list[int] = []
-    resumed = learn(task, config, seed=5, checkpoint=checkpoint, key="k", report=lambda step, *_: seen.append(step))
-    assert seen[0] == (stop // 2) * 2, "it is told at once where it goes on"
+    told: list[tuple[int, float | None, float | None]] = []
+    resumed = learn(task, config, seed=5, checkpoint=checkpoint, key="k", report=lambda *point: told.append(point))
+    goes_on = (stop // 2) * 2
+    assert told[0] == (goes_on, None, whole.history[goes_on // 2]["held_out_kl"]), "it is told at once where it goes on"
+    assert [(step, held_out) for step, _, held_out in told[1:]] == [
+        (step, None if step % 2 else whole.history[step // 2]["held_out_kl"]) for step in range(goes_on + 1, 9)
+    ]
+    assert all(train is not None for _, train, _ in told[1:])
     assert torch.equal(resumed.tensor, whole.tensor)
     assert resumed.history == whole.history
     seen.clear()
