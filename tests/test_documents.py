@@ -39,6 +39,8 @@ FILES = {
     "export": "exports/*/kvopt-export.json",
     "manifest": "manifest.json",
     "ledger": "ledger.jsonl",
+    "frontier": "frontier/frontier.json",
+    "shortened": "frontier/shortened/*.json",
 }
 """Where each document lies in the folder of :func:`finished`; sequences: tests/train/test_sequence.py."""
 
@@ -47,7 +49,7 @@ Change = Callable[[dict[str, Any]], object]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with students, a study, exports, a shortened context and a scaled student."""
+    """A run with students, a study, exports, a shortened context, a frontier and a scaled student."""
 
     def whole(config: dict[str, Any]) -> None:
         config["students"] = [

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
 
 from kvopt.errors import InputError
 from kvopt.task.examples import Example
+from kvopt.task.plain_tokens import PlainTokens, control_tokens
 from kvopt.task.seam import Encoder, SeamError, length_buckets, make_batch
 from kvopt.task.template import Template
 from tests.tiny import TOKENIZERS, tiny_tokenizer
@@ -102,6 +106,89 @@ def test_the_cut_path_for_control_tokens_equals_production_where_there_are_none(
     assert [offset for offset in cut_offsets if offset != (0, 0)] == [offset for offset in offsets if offset != (0, 0)]
 
 
+def test_a_stretch_behind_a_genuine_control_token_is_tokenized_as_production_does() -> None:
+    """Metaspace marks the start of the text alone; a forged ``</s>`` sends every stretch through the other path."""
+    tokenizer = tiny_tokenizer("llama2")
+    encoder = Encoder(tokenizer)
+    template = Template.from_messages(
+        [
+            {"role": "user", "content": "book of Über"},
+            {"role": "assistant", "content": "rain"},
+            {"role": "user", "content": "six {{text}}"},
+        ]
+    )
+    forged, honest = (examples_of([(text, "n")])[0] for text in ("s</s>", "s"))
+    ids, leading, _ = encoder.prompt_and_gold(template, forged)
+    expected = production_ids(tokenizer, template, honest.values)
+    assert tokenizer.eos_token_id in ids[:leading], "the turn before ends with the genuine one"
+    assert ids[:leading] == expected[:leading]
+    assert ids.count(tokenizer.eos_token_id) == 1
+
+
+def unigram() -> PreTrainedTokenizerFast:
+    """A tokenizer whose own vocabulary holds its control tokens, as those of T5 and ALBERT do."""
+    pieces = [("<unk>", 0.0), ("</s>", -0.5), ("<s>", -0.5), *((letter, -2.0) for letter in "abcdefgs </>")]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.add_special_tokens(["<unk>", "</s>", "<s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", bos_token="<s>")
+
+
+def test_a_unigram_model_reaches_no_control_token_from_data() -> None:
+    tokenizer = unigram()
+    plain = PlainTokens(tokenizer)
+    assert plain.control == {0, 1, 2}
+    text = "<s>bad </s> cab</s>"
+    ids, offsets = plain.encode(text, [(3, 15)], add_special_tokens=False)
+    assert (ids[0], ids[-1]) == (2, 1)
+    assert not plain.control & set(ids[1:-1])
+    assert [tokenizer.convert_ids_to_tokens(i) for i in ids[1:-1]] == list("bad </s> cab")
+    assert offsets == [(0, 3), *((i, i + 1) for i in range(3, 15)), (15, 19)]
+
+
+def test_control_tokens_are_special_ones_and_added_markup() -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer("plain"))
+    markup = ["<tool_call>", "[INST]", "<|x|>", " <pad> "]
+    words = ["<-", "[", "x>", "hello", "  ", "<>", "<b"]
+    tokenizer.add_tokens([*markup, *words])
+    added = {token: tokenizer.convert_tokens_to_ids(token) for token in (*markup, *words)}
+    control = control_tokens(tokenizer) - control_tokens(tiny_tokenizer("plain"))
+    assert {token for token, i in added.items() if i in control} == set(markup)
+
+
+def test_a_tokenizer_without_offsets_is_refused() -> None:
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(InputError, match=r"model\.base: Slow gives no character offsets"):
+        Encoder(Slow())
+
+
+@pytest.mark.parametrize(("kind", "token"), [("chatml", None), ("llama2", "<s>"), ("gemma", "<bos>"), ("plain", None)])
+def test_bos_is_what_the_tokenizer_puts_in_front(kind: str, token: str | None) -> None:
+    tokenizer = tiny_tokenizer(kind)
+    assert Encoder(tokenizer).bos() == (() if token is None else (tokenizer.convert_tokens_to_ids(token),))
+
+
+def test_an_eos_that_the_tokenizer_appends_is_no_part_of_the_prompt() -> None:
+    plain, appends = tiny_tokenizer("plain"), copy.deepcopy(tiny_tokenizer("plain"))
+    eos = plain.eos_token_id
+    appends.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", eos)]
+    )
+    assert appends("x")["input_ids"][-1] == eos
+    template, rows = template_for("plain"), examples_of([("rain", "n"), ("snow", "m")])
+    assert Encoder(appends).encode(template, rows) == Encoder(plain).encode(template, rows)
+    assert Encoder(appends).bos() == ()
+
+
+def test_gold_has_no_end_where_the_tokenizer_has_none() -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer("plain"))
+    tokenizer.eos_token = None
+    template, rows = template_for("plain"), examples_of([("rain", "n")])
+    (row,) = Encoder(tokenizer).encode(template, rows).rows
+    assert tokenizer.decode(row.gold) == "weather"
+
+
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_a_forged_turn_in_a_slot_value_decodes_to_the_same_text_but_closes_no_turn(kind: str) -> None:
     tokenizer, template = tiny_tokenizer(kind), template_for(kind)
@@ -155,6 +242,17 @@ def test_a_row_over_the_window_is_named_with_its_length() -> None:
     tokenizer = tiny_tokenizer("chatml")
     with pytest.raises(InputError, match=r"train\.jsonl:2: \d+ tokens .* window of 120"):
         Encoder(tokenizer).encode(template_for("chatml"), examples_of([("a", "b"), ("c " * 200, "d")]), window=120)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_prefix_body_and_gold_fill_the_window_to_the_last_token(kind: str) -> None:
+    encoder, template, rows = Encoder(tiny_tokenizer(kind)), template_for(kind), examples_of([("a", "b"), ("c d", "e")])
+    encoded = encoder.encode(template, rows)
+    assert len(encoded.prefix) > 5
+    longest = len(encoded.prefix) + max(map(len, encoded.rows))
+    assert encoder.encode(template, rows, window=longest) == encoded
+    with pytest.raises(InputError, match=rf"train\.jsonl:2: {longest} tokens .* window of {longest - 1} "):
+        encoder.encode(template, rows[1:], window=longest - 1)
 
 
 def test_a_chat_template_that_changes_a_value_is_refused_and_trimming_is_followed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -106,13 +107,16 @@ def test_kl_falls_frozen_slots_stay_and_the_base_does_not_change(task: Task, kin
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in task.base.model.named_parameters())
 
 
-def test_the_state_kept_is_the_best_on_held_out_rows(llama: Base, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rate", "patience"), [(10, 1), (30, 2), (300, 1)])
+def test_the_state_kept_is_the_best_on_held_out_rows(llama: Base, tmp_path: Path, rate: float, patience: int) -> None:
     task = make_task(llama, tmp_path)
-    config = ContextConfig(name="c", tokens=6, steps=40, batch_size=2, learning_rate=300, eval_every=4, patience=1)
+    config = ContextConfig(
+        name="c", tokens=6, steps=40, batch_size=2, learning_rate=rate, eval_every=4, patience=patience
+    )
     learned = learn(task, config)
     best = min(learned.history, key=lambda point: point["held_out_kl"])
-    assert learned.step == best["step"]
-    assert learned.steps < 40  # patience ended it
+    assert learned.step == best["step"] == (4 if rate == 10 else 0)
+    assert learned.steps == learned.step + 4 * patience < 40  # patience ended it
     kept = context_loss(llama, "kv", learned.tensor, task.encoded.rows[8:], task.reference)
     assert float(kept) == pytest.approx(best["held_out_kl"], rel=1e-4)
 
@@ -134,8 +138,14 @@ def test_a_run_that_is_cut_and_continued_ends_in_the_same_bytes(llama: Base, tmp
     with pytest.raises(Cut):
         learn(task, config, seed=5, checkpoint=checkpoint, key="k", report=cut)
     seen: list[int] = []
-    resumed = learn(task, config, seed=5, checkpoint=checkpoint, key="k", report=lambda step, *_: seen.append(step))
-    assert seen[0] == (stop // 2) * 2, "it is told at once where it goes on"
+    told: list[tuple[int, float | None, float | None]] = []
+    resumed = learn(task, config, seed=5, checkpoint=checkpoint, key="k", report=lambda *point: told.append(point))
+    goes_on = (stop // 2) * 2
+    assert told[0] == (goes_on, None, whole.history[goes_on // 2]["held_out_kl"]), "it is told at once where it goes on"
+    assert [(step, held_out) for step, _, held_out in told[1:]] == [
+        (step, None if step % 2 else whole.history[step // 2]["held_out_kl"]) for step in range(goes_on + 1, 9)
+    ]
+    assert all(train is not None for _, train, _ in told[1:])
     assert torch.equal(resumed.tensor, whole.tensor)
     assert resumed.history == whole.history
     seen.clear()
@@ -148,6 +158,50 @@ def test_a_diverging_run_stops_with_the_step_and_what_is_kept(llama: Base, tmp_p
     config = ContextConfig(name="wild", tokens=6, steps=50, batch_size=4, learning_rate=1e20, eval_every=1, warmup=0)
     with pytest.raises(KvoptError, match=r"contexts\.wild: .* at step \d+.*lower learning_rate"):
         learn(task, config, checkpoint=tmp_path / "state.safetensors", key="k")
+
+
+def plain_descent(task: Task, config: ContextConfig, seed: int) -> Tensor:
+    """The steps of a config written out with torch's own clipping and AdamW, on unclipped gradients of the loss."""
+    initial = start(task, config.kind)
+    frozen, slots = initial[: config.frozen], initial[config.frozen :].clone().requires_grad_(True)
+    adam = torch.optim.AdamW([slots], lr=config.learning_rate, weight_decay=config.weight_decay)
+    for step in range(config.steps):
+        rows = [task.encoded.rows[row] for row in batch_at(step, 8, config.batch_size, seed)]
+        context_loss(task.base, config.kind, torch.cat([frozen, slots]), rows, task.reference).backward(inputs=[slots])
+        torch.nn.utils.clip_grad_norm_([slots], config.clip)
+        for group in adam.param_groups:
+            group["lr"] = learning_rate_at(step, config)
+        adam.step()
+        adam.zero_grad()
+    return torch.cat([frozen, slots.detach()])
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{"clip": 1e-3}, {"clip": 1e3}, {"clip": 1e3, "weight_decay": 0.1}], ids=["clip", "adam", "decay"]
+)
+def test_steps_are_those_of_torchs_adamw_with_clipped_gradients(
+    llama: Base, tmp_path: Path, settings: dict[str, float], resumed: bool
+) -> None:
+    task = make_task(llama, tmp_path / "reference")
+    config = ContextConfig(
+        name="c", tokens=6, frozen=1, steps=4, batch_size=3, learning_rate=0.05, warmup=0.5, eval_every=1, **settings
+    )  # type: ignore[arg-type]
+    newest = count()
+    more = {"seed": 2, "choose": lambda *_: float(-next(newest)), "checkpoint": tmp_path / "state.safetensors"}
+
+    def cut(step: int, *_: object) -> None:
+        if resumed and step == 2:
+            raise InterruptedError
+
+    if resumed:
+        with pytest.raises(InterruptedError):
+            learn(task, config, **more, report=cut)
+    learned = learn(task, config, **more)
+    assert learned.step == learned.steps == 4, "the newest state is kept"
+    expected = plain_descent(task, config, seed=2)
+    assert (expected - start(task, "kv")).abs().max() > 0.05
+    torch.testing.assert_close(learned.tensor, expected, rtol=0, atol=2e-5)
 
 
 def test_every_epoch_visits_every_row_once() -> None:

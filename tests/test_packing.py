@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvopt.base.loading import Base
-from kvopt.base.packing import pack
+from kvopt.base.packing import _first_fit, pack
 from kvopt.base.prefix import Prefix, empty_prefix, gold_hidden, prefill
 from kvopt.task.seam import Batch, Row, make_batch
 from tests.tiny import tiny_base
@@ -69,6 +69,27 @@ def test_rows_stay_whole_and_apart() -> None:
         assert column + length <= packing.width
         taken |= cells
     assert packing.lines * packing.width < len(lengths) * max(lengths)
+
+
+def test_the_longest_rows_come_first_and_each_goes_into_the_first_line_with_room() -> None:
+    packing = _first_fit([4, 9, 2, 5, 7], 10)
+    assert packing.line.tolist() == [2, 0, 1, 2, 1]
+    assert packing.column.tolist() == [5, 0, 7, 0, 0]
+    assert (packing.lines, packing.width) == (3, 9)
+
+
+def test_the_width_that_costs_least_is_taken() -> None:
+    """A token costs what stands in for all other layers, and the slots that it attends to."""
+    short = pack([8, 4, 4, 4, 4], 0)
+    assert short is not None
+    assert (short.lines, short.width) == (3, 8), "as many positions as in two lines of 12, and fewer slots for each"
+    wide = pack([8, 5, 5, 5], 0)
+    assert wide is not None
+    assert (wide.lines, wide.width) == (2, 13)
+    long = pack([2000, 1000, 1000], 0)
+    assert long is not None
+    assert (long.lines, long.width) == (2, 2000)
+    assert pack([100, 98, 97], 0) is None, "two lines of 198 cost more than three of 100"
 
 
 def test_rows_of_one_length_are_left_as_they_are() -> None:

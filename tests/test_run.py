@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from kvopt.config.document import Config, load_config
 from kvopt.errors import InputError
+from kvopt.measure.score import score_prefix, score_tokens
 from kvopt.mutate.mutation import read_mutations
 from kvopt.run.run import Run
 from tests.jobs import artefacts, run_job, stages_in, write_job, write_rows
@@ -217,15 +218,28 @@ def test_a_damaged_or_lost_artefact_is_made_again(finished, copied, name, damage
     assert artefacts(out) == artefacts(finished[1])
 
 
-def test_with_scope_all_the_bodies_of_learned_contexts_are_the_slots_alone(tmp_path):
-    config = write_job(tmp_path, lambda c: (c["template"].update(scope="all"), c.update(contexts=c["contexts"][:1])))
-    config_, base_dir = load_config(config)
-    with Run(config_, base_dir, tmp_path / "out", say=lambda line: None, bars=False).opened() as run:
-        longer, bare = run.task().rows("train").rows, run.task().bare_rows("train").rows
-        board = run.run().to_json()
-    assert all(len(b.body) <= len(a.body) for a, b in zip(longer, bare, strict=True))
+def test_with_scope_all_learned_contexts_are_scored_before_the_slots_alone(tmp_path):
+    def whole(c):
+        c["template"]["scope"] = "all"
+        c["template"]["messages"][1]["content"] = "Message: {{text}}\nNow write its label, and nothing else."
+        c["contexts"] = c["contexts"][:1]
+
+    config, base_dir = load_config(write_job(tmp_path, whole))
+    with Run(config, base_dir, tmp_path / "out", say=lambda line: None, bars=False).opened() as run:
+        longer, bare = run.task().rows("validation").rows, run.task().bare_rows("validation").rows
+        (kv,) = run.learned()
+        board = {row["name"]: row["kl_forward"]["mean"] for row in run.run().to_json()["contexts"]}
+        base, reference = run.load_base(), run.reference()
+        before_slots, before_text = (
+            score_prefix(base, kv.prefix(base), rows, reference).kl.mean().item() for rows in (bare, longer)
+        )
+        none = score_tokens(base, run.task().none, run.task().bare_rows("validation"), reference).kl.mean().item()
+    assert all(len(b.body) < len(a.body) for a, b in zip(longer, bare, strict=True))
     assert [b.gold for b in bare] == [a.gold for a in longer]
-    assert "kv-8" in [row["name"] for row in board["contexts"]]
+    assert board["kv-8"] == pytest.approx(before_slots, rel=1e-4)
+    assert before_text != pytest.approx(before_slots, rel=0.01)
+    assert board["none"] == pytest.approx(none, rel=1e-4)
+    assert board["original"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_fault_leaves_the_finished_run_as_it_was(copied, finished, tmp_path):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import bootstrap
 
 from kvopt.base.loading import Base
 from kvopt.base.prefix import gold_hidden, prefill
 from kvopt.contexts import KVContext, NoContext, SoftContext
+from kvopt.errors import InputError
 from kvopt.kernels import KLOptions, reference_facts
-from kvopt.measure.reference import open_reference
-from kvopt.measure.score import TokenScores, score_prefix, score_tokens, summarize
-from kvopt.task.seam import Encoded, make_batch
+from kvopt.measure.reference import build_reference, open_reference, reference_key
+from kvopt.measure.score import TokenScores, own_scores, score_prefix, score_tokens, summarize
+from kvopt.task.seam import Encoded, Row, make_batch
 from tests.naive import naive_logits, naive_scores
 from tests.tasks import OTHER, Task, make_task, template_for
 from tests.tiny import MODELS, tiny_base
@@ -42,6 +46,36 @@ def test_a_text_context_scores_as_a_float64_loop_over_full_prompts(task: Task) -
     torch.testing.assert_close(ours.nll, naive.nll, rtol=1e-4, atol=1e-5)
     assert torch.equal(ours.agree, naive.agree)
     assert ours.counts.tolist() == [len(row.gold) for row in task.encoded.rows]
+
+
+def test_the_original_s_own_scores_need_no_pass_and_are_those_of_one(task: Task) -> None:
+    rows = task.encoded.rows
+    own = own_scores(task.base, rows, task.reference, batch_size=5)
+    naive = naive_scores(task.base, pairs(task.encoded), original_logits(task))
+    torch.testing.assert_close(own.nll, naive.nll, rtol=1e-4, atol=1e-5)
+    assert torch.equal(own.kl, torch.zeros_like(own.nll))
+    assert own.agree.all()
+    assert own.counts.tolist() == [len(row.gold) for row in rows]
+
+
+def test_progress_counts_every_row_once(task: Task) -> None:
+    done: list[int] = []
+    score_tokens(task.base, task.original, task.encoded, task.reference, batch_size=5, progress=done.append)
+    assert (len(done), sum(done)) == (3, 12)
+
+
+def test_a_score_s_document_has_its_numbers() -> None:
+    kl = torch.tensor([0.0, 1.0, 2.0, 5.0])
+    score = summarize(TokenScores(kl, 2 * kl + 1, kl < 1.5, torch.tensor([3, 1])), resamples=50)
+    assert score.to_json() == {
+        "kl_forward": {"mean": 2.0, "ci95": list(score.kl_forward.ci95 or ()), "p95": score.kl_forward_p95},
+        "gold_nll": 5.0,
+        "gold_nll_ci95": list(score.gold_nll.ci95 or ()),
+        "top1_agreement": 0.5,
+        "examples": 2,
+        "gold_tokens": 4,
+    }
+    assert score.kl_forward_p95 == pytest.approx(4.55)
 
 
 def test_the_original_is_at_no_distance_from_itself_through_any_batching(task: Task) -> None:
@@ -108,27 +142,49 @@ def test_intervals_hold_the_mean_and_narrow_with_more_examples() -> None:
         low, high = score.kl_forward.ci95 or (1.0, 0.0)
         assert low < score.kl_forward.mean < high
         assert score.gold_nll.mean == pytest.approx(score.kl_forward.mean + 1)
-        assert score.kl_forward_p95 == pytest.approx(0.95, abs=0.06)
     width = [s.kl_forward.ci95[1] - s.kl_forward.ci95[0] for s in (few, many) if s.kl_forward.ci95]
     assert width[1] < width[0] / 4
     assert summarize(scores(1)).kl_forward.ci95 is None
+
+
+def test_p95_is_over_gold_tokens() -> None:
+    kl = torch.cat([torch.full((20,), 1.0), torch.arange(81.0) / 100])  # the 96th of 101 in order is 1.0, the 81st 0.8
+    scores = TokenScores(kl, kl, kl > 0, torch.tensor([20, *[1] * 81]))
+    assert summarize(scores, resamples=10).kl_forward_p95 == pytest.approx(1.0)
+    thin = replace(scores, kl=torch.arange(101.0)[torch.randperm(101)])
+    assert summarize(thin, resamples=10).kl_forward_p95 == pytest.approx(95.0)
+
+
+def test_the_interval_draws_rows_and_weighs_them_by_their_gold_tokens() -> None:
+    """Rows of 1 and 20 tokens: draws of tokens, means of row means, and unpaired draws give other intervals."""
+    counts = torch.tensor([1, 20] * 15)
+    level = torch.rand(30, generator=torch.Generator().manual_seed(1)) * torch.tensor([3.0, 1.0] * 15)
+    kl = level.repeat_interleave(counts)
+    found = summarize(TokenScores(kl, 2 * kl, kl > 0, counts), seed=4, resamples=500)
+    sums = np.array([part.double().sum() for part in kl.split(counts.tolist())])
+    expected = bootstrap(
+        (sums, counts.double().numpy()), lambda total, tokens, axis=-1: total.sum(axis) / tokens.sum(axis),
+        paired=True, vectorized=True, method="percentile", n_resamples=500, rng=np.random.default_rng(4),
+    ).confidence_interval  # fmt: skip
+    assert found.kl_forward.mean == pytest.approx(float(kl.double().mean()))
+    assert found.kl_forward.ci95 == (expected.low, expected.high)
+    assert found.gold_nll.ci95 == pytest.approx((2 * expected.low, 2 * expected.high))
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     hits = 0
     for seed in range(200):
         generator = torch.Generator().manual_seed(seed)
-        counts = torch.full((40,), 3)
-        kl = torch.rand(40, generator=generator).repeat_interleave(3)
+        counts = torch.where(torch.rand(40, generator=generator) < 0.3, 20, 1)
+        kl = torch.rand(40, generator=generator).repeat_interleave(counts)
         interval = summarize(TokenScores(kl, kl, kl > 0, counts), seed=seed, resamples=300).kl_forward.ci95
         assert interval is not None
         hits += interval[0] < 0.5 < interval[1]
-    assert 0.88 <= hits / 200 <= 0.99
+    assert 0.9 <= hits / 200 <= 0.98
 
 
 def test_reference_refuses_another_key_and_is_resumed_shard_by_shard(tmp_path: Path, llama: Base) -> None:
-    from kvopt.errors import InputError
-    from kvopt.measure.reference import build_reference, open_reference, shard_name
+    from kvopt.measure.reference import shard_name
 
     task = make_task(llama, tmp_path)
     shard = tmp_path / shard_name(0)
@@ -143,6 +199,85 @@ def test_reference_refuses_another_key_and_is_resumed_shard_by_shard(tmp_path: P
     assert shard.read_bytes() == before
     with pytest.raises(InputError, match="another base"):
         open_reference(tmp_path, "0" * 64)
+
+
+def test_the_reference_s_key_names_all_that_it_depends_on(llama: Base, tmp_path: Path) -> None:
+    encoded = make_task(llama, tmp_path).encoded
+    row = encoded.rows[3]
+    other_body = Row(row.example_id, (*row.body[:-1], row.body[-1] + 1), row.gold)
+    other_gold = Row(row.example_id, row.body, (row.gold[0] + 1, *row.gold[1:]))
+    changed = [Encoded(encoded.prefix, (*encoded.rows[:3], new, *encoded.rows[4:])) for new in (other_body, other_gold)]
+    changed.append(Encoded((*encoded.prefix[:-1], encoded.prefix[-1] + 1), encoded.rows))
+    half = replace(llama, dtype=torch.bfloat16)
+    named = replace(llama, identity=llama.identity | {"config": "another"})
+    keys = [reference_key(base, encoded, 4) for base in (llama, half, named)]
+    keys += [reference_key(llama, encoded, 5), *(reference_key(llama, other, 4) for other in changed)]
+    assert len(set(keys)) == len(keys) == 7
+    assert reference_key(llama, Encoded(encoded.prefix, encoded.rows), 4) == keys[0]
+
+
+def test_a_reference_of_as_many_other_rows_is_built_anew(llama: Base, tmp_path: Path) -> None:
+    task = make_task(llama, tmp_path / "one")
+    rows = list(task.encoded.rows)
+    rows[3] = Row(rows[3].example_id, (*rows[3].body[:-2], rows[3].body[-1], rows[3].body[-2]), rows[3].gold)
+    encoded, prefix = Encoded(task.encoded.prefix, tuple(rows)), task.original.prefix(llama)
+    again = build_reference(llama, prefix, encoded, tmp_path / "one", batch_size=4)
+    fresh = build_reference(llama, prefix, encoded, tmp_path / "two", batch_size=4)
+    ids = [row.example_id for row in rows]
+    assert torch.equal(again.hidden(ids), fresh.hidden(ids))
+    assert not torch.equal(again.hidden(ids), task_hidden(task, prefix))
+
+
+def task_hidden(task: Task, prefix: object) -> torch.Tensor:
+    """The gold positions' hidden states of all rows, computed now."""
+    with torch.no_grad():
+        return gold_hidden(task.base, prefix, make_batch(task.encoded.rows, range(len(task.encoded.rows))))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("{", "the reference cannot be read"),
+        ("[1]", "is no index of a reference"),
+        ('{"rows": [], "hidden_size": 3}', "is no index of a reference"),
+        ('{"key": "k", "hidden_size": 3}', "is no index of a reference"),
+        ('{"key": "k", "rows": [], "shards": [], "hidden_size": 3}', "another base, template or data set"),
+    ],
+)
+def test_a_damaged_index_is_one_line(written: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text(written)
+    with pytest.raises(InputError, match=message):
+        open_reference(tmp_path, "mine")
+
+
+def test_a_reference_grows_in_shards_of_its_own_and_says_what_was_there(
+    tmp_path: Path, llama: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvopt.measure import reference as module
+
+    monkeypatch.setattr(module, "ROWS_PER_SHARD", 5)
+    whole = make_task(llama, tmp_path / "whole")
+    ids, prefix = [row.example_id for row in whole.encoded.rows], whole.original.prefix(llama)
+    told: list[int] = []
+
+    def build(folder: str, wanted: set[str] | None) -> object:
+        return build_reference(
+            llama, prefix, whole.encoded, tmp_path / folder, batch_size=4, wanted=wanted, stored=told.append
+        )
+
+    some = build("grown", set(ids[:4]))
+    assert told == [], "nothing was there"
+    assert some.lacks(ids)  # type: ignore[attr-defined]
+    assert not some.lacks(ids[:4])  # type: ignore[attr-defined]
+    grown = build("grown", None)
+    assert told == [4]
+    again = build("grown", set(ids[2:7]))
+    assert told == [4, 5]
+    assert sorted(path.name for path in (tmp_path / "grown").glob("hidden-*")) == [
+        f"hidden-0000{shard}.safetensors" for shard in range(3)
+    ]
+    for one in (grown, again):
+        torch.testing.assert_close(one.hidden(ids), whole.reference.hidden(ids), rtol=1e-5, atol=1e-5)  # type: ignore[attr-defined]
 
 
 def test_facts_of_the_reference_are_computed_once_and_do_not_depend_on_what_was_scored_first(

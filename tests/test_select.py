@@ -36,6 +36,12 @@ def test_the_distance_is_the_share_of_word_pairs_that_only_one_wording_has():
     assert distance(a, a) == 0
     spaced = Template.from_text("x   y {{s}}")
     assert distance(a, spaced) == 0
+    assert text_distance(frozenset(), frozenset()) == 0
+
+
+def test_wordings_at_no_distance_are_each_taken_once():
+    ranked = list(mutations("a b", "a  b", "a b", "c", "d", "e").items())
+    assert sorted(diverse_order(template("a b"), ranked, 3)) == ["m000", "m001", "m002"]
 
 
 def test_line_ends_and_messages_count_as_wording():

@@ -106,8 +106,8 @@ def show_config(
         typer.Argument(
             metavar="DOCUMENT",
             help="With --schema, a file that kvopt writes: leaderboard, scores, samples, answers, evaluation, study,"
-            " sequence, frontier, shortened, context (kvopt.json), student (kvopt-student.json), export (kvopt-export.json), manifest or"
-            " ledger.",
+            " sequence, frontier, shortened, context (kvopt.json), student (kvopt-student.json), export"
+            " (kvopt-export.json), manifest or ledger.",
         ),
     ] = None,
 ) -> None:

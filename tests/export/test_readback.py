@@ -161,6 +161,8 @@ def test_a_moved_context_is_exported_at_position_0(task: Task, tmp_path: Path) -
     save_context(moved(context, 30, task.base), tmp_path / "moved", task.base, first=30)  # type: ignore[arg-type]
     export(tmp_path / "moved", "peft", tmp_path / "peft")
     check_peft(task.base, context, tmp_path / "peft")
+    again = load_context(tmp_path / "peft", task.base)  # its record is of the tensor as it is now
+    torch.testing.assert_close(again.states, context.states, rtol=1e-5, atol=1e-5)  # type: ignore[union-attr]
     export(tmp_path / "moved", "hf-cache", tmp_path / "cache")
     check_hf_cache(task.base, context, tmp_path / "cache")
 

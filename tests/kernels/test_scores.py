@@ -124,6 +124,27 @@ def test_large_divergences_are_computed_exactly_and_small_ones_are_not_repeated(
     assert calls == [(True, 75), (True, 225), (False, 60)]
 
 
+@pytest.mark.parametrize(
+    "options", [None, KLOptions(divergence="jsd", beta=0.1), KLOptions(divergence="jsd", beta=0.5)]
+)
+def test_the_same_rows_are_computed_again_whatever_the_divergence_is(options, bfloat16_products, monkeypatch):
+    again = []
+    original = scores._Job._score
+
+    def spy(self, plan, rows):
+        if not plan.rounded:
+            again.append(sorted(rows.tolist()))
+        return original(self, plan, rows)
+
+    monkeypatch.setattr(scores._Job, "_score", spy)
+    near, over = (problem(distance, torch.bfloat16, n=300) for distance in (0.02, 0.2))
+    mixed = torch.where(torch.arange(300)[:, None] % 5 == 0, over.candidate, near.reference)
+    forward = linear_scores(mixed, near.reference, near.head, gold_ids(near)).kl
+    assert 0.03 < forward[::5].min() < forward[::5].max() < 0.4, "over the limit, and a divergence of that size is not"
+    linear_scores(mixed, near.reference, near.head, gold_ids(near), options)
+    assert again == [list(range(0, 300, 5))] * 2
+
+
 def test_the_loss_and_the_scores_are_the_same_divergence():
     p = problem(0.3, torch.bfloat16)
     kl = linear_kl(p.candidate, p.reference, p.head).kl

@@ -94,6 +94,8 @@ def test_text_behind_the_first_slot_is_out_of_scope() -> None:
     assert reason("Read {{x}} now, please", "Read {{x}} now", scope="leading") == "changed-outside-scope"
     assert reason("Please read {{x}} now", "Read {{x}} now", scope="leading") is None
     assert reason("Read {{x}} now, please", "Read {{x}} now", scope="all") is None
+    assert reason("{{x}} yes", "{{x}} now", scope="leading") == "changed-outside-scope"
+    assert reason("Do {{x}} yes {{y}}", "Do {{x}} now {{y}}", scope="leading") == "changed-outside-scope"
 
 
 def test_the_users_literals_are_checked() -> None:
@@ -101,6 +103,16 @@ def test_the_users_literals_are_checked() -> None:
     assert reason("Read the MEMO {{x}}", "Read the note {{x}}", protect=("MEMO",)) == "changed-literal"
     assert reason("Read the note {{x}}", "Read the memo {{x}}", protect=("memo",)) == "changed-literal"
     assert reason("Read the memo twice, the memo {{x}}", "Read the memo {{x}}", protect=(r"re:mem\w",)) is None
+
+
+def test_a_literal_may_not_come_more_often_than_before() -> None:
+    text = "Answer AddToPlaylist or BookIt for {{x}}"
+    assert reason("Answer AddToPlaylist or AddToPlaylist or BookIt for {{x}}", text) == "changed-literal"
+    assert reason("Answer memo, memo for {{x}}", "Answer memo, note for {{x}}", protect=("Memo1",)) is None
+    listed = "Answer weather_now or book for {{x}}"
+    assert reason("Answer weather_now or book, weather_now, for {{x}}", listed, protect=("weather_now",)) == (
+        "changed-literal"
+    )
 
 
 def test_a_numbered_list_is_structure_not_literals() -> None:

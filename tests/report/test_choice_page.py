@@ -16,7 +16,7 @@ from kvopt.report.agreement import headline_agreements
 from kvopt.report.answers_view import answers_view, wordings
 from kvopt.report.cards import cards, export_command
 from kvopt.report.choice import own_prompt as own_prompt_of
-from kvopt.report.choice import recommended, shown_interval, signed
+from kvopt.report.choice import recommended, share_kept, shown_interval, signed
 from kvopt.report.pictures import distance_picture, kept_picture
 from kvopt.report.reading import read_run
 from tests.report.made import EVIL, add_metrics, answers, change, leaderboard, own_prompt, put, row, write_run
@@ -49,6 +49,12 @@ def test_three_cards_say_what_to_take_what_is_closest_and_what_the_user_wrote(me
     text = re.sub(r"\s+", " ", "".join(parsed(html).itertext()))
     assert "40 → 16 tokens, 98% kept" in text
     assert "Same most likely token as under the template: 99.0% of output tokens" in text
+
+
+def test_the_share_kept_is_of_the_way_from_no_context_even_where_something_is_worse():
+    found = board(row("worse", "soft", 4, 2.0), row("kv", "kv", 16, 0.25), NONE)
+    assert [share_kept(one, found) for one in found.contexts] == pytest.approx([-1.0, 0.75, 0.0])
+    assert share_kept(found.contexts[1], board(row("kv", "kv", 16, 0.25), row("worse", "soft", 4, 2.0))) is None
 
 
 def test_no_context_is_on_two_cards():

@@ -180,12 +180,13 @@ def test_the_command_writes_jsonl_that_datasets_reads(finished: tuple[Path, Path
 
 @pytest.mark.parametrize("format", ["prompt-completion", "messages"])
 def test_plain_trl_reads_it(finished: tuple[Path, Path], format: str) -> None:
-    utilities = pytest.importorskip("trl.data_utils")
+    from trl.data_utils import apply_chat_template, is_conversational
+
     job, out = finished
     tokenizer = tiny_tokenizer("chatml")
     for row in exported(job, out, "mixed", format=format)[::7]:
-        assert utilities.is_conversational(row)
-        text = utilities.apply_chat_template(row, tokenizer)
+        assert is_conversational(row)
+        text = apply_chat_template(row, tokenizer)
         whole = text["prompt"] + text["completion"] if format == "prompt-completion" else text["text"]
         answer = row["completion"][0]["content"] if format == "prompt-completion" else row["messages"][-1]["content"]
         assert whole.endswith(f"<|im_start|>assistant\n{answer}<|im_end|>\n")

@@ -6,10 +6,14 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 
 from kvopt.config.students import StudentConfig
 from kvopt.train.schedules.state_adaptive import StateAdaptive
-from kvopt.train.stream import Stream
+from kvopt.train.stream import Stream, draws, permutation
+
+EPOCHS_1_AND_2 = [(1, 2), (4, 2), (0, 2), (2, 2), (5, 2), (3, 0), (1, 2), (3, 1), (5, 1), (2, 1), (0, 2), (4, 2)]
+ORDER = (3, 2, 0, 1, 4)
 
 
 def schedule(kind: str | dict[str, Any], rows: int, weights: tuple[float, ...], seed: int = 0) -> Stream:
@@ -51,6 +55,17 @@ def test_epochs_and_seeds_have_their_own_order(kind: str) -> None:
     assert items(of, 0, n) != items(other, 0, n)
 
 
+def test_orders_and_draws_are_those_of_earlier_versions_whatever_was_drawn_before() -> None:
+    """A student that is resumed, or trained again years later, meets the same rows under the same contexts."""
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        permutation.cache_clear()
+        draws.cache_clear()
+        of = schedule("resample", 6, (1, 3, 2), seed=5)
+        assert items(of, 6, 18) == EPOCHS_1_AND_2
+        assert permutation(5, 4, 3) == ORDER
+
+
 def test_state_adaptive_keeps_the_lowest_and_draws_among_them() -> None:
     of = schedule({"kind": "state-adaptive", "keep": 2, "every": 5, "rows": 7}, 30, (1, 1, 1))
     assert isinstance(of.schedule, StateAdaptive)
@@ -59,6 +74,13 @@ def test_state_adaptive_keeps_the_lowest_and_draws_among_them() -> None:
     assert of.schedule.choose([1.0, 1.0, 1.0]) == (0, 1)
     assert {context for _, context in items(of, 0, 30, (1, 2))} == {1, 2}
     assert [step for step in range(12) if of.schedule.rescores_at(step)] == [0, 5, 10]
+
+
+def test_state_adaptive_draws_anew_for_each_row_and_epoch() -> None:
+    of = schedule({"kind": "state-adaptive", "keep": 2}, 30, (1, 1, 1))
+    epochs = [dict(items(of, 30 * epoch, 30 * (epoch + 1), (0, 2))) for epoch in range(3)]
+    for one, two in ((0, 1), (1, 2), (0, 2)):
+        assert 5 <= sum(epochs[one][row] != epochs[two][row] for row in range(30)) <= 25
 
 
 def test_state_adaptive_once_is_before_the_first_step() -> None:

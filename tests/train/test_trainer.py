@@ -51,7 +51,7 @@ def plain_losses(task: Task, of: Job) -> list[float]:
     model = get_peft_model(model, lora).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.rate, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, round(0.05 * of.plan.steps), of.plan.steps)
+    schedule = get_linear_schedule_with_warmup(optimizer, round(config.warmup * of.plan.steps), of.plan.steps)
     curve = []
     for step in range(of.plan.steps):
         lines = [rows[row] for row, _ in of.plan.step_items(step, ())]
@@ -72,15 +72,17 @@ def plain_losses(task: Task, of: Job) -> list[float]:
 
 
 def test_on_the_original_alone_it_is_plain_supervised_fine_tuning(task: Task, tmp_path: Path) -> None:
-    ours = job(task, tmp_path, pool(task, "original"), steps=9, learning_rate=0.01)
-    curve = losses(train_student(ours))
+    ours = job(task, tmp_path, pool(task, "original"), steps=16, learning_rate=0.01, warmup=0.25)
+    trained = train_student(ours)
+    curve = losses(trained)
     assert curve == pytest.approx(plain_losses(task, ours), abs=1e-5)
     assert curve[-1] < curve[0] - 1
+    assert [point["learning_rate"] for point in trained.history[:5]] == pytest.approx([0, 0.0025, 0.005, 0.0075, 0.01])
 
 
 @pytest.mark.slow
 def test_on_the_original_alone_it_is_trl_s_supervised_fine_tuning(task: Task, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
+    import trl
     from datasets import Dataset
 
     ours = job(task, tmp_path, pool(task, "original"), steps=9, learning_rate=0.01, warmup=0)
