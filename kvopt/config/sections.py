@@ -27,8 +27,15 @@ class TemplateConfig(Section):
     scope: Literal["leading", "all"] = Field(
         "leading", description="what contexts replace: leading: static text before the first slot; all: all static text"
     )
-    end_token: bool = Field(
-        True, description="add the end-of-turn (or EOS) token to gold outputs, so that stopping is scored too"
+    end_token: bool | str = Field(
+        True,
+        description="add the end-of-turn (or EOS) token to gold outputs, so that stopping is scored too; a token by its"
+        " name where it is another one",
+    )
+    answer_prefix: str | None = Field(
+        None,
+        description="text between the prompt and every answer, where the base's own answers do not begin at once: an"
+        ' empty thinking block, a channel; kvopt says when one is missing, and "" means that none is wanted',
     )
     chat_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="further arguments for the chat template, e.g. {enable_thinking: false}"

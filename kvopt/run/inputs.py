@@ -39,6 +39,11 @@ class Inputs:
         return (*self.dataset.train, *self.dataset.selection, *self.dataset.validation)
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know about template and data, one line each."""
+        return self.dataset.warnings
+
+    @property
     def context_names(self) -> list[str]:
         """Names of the contexts that the config learns."""
         return [context.name for context in self.config.learned]

@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -74,7 +75,7 @@ class Run:
         say = say or (lambda line: print(line, file=sys.stderr, flush=True))
         self.at = Workspace(RunDirectory(out), Progress(say, bars))
         self.inputs = read_inputs(config, base_dir)
-        for warning in self.inputs.dataset.warnings:
+        for warning in self.inputs.warnings:
             say(f"warning: {warning}")
         self._base: Base | None = None
         self._task: EncodedTask | None = None
@@ -124,14 +125,16 @@ class Run:
     def task(self) -> EncodedTask:
         """Template and data as the base sees them, encoded at the first call."""
         if self._task is None:
-            self._task = encode_task(self.inputs, self.load_base())
+            began = self.directory.manifest.prompt_time
+            self._task = encode_task(self.inputs, self.load_base(), datetime.fromisoformat(began) if began else None)
         return self._task
 
     def _describe(self) -> None:
         task, base = self.task(), self.load_base()
         for context in self.config.learned:
             task.check_window(context.name, context.tokens or 0)
-        self._warn_of_windows(task)
+        for warning in task.warnings:
+            self.at.say(f"warning: {warning}")
         resolved = yaml.safe_dump(self.inputs.resolved(), sort_keys=False, allow_unicode=True)
         write_text(self.directory / "config.yaml", RESOLVED + resolved)
         manifest = RunManifest(
@@ -143,17 +146,9 @@ class Run:
             template_sha256=task.template.sha256,
             data_sha256=task.dataset.sha256,
             tokens_sha256=task.encoded.sha256(),
+            prompt_time=task.encoder.now.isoformat() if task.encoder.now else None,
         )
         self.directory.describe(manifest)
-
-    def _warn_of_windows(self, task: EncodedTask) -> None:
-        sliding = task.base.geometry.sliding_window
-        end = len(task.encoded.prefix) + max(len(row) for row in task.encoded.rows)
-        if sliding is not None and end > sliding:
-            self.at.say(
-                f"warning: sliding-window layers see only the last {sliding} tokens; the longest row ends {end} tokens"
-                " after the template's start, so its last tokens do not see all of the template"
-            )
 
     # ---- stages
 
@@ -266,7 +261,7 @@ class Run:
             return self.task().text_context(text.document.name, text.template).encoded.prefix, None
         name = config.start.source
         if name is None:
-            return self.task().encoded.prefix, None
+            return self.task().start_ids, None
         if name.form == "counted" and not self.ranked_mutations():
             raise InputError("no mutation was accepted", where="init: best-mutation", fix="raise mutations.count")
         [context] = self.catalogue([name]).named(name, "init")

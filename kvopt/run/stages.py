@@ -127,7 +127,7 @@ def make_mutations(
     generator = build_generator(
         section.generator,
         task.template,
-        complete=local_completion(base, usage),
+        complete=local_completion(task.encoder.renderer.chat, base, usage),
         shorten=lengths_of(section.generator, shortener),
         folder=task.inputs.base_dir,
     )

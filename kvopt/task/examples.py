@@ -130,8 +130,8 @@ def _is_wanted(fields: Mapping[str, Any], wanted: Mapping[str, re.Pattern[str]])
     )
 
 
-def _places(sources: Sequence[str]) -> str:
-    """``"train.jsonl:3, 7, 9 and 12 more"``: the first places, the file named once."""
+def places(sources: Sequence[str]) -> str:
+    """Where rows stand, ``"train.jsonl:3, 7, 9 and 12 more"``: the first places, the file named once."""
     file = sources[0].rsplit(":", 1)[0]
     rest = [s.removeprefix(f"{file}:") for s in sources[1:SHOWN]]
     more = f" and {len(sources) - SHOWN} more" if len(sources) > SHOWN else ""
@@ -180,9 +180,9 @@ def _read(
     if unused:
         warnings.append(f"{source}: columns that no slot uses: {', '.join(unused)}")
     if blank:
-        warnings.append(f"{_places(blank)}: a slot value is empty")
+        warnings.append(f"{places(blank)}: a slot value is empty")
     if turns:
-        warnings.append(f"{_places(turns)}: the conversation has more turns than the template has slots for")
+        warnings.append(f"{places(turns)}: the conversation has more turns than the template has slots for")
     return examples
 
 
@@ -196,7 +196,7 @@ def _faulty(faults: dict[str, list[str]]) -> InputError:
     elif "is null" in what or "is empty" in what:
         fix = "fill it in or remove the row"
     return InputError(
-        what + (f"; {counted(others, 'more row')} with other faults" if others else ""), where=_places(sources), fix=fix
+        what + (f"; {counted(others, 'more row')} with other faults" if others else ""), where=places(sources), fix=fix
     )
 
 
@@ -247,7 +247,7 @@ def _tell(pairs: list[tuple[Example, Example]], verb: str, fix: str, policy: Pol
     if not pairs:
         return
     what = f"{'the first ' if len(pairs) > 1 else ''}{verb.format(pairs[0][0].source)}"
-    where = _places([example.source for _, example in pairs])
+    where = places([example.source for _, example in pairs])
     if policy == "error":
         raise InputError(what, where=where, fix=fix)
     warnings.append(f"{where}: {what}{' (dropped)' if policy == 'drop' else ''}")
