@@ -23,7 +23,14 @@ class TemplateConfig(Section):
         None, description="chat messages, rendered with the base's chat template"
     )
     text: str | None = Field(None, description="plain text, used without a chat template")
-    file: str | None = Field(None, description="a UTF-8 file with plain template text")
+    file: str | None = Field(
+        None,
+        description="a UTF-8 file: plain template text, or, as .json or .yaml, chat messages or a mapping with messages"
+        " or text",
+    )
+    literal: bool = Field(
+        False, description="placeholders of other template languages ({x}, {% if %}, {{ x | f }}) are meant as text"
+    )
     scope: Literal["leading", "all"] = Field(
         "leading", description="what contexts replace: leading: static text before the first slot; all: all static text"
     )

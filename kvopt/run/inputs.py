@@ -9,10 +9,10 @@ from typing import Any
 
 from kvopt.config.document import Config
 from kvopt.config.mutations import MutationsConfig
-from kvopt.storage.files import RELATIVE, read_text
 from kvopt.task.examples import Dataset, Example, load_dataset
+from kvopt.task.foreign import foreign_placeholders
 from kvopt.task.template import Template
-from kvopt.task.template_files import configured_template, template_from_file
+from kvopt.task.template_files import configured_template, template_from_file, written_out
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Inputs:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the user should know about template and data, one line each."""
-        return self.dataset.warnings
+        foreign = [] if self.config.template.literal else foreign_placeholders(self.template)
+        return (*foreign, *self.dataset.warnings)
 
     @property
     def context_names(self) -> list[str]:
@@ -68,8 +69,8 @@ class Inputs:
             context.model_dump(mode="json", include=None if context.text is None else {"name", "text"})
             for context in self.config.contexts
         ]
-        if (file := self.config.template.file) is not None:
-            tree["template"] |= {"file": None, "text": read_text(self.base_dir / file, RELATIVE)}
+        if self.config.template.file is not None:
+            tree["template"] |= {"file": None, **written_out(self.config.template, self.base_dir)}
         return tree
 
 
