@@ -298,6 +298,7 @@ def make_learned(
         reference_key=reference.key,
         scope=task.config.template.scope,
         template_tokens=len(task.encoded.prefix),
+        replaced_ids=len(held_out.prefix),
         objective="forward KL[p(.|V,C) || p(.|V,C')] per gold token",
         settings=settings | {"seed": seed, "init": config.init},
         best_step=descent.step,

@@ -205,12 +205,13 @@ class Encoder:
         no prompt has it in production.
         """
         ids, offsets = self.plain.encode(text, data, add_special_tokens=not template.is_chat)
-        if not template.is_chat and self._appends_eos and ids and ids[-1] == self.tokenizer.eos_token_id:
+        if not template.is_chat and self.appends_eos and ids and ids[-1] == self.tokenizer.eos_token_id:
             return ids[:-1], offsets[:-1]
         return ids, offsets
 
     @cached_property
-    def _appends_eos(self) -> bool:
+    def appends_eos(self) -> bool:
+        """Whether the tokenizer itself puts an EOS behind any text."""
         eos = self.tokenizer.eos_token_id
         return eos is not None and self.tokenizer("x", add_special_tokens=True)["input_ids"][-1] == eos
 
