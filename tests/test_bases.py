@@ -19,6 +19,7 @@ from transformers import (
     BloomConfig,
     FalconConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
     GptOssConfig,
@@ -71,6 +72,12 @@ def loaded(folder: Path, **settings: Any) -> Base:
 def gemma2(folder: Path) -> Path:
     softcaps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8}
     return made(folder, Gemma2Config(**SMALL, head_dim=8, sliding_window=256, **softcaps))
+
+
+def gemma3(folder: Path) -> Path:
+    """Gemma 3 with a softcap, which its own checkpoints do not have; transformers would take sdpa for it."""
+    softcaps = {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}
+    return made(folder, Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=256, **softcaps))
 
 
 def gpt_oss(folder: Path) -> Path:
@@ -271,7 +278,7 @@ def test_at_position_0_alone_angles_have_their_width(llama: Base) -> None:
 # ---- attention
 
 
-@pytest.mark.parametrize("make", [gemma2, gpt_oss])
+@pytest.mark.parametrize("make", [gemma2, gemma3, gpt_oss])
 def test_a_base_with_softcap_or_sinks_runs_by_itself_and_answers_as_without_a_prefix(
     make: Callable[[Path], Path], tmp_path: Path
 ) -> None:

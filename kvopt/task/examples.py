@@ -20,7 +20,7 @@ from typing import Any
 from kvopt.config.data import DataConfig, Policy
 from kvopt.errors import InputError, counted
 from kvopt.storage.files import canonical_json, sha256_json
-from kvopt.task.columns import Columns, NoValue, as_text, find, unseen_turns
+from kvopt.task.columns import Columns, NoValue, as_text, find, unseen_messages
 from kvopt.task.readers import read_records
 from kvopt.task.template import Template
 
@@ -152,7 +152,7 @@ def _read(
     seen: Counter[str] = Counter()
     used: set[str] = set()
     blank: list[str] = []
-    turns: list[str] = []
+    unseen: dict[str, list[str]] = {}
     for number, record in enumerate(read_records(source, base_dir, part)):
         fields, where = record.fields, record.where
         seen.update(fields.keys())
@@ -168,8 +168,8 @@ def _read(
         used |= columns.used(fields)
         if not all(value.strip() for value in example.values.values()):
             blank.append(where)
-        if unseen_turns(fields, columns):
-            turns.append(where)
+        if what := unseen_messages(fields, columns):
+            unseen.setdefault(what, []).append(where)
     if faults:
         raise _faulty(faults)
     if not examples and wanted and seen:
@@ -181,8 +181,8 @@ def _read(
         warnings.append(f"{source}: columns that no slot uses: {', '.join(unused)}")
     if blank:
         warnings.append(f"{places(blank)}: a slot value is empty")
-    if turns:
-        warnings.append(f"{places(turns)}: the conversation has more turns than the template has slots for")
+    for what, rows in unseen.items():
+        warnings.append(f"{places(rows)}: no slot takes {what} (add one, with its path in data.columns)")
     return examples
 
 

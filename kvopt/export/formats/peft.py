@@ -96,6 +96,8 @@ class PeftFormat(ExportFormat):
                 "PEFT checks the shapes alone: on another base, even one of the same size, it answers nonsense without"
                 " a warning. `kvopt.json` names the base by its hashes, and kvopt refuses another one.",
                 PADDING[source.kind],
+                "Use transformers before 5.24 with PEFT 0.21.2: 5.24 renamed the argument that carries the cache, and"
+                " `generate` then leaves the adapter out without a warning (logits of a plain forward pass are right).",
             ),
             facts=ExportFacts(peft_type=peft_type),
         )
