@@ -88,9 +88,8 @@ def test_the_template_itself_comes_back_when_the_inputs_vary(seed, literals, cou
         values[0][name], values[1][name] = f"x {values[0][name]} x", f"y {values[1][name]} y"
     inferred = infer_template(render(source, *values))
     given = dict(zip(inferred.template.slots, names, strict=True))
-    assert inferred.template.text == re.sub(
-        r"(?<=\{\{)\w+", lambda m: next(g for g in given if given[g] == m[0]), source
-    )
+    named = {name: "{{" + slot + "}}" for slot, name in given.items()}
+    assert inferred.template.text == re.sub(r"\{\{(\w+)\}\}", lambda slot: named[slot[1]], source)
     assert [{given[slot]: value for slot, value in row.items()} for row in inferred.values] == values
     assert inferred.notes == ()
 
@@ -234,7 +233,7 @@ def test_what_all_values_begin_or_end_with_is_template() -> None:
         f"Sort it.\nOrder: no. {n} (open)\nCustomer: the {who}\nLabel:" for n, who in [(1, "a"), (2, "b"), (3, "c")]
     ]
     inferred = infer_template(prompts)
-    assert inferred.template.text == "Sort it.\nOrder: no. {{order_no}} (open)\nCustomer: the {{input_2}}\nLabel:"
+    assert inferred.template.text == "Sort it.\nOrder: no. {{input_1}} (open)\nCustomer: the {{input_2}}\nLabel:"
     [note] = inferred.notes
     assert "all 3 prompts have 'the' right beside a slot" in note
     assert "8 or more prompts would settle it" in note

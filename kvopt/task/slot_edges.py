@@ -1,4 +1,4 @@
-"""What stands beside a recovered slot: the name that the text before it gives, and words that may be there by chance."""
+"""What stands beside a recovered slot: the name that the text before it gives, and words there by chance."""
 
 from __future__ import annotations
 
