@@ -409,6 +409,7 @@ def test_init_infer_recovers_template_and_rows(kvopt, fails, tmp_path):
     assert code == 0, err
     document = yaml.safe_load((tmp_path / "got" / "kvopt.yaml").read_text("utf-8"))
     assert "Message: " in document["template"]["text"]
+    assert "{{message}}" in document["template"]["text"]
     code, out, err = kvopt("validate", "got/kvopt.yaml", "--set", f"model.base={tiny_folder('llama')}", "--json")
     assert code == 0, err
     assert sum(json.loads(out)["rows"].values()) == 20

@@ -234,7 +234,16 @@ def test_turns_that_no_slot_takes_are_a_warning(load):
     long = [chat(i, ("user", "hi"), ("assistant", "ho"), ("user", f"q{i}"), ("assistant", f"a{i}")) for i in range(40)]
     data = load(long)
     assert data.train[0].values["question"] == f"q{data.train[0].id[6:]}"
-    assert "more turns than the template has slots for" in data.warnings[0]
+    assert "no slot takes 2 other turns of its conversation" in data.warnings[0]
+
+
+def test_a_system_message_that_no_slot_takes_is_named_and_a_slot_with_its_path_takes_it(load):
+    rows = [chat(i, ("system", f"s{i}"), ("user", f"q{i}"), ("assistant", f"a{i}")) for i in range(40)]
+    [warning] = [line for line in load(rows).warnings if "no slot takes" in line]
+    assert "no slot takes the system message of its conversation" in warning
+    both = Template.from_text("{{system}} {{question}}")
+    columns = {"system": "messages.system", "question": "messages.1"}
+    assert not any("no slot takes" in line for line in load(rows, template=both, columns=columns).warnings)
 
 
 # Duplicates and leakage

@@ -39,8 +39,6 @@ FILES = {
     "export": "exports/*/kvopt-export.json",
     "manifest": "manifest.json",
     "ledger": "ledger.jsonl",
-    "frontier": "frontier/frontier.json",
-    "shortened": "frontier/shortened/*.json",
 }
 """Where each document lies in the folder of :func:`finished`; sequences: tests/train/test_sequence.py."""
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvopt.errors import InputError
 from kvopt.task.infer import infer_template
 from kvopt.task.rendered_prompts import infer_file
+from kvopt.task.slot_edges import slot_name, slot_names
 from kvopt.task.template import Template, fill_source
 
 WORDS = ["apple", "river", "stone", "cloud", "green", "{x}", "$5", "100%", "{{y}}", "naïve", "雨天", "a\\b"]
@@ -103,8 +104,10 @@ def test_the_template_itself_comes_back_when_the_inputs_vary(seed, literals, cou
     for name in names:  # nothing that all values begin or end with
         values[0][name], values[1][name] = f"x {values[0][name]} x", f"y {values[1][name]} y"
     inferred = infer_template(render(source, *values))
-    assert inferred.template.text == source
-    assert list(inferred.values) == values
+    given = dict(zip(inferred.template.slots, names, strict=True))
+    named = {name: "{{" + slot + "}}" for slot, name in given.items()}
+    assert inferred.template.text == re.sub(r"\{\{(\w+)\}\}", lambda slot: named[slot[1]], source)
+    assert [{given[slot]: value for slot, value in row.items()} for row in inferred.values] == values
     assert inferred.notes == ()
 
 
@@ -117,21 +120,21 @@ def test_words_that_inputs_happen_to_share_stay_in_the_inputs():
         "in the end",
     ]
     inferred = infer_template([f"Classify the request.\nRequest: {text}\nLabel:" for text in texts])
-    assert inferred.template.text == "Classify the request.\nRequest: {{input}}\nLabel:"
-    assert [v["input"] for v in inferred.values] == texts
+    assert inferred.template.text == "Classify the request.\nRequest: {{request}}\nLabel:"
+    assert [v["request"] for v in inferred.values] == texts
 
 
 def test_a_slot_that_comes_twice_has_one_name():
     prompts = render("Say {{a}}\nAgain: {{a}}\nOther: {{b}}", *[{"a": f"one{i}", "b": f"two{i * i}"} for i in range(6)])
     inferred = infer_template(prompts)
-    assert inferred.template.text == "Say {{input_1}}\nAgain: {{input_1}}\nOther: {{input_2}}"
+    assert inferred.template.text == "Say {{input_1}}\nAgain: {{input_1}}\nOther: {{other}}"
 
 
 def test_empty_values_and_literal_slots_and_backslashes_survive():
     source = "Path C:\\\\{{a}}\nKeep \\{{this}} as it is: {{b}}"
     prompts = render(source, *[{"a": a, "b": b} for a, b in [("x", ""), ("", "p q"), ("z z", "r"), ("w", "s")]])
     inferred = infer_template(prompts)
-    assert inferred.template.text == source.replace("{{a}}", "{{input_1}}").replace("{{b}}", "{{input_2}}")
+    assert inferred.template.text == source.replace("{{a}}", "{{path_c}}").replace("{{b}}", "{{as_it_is}}")
     assert rendered_back(inferred, prompts)
 
 
@@ -149,7 +152,7 @@ def test_chat_messages_are_inferred_one_by_one():
     assert inferred.template == Template.from_messages(
         [
             {"role": "system", "content": "Be kind."},
-            {"role": "user", "content": "Translate: {{input_1}}\nInto: {{input_2}}"},
+            {"role": "user", "content": "Translate: {{translate}}\nInto: {{into}}"},
         ]
     )
     assert rendered_back(inferred, prompts)
@@ -206,8 +209,8 @@ def test_jsonl_prompts_with_completions_become_rows(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text("".join(f'{{"prompt": "Add one to: {i}", "completion": {i + 1}}}\n' for i in range(10, 15)))
     inferred = infer_file(path)
-    assert inferred.template.text == "Add one to: {{input}}"
-    assert inferred.rows()[0] == {"input": "10", "output": "11"}
+    assert inferred.template.text == "Add one to: {{add_one_to}}"
+    assert inferred.rows()[0] == {"add_one_to": "10", "output": "11"}
 
 
 def test_the_last_answer_of_messages_is_the_output(tmp_path):
@@ -215,16 +218,16 @@ def test_the_last_answer_of_messages_is_the_output(tmp_path):
     row = '{"messages": [{"role": "user", "content": "Add one to: %d"}, {"role": "assistant", "content": "%d"}]}\n'
     path.write_text("".join(row % (i, i + 1) for i in range(10, 15)))
     inferred = infer_file(path)
-    assert inferred.template.to_json() == {"messages": [{"role": "user", "content": "Add one to: {{input}}"}]}
-    assert inferred.rows()[4] == {"input": "14", "output": "15"}
+    assert inferred.template.to_json() == {"messages": [{"role": "user", "content": "Add one to: {{add_one_to}}"}]}
+    assert inferred.rows()[4] == {"add_one_to": "14", "output": "15"}
 
 
 def test_text_files_are_divided_by_lines_of_dashes(tmp_path):
     path = tmp_path / "p.txt"
     path.write_bytes(b"Add one\r\nto: 10\r\n---\r\nAdd one\r\nto: 11\r\n---  \r\nAdd one\r\nto: 12\r\n")
     inferred = infer_file(path)
-    assert inferred.template.text == "Add one\r\nto: {{input}}"
-    assert inferred.rows() == [{"input": "10"}, {"input": "11"}, {"input": "12"}]
+    assert inferred.template.text == "Add one\r\nto: {{to}}"
+    assert inferred.rows() == [{"to": "10"}, {"to": "11"}, {"to": "12"}]
 
 
 @pytest.mark.parametrize(
@@ -240,3 +243,37 @@ def test_rows_without_prompt_or_output_are_named(tmp_path, rows, what):
     path.write_text(rows)
     with pytest.raises(InputError, match=what):
         infer_file(path)
+
+
+def test_what_all_values_begin_or_end_with_is_template() -> None:
+    prompts = [
+        f"Sort it.\nOrder: no. {n} (open)\nCustomer: the {who}\nLabel:" for n, who in [(1, "a"), (2, "b"), (3, "c")]
+    ]
+    inferred = infer_template(prompts)
+    assert inferred.template.text == "Sort it.\nOrder: no. {{input_1}} (open)\nCustomer: the {{input_2}}\nLabel:"
+    [note] = inferred.notes
+    assert "all 3 prompts have 'the' right beside a slot" in note
+    assert "8 or more prompts would settle it" in note
+
+
+@pytest.mark.parametrize(
+    ("before", "name"),
+    [
+        ("Request: ", "request"),
+        ("Sort it.\nCustomer message: ", "customer_message"),
+        ("**Question:** ", "question"),
+        ("# Text:\n", "text"),
+        ("<context>", "context"),
+        ('{"title": "', "title"),
+        ("Please sort this ", None),
+        ("", None),
+        ("Тема: ", None),
+    ],
+)
+def test_names_come_from_the_text_before_the_slot(before: str, name: str | None) -> None:
+    assert slot_name(before) == name
+
+
+def test_names_are_told_apart_and_none_is_the_outputs() -> None:
+    names = slot_names(["a", "b", "a", "c", "d"], ["Text: ", "Text: ", "Other: ", "Output: ", ""])
+    assert names == {"a": "text", "b": "text_2", "c": "input_3", "d": "input_4"}

@@ -57,7 +57,7 @@ def test_a_longer_conversation_is_told_of(tmp_path: Path) -> None:
     rows = [sharegpt(i, ("human", f"And by train {i}?"), ("gpt", f"{i} minutes.")) for i in range(9)]
     data = load(tmp_path, rows, ONE)
     assert values_of(data)[2] == {"question": "And by train 2?"}
-    assert "the conversation has more turns than the template has slots for" in data.warnings[0]
+    assert "of its conversation" in data.warnings[0]
 
 
 def test_a_conversation_without_an_answer_is_refused(tmp_path: Path) -> None:

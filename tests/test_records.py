@@ -121,3 +121,19 @@ def test_a_missing_split_and_a_folder_without_data_are_input_errors(saved):
     (saved / "empty").mkdir()
     with pytest.raises(InputError, match="cannot be loaded"):
         list(read_records("empty", saved, "train"))
+
+
+def test_class_labels_become_their_names_in_lists_and_objects_too(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    names = datasets.ClassLabel(names=["cat", "dog"])
+    features = datasets.Features(
+        {"label": names, "all": datasets.List(names), "in": {"label": names}, "n": datasets.Value("int64")}
+    )
+    rows = [
+        {"label": 1, "all": [0, 1], "in": {"label": 0}, "n": 1},
+        {"label": -1, "all": [], "in": {"label": 1}, "n": 0},
+    ]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "labels"))
+    first, second = [record.fields for record in read_records("hf:labels", tmp_path, "train")]
+    assert (first["label"], first["all"], first["in"], first["n"]) == ("dog", ["cat", "dog"], {"label": "cat"}, "1")
+    assert (second["label"], second["in"]) == (None, {"label": "dog"})

@@ -1,7 +1,7 @@
 """The base's own attention, watched or with gates on some keys.
 
 Both put a function of ours in the place of the base's attention while a block runs. It goes through PyTorch's
-scaled-dot-product attention, as the base's own does.
+scaled-dot-product attention, or through the model's own eager attention where that does more: a softcap, sinks.
 
 Symbols: B rows, H query heads, h key/value heads, n queries, m keys, T prefix slots, d head dimension.
 """
@@ -9,6 +9,7 @@ Symbols: B rows, H query heads, h key/value heads, n queries, m keys, T prefix s
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,7 +41,7 @@ def watched(base: Base, observe: Observe) -> Iterator[None]:
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         observe(module, query, key, value, mask, kwargs.get("scaling"))
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        return _attend(module, query, key, value, mask, **kwargs)
 
     with _replaced(base, attention):
         yield
@@ -70,7 +71,7 @@ def gated(base: Base, gates: Tensor) -> Iterator[None]:
                 added = added * (1 - torch.eye(keys, device=added.device))
             low = torch.finfo(query.dtype).min
             whole = added.masked_fill(~allowed_keys(mask), low).to(query.dtype)
-            return sdpa_attention_forward(module, query, key, value, whole, **kwargs)
+            return _attend(module, query, key, value, whole, **kwargs)
 
         if queries > KEPT_QUERIES and torch.is_grad_enabled():  # its weights, [queries, keys], would be kept
             return checkpoint(attend, query, key, value, bias, use_reentrant=False)
@@ -78,6 +79,20 @@ def gated(base: Base, gates: Tensor) -> Iterator[None]:
 
     with _replaced(base, attention):
         yield
+
+
+def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+    """The attention that the base itself computes. PyTorch's knows no softcap and no sinks."""
+    if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    if mask is None:
+        queries, keys = query.shape[-2], key.shape[-2]
+        places = torch.arange(keys, device=query.device)
+        mask = (places[None] <= places[keys - queries :, None])[None, None]
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return eager(module, query, key, value, mask, **kwargs)
 
 
 @contextlib.contextmanager

@@ -7,26 +7,26 @@ from collections.abc import Callable, Sequence
 import torch
 
 from kvopt.base.loading import Base
+from kvopt.task.chat_template import ChatTemplate
 
 Messages = list[dict[str, str]]
 
 
 def local_completion(
-    base: Base, usage: dict[str, int] | None = None
+    chat: ChatTemplate, base: Base, usage: dict[str, int] | None = None
 ) -> Callable[[Sequence[Messages], int, int, float], list[str]]:
     """``complete(prompts, seed, max_tokens, temperature)``: one sampled answer for each prompt, a function of its
     arguments alone.
 
     Args:
-        base: with a chat template, each prompt is rendered by it; without one, contents are joined by newlines.
+        chat: renders each prompt; without a chat template, contents are joined by newlines.
+        base: the model that answers.
         usage: counters ``model_calls``, ``tokens_in``, ``tokens_out`` to add to.
     """
 
     def complete(prompts: Sequence[Messages], seed: int, max_tokens: int, temperature: float) -> list[str]:
-        texts = [_text(base, prompt) for prompt in prompts]
-        encoded = [
-            base.tokenizer(text, add_special_tokens=base.tokenizer.chat_template is None)["input_ids"] for text in texts
-        ]
+        texts = [_text(chat, prompt) for prompt in prompts]
+        encoded = [base.tokenizer(text, add_special_tokens=chat.source is None)["input_ids"] for text in texts]
         width, pad = max(map(len, encoded)), _pad_id(base)
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device=base.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=base.device)
@@ -52,10 +52,10 @@ def local_completion(
     return complete
 
 
-def _text(base: Base, prompt: Messages) -> str:
-    if base.tokenizer.chat_template is None:
+def _text(chat: ChatTemplate, prompt: Messages) -> str:
+    if chat.source is None:
         return "\n".join(message["content"] for message in prompt) + "\n"
-    return base.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return chat.render_own(prompt)
 
 
 def _pad_id(base: Base) -> int:

@@ -23,6 +23,7 @@ HUB_FAILURES: tuple[type[Exception], ...] = (
 """What an answer or a connection that fails raises: errors of the hub's own client, httpx or its successor."""
 TIMEOUT = 4.0  # seconds until the hub counts as unreachable
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
+IGNORED_FILES = ["*/*", "consolidated*", "adapter_*"]
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -81,42 +82,60 @@ def unreachable() -> str | None:
     return None
 
 
-def snapshot(name: str, revision: str | None = None) -> Path:
-    """The folder of a hub model: the local hub cache when it is complete, else a download.
+def snapshot(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The folder of a hub model: the local hub cache when all that is needed is there, else a download. Without
+    ``weights``, config and tokenizer are all that is needed.
 
     Raises InputError when the id is unknown, gated, or neither cached nor reachable.
     """
     where = f"model.base {name}"
-    try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-        if (folder / "config.json").is_file() and has_tokenizer(folder) and weight_files(folder):
-            return folder
-    except LocalEntryNotFoundError:
-        pass
+    if (folder := _cached(name, revision, weights)) is not None:
+        return folder
     if reason := unreachable():
         fix = "check the name and the network, or give a local folder or .gguf file"
         raise InputError(f"not in the local hub cache, and {reason}", where=where, fix=fix)
     try:
-        return download(name, revision)
+        return download(name, revision, weights=weights)
     except GatedRepoError as error:
         raise InputError("access to this hub model needs permission", where=where, fix="log in to the hub") from error
     except RepositoryNotFoundError as error:
         raise InputError("no such model on the hub", where=where, fix="check the id or log in to the hub") from error
     except HUB_FAILURES as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())
         raise InputError(f"the download failed: {reason}", where=where, fix="run again to resume it") from error
 
 
-def download(name: str, revision: str | None = None, target: Path | None = None) -> Path:
+def _cached(name: str, revision: str | None, weights: bool) -> Path | None:
+    """The folder in the local hub cache, None where something that kvopt would ask for is missing."""
+    for patterns in _patterns(weights):
+        try:
+            folder = Path(
+                snapshot_download(
+                    name,
+                    revision=revision,
+                    local_files_only=True,
+                    allow_patterns=patterns,
+                    ignore_patterns=IGNORED_FILES,
+                )
+            )
+        except LocalEntryNotFoundError:  # nothing there, or less than the hub had
+            continue
+        if (folder / "config.json").is_file() and has_tokenizer(folder) and (weight_files(folder) or not weights):
+            return folder
+    return None
+
+
+def _patterns(weights: bool) -> list[list[str]]:
+    """What is asked for, one call after the other: config and tokenizer, with safetensors, or else PyTorch files."""
+    return [[*SMALL_FILES, kind] for kind in ("*.safetensors", "pytorch_model*.bin")] if weights else [SMALL_FILES]
+
+
+def download(name: str, revision: str | None = None, target: Path | None = None, *, weights: bool = True) -> Path:
     """Fetch config, tokenizer and weights (safetensors, else PyTorch files) of the repository's top folder."""
-    for weights in ("*.safetensors", "pytorch_model*.bin"):
+    for patterns in _patterns(weights):
         folder = Path(
             snapshot_download(
-                name,
-                revision=revision,
-                local_dir=target,
-                allow_patterns=[*SMALL_FILES, weights],
-                ignore_patterns=["*/*", "consolidated*", "adapter_*"],
+                name, revision=revision, local_dir=target, allow_patterns=patterns, ignore_patterns=IGNORED_FILES
             )
         )
         if weight_files(folder):

@@ -44,9 +44,12 @@ def _content_sha256(file: Path) -> str:
 
 def config_sha256(folder: Path) -> str:
     """Hash of ``config.json`` without the entries that say nothing about the model (name, versions, dtype it was
-    saved in)."""
+    saved in), and of the Python code that comes with it where it names any."""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return sha256_json({key: value for key, value in values.items() if key not in INCIDENTAL})
+    told = {key: value for key, value in values.items() if key not in INCIDENTAL}
+    if told.get("auto_map"):
+        told["code"] = {file.name: sha256_file(file) for file in sorted(folder.glob("*.py"))}
+    return sha256_json(told)
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from kvopt.base import builtin, hub
 from kvopt.base.gguf import save_gguf_as_folder
 from kvopt.base.identity import chat_template_sha256, config_sha256, tokenizer_sha256, weights_sha256
-from kvopt.base.probe import Capability, Geometry, check_config, probe, text_config
+from kvopt.base.probe import Capability, Geometry, check_config, context_window, probe, text_config
 from kvopt.base.rope import Rope
 from kvopt.config.model import BUILTIN_BASE, ModelConfig
 from kvopt.documents.part import BaseIdentity
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from kvopt.kernels import Head
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+GGUF_LAYOUT = 2  # part of the folder's name; raise it when the conversion changes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -132,18 +133,18 @@ def _to_stderr(line: str) -> None:
 def load_tokenizer(config: ModelConfig, *, say: Callable[[str], None] | None = None) -> tuple[Any, int]:
     """The tokenizer of ``config.base`` and its context window in tokens, without its weights. Raises InputError as
     :func:`load_base` does."""
-    folder = locate(config.base, config.revision, say or _to_stderr)
+    folder = locate(config.base, config.revision, say or _to_stderr, weights=False)
     with quiet():
         if config.base == BUILTIN_BASE:  # known to work, and the class of its config takes seconds to import
             window = json.loads((folder / "config.json").read_text("utf-8"))["max_position_embeddings"]
             return PreTrainedTokenizerFast.from_pretrained(str(folder)), int(window)
         settings = text_config(_load_config(folder, config))
-        return _load_tokenizer(folder, config), int(settings.max_position_embeddings)
+        return _load_tokenizer(folder, config), context_window(settings)
 
 
-def locate(base: str, revision: str | None, say: Callable[[str], None]) -> Path:
-    """The local folder with the config, tokenizer and weights of ``base``, fetched or converted if need be. Raises
-    InputError."""
+def locate(base: str, revision: str | None, say: Callable[[str], None], *, weights: bool = True) -> Path:
+    """The local folder with the config, tokenizer and weights of ``base``, fetched or converted if need be; without
+    ``weights``, those of a hub model are not fetched. Raises InputError."""
     if base == BUILTIN_BASE:
         return builtin.builtin_folder(say)
     path, where = Path(base).expanduser(), f"model.base {base}"
@@ -159,23 +160,31 @@ def locate(base: str, revision: str | None, say: Callable[[str], None]) -> Path:
         raise InputError(
             f"no such folder: {path.resolve()}", where=where, fix=f"give a model folder, a hub id or {BUILTIN_BASE}"
         )
-    return _checked_folder(hub.snapshot(base, revision), where)
+    return _checked_folder(hub.snapshot(base, revision, weights=weights), where, weights=weights)
 
 
-def _checked_folder(folder: Path, where: str) -> Path:
+def _checked_folder(folder: Path, where: str, *, weights: bool = True) -> Path:
     if not (folder / "config.json").is_file():
         fix = "an adapter or context folder is not a base; give the model that it belongs to"
         raise InputError("the folder has no config.json", where=where, fix=fix)
     if not hub.has_tokenizer(folder):
         raise InputError("the base has no tokenizer", where=where, fix="save its tokenizer into the folder")
-    if not hub.weight_files(folder):
+    if weights and not hub.weight_files(folder):
         raise InputError("the folder has no weights (*.safetensors or pytorch_model*.bin)", where=where)
+    if (folder / "adapter_config.json").is_file():  # transformers would put the adapter on top of the weights
+        raise InputError(
+            "the folder holds a whole model and an adapter (adapter_config.json), which would be applied to it",
+            where=where,
+            fix="move the adapter_* files away if they are merged, else merge them first",
+        )
     return folder
 
 
 def _converted(file: Path, say: Callable[[str], None]) -> Path:
     digest = sha256_file(file)
-    folder = hub.cache_folder() / "bases" / f"gguf-{digest[:32]}-v{builtin.LAYOUT}"
+    folder = hub.cache_folder() / "bases" / f"gguf-{digest[:32]}-v{GGUF_LAYOUT}"
+    if (folder / "source.json").is_file():
+        return folder
     with hub.locked(folder):
         if not (folder / "source.json").is_file():
             say(f"converting {file.name} to bf16 safetensors (once)")
@@ -247,7 +256,7 @@ def _fault(config: ModelConfig, what: str, error: BaseException) -> InputError:
             where=where,
             fix=fix,
         )
-    return InputError(f"{what}: {type(error).__name__}: {text[:300]}", where=where)
+    return InputError(f"{what}: {type(error).__name__}: {text}", where=where)
 
 
 def _load_config(folder: Path, config: ModelConfig) -> Any:
@@ -278,17 +287,32 @@ def _load_model(folder: Path, config: ModelConfig, settings: Any, dtype: torch.d
             str(folder),
             config=settings,
             dtype=dtype,
-            attn_implementation=config.attention,
+            attn_implementation=_attention(config, settings),
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )
     except Exception as error:  # a broken or unknown folder fails in as many ways as there are formats
+        if "attn_implementation" in str(error) and config.attention != "auto":
+            raise InputError(
+                f"{type(settings).__name__.removesuffix('Config')} cannot be computed with this attention",
+                where=f"model.attention {config.attention}",
+                fix="set model.attention: eager, or auto",
+            ) from error
         what = f"cannot be loaded as a causal LM{_quantisation(method)}"
         raise _fault(config, what, error) from error
     if missing := sorted(info["missing_keys"]):
         what = f"its weights lack {len(missing)} tensors of a {type(model).__name__}, first {missing[0]}"
         raise InputError(what, where=f"model.base {config.base}", fix="is it a causal LM, and complete?")
     return model
+
+
+def _attention(config: ModelConfig, settings: Any) -> str | None:
+    """What transformers is asked for; None leaves it the choice, which is sdpa for the models that can and eager for
+    those that cannot (attention sinks). A softcap of the attention's logits is in eager alone.
+    """
+    if config.attention != "auto":
+        return config.attention
+    return "eager" if getattr(text_config(settings), "attn_logit_softcapping", None) else None
 
 
 def _quantisation(method: Any) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SUPPORTED_LAYERS = ("full_attention", "sliding_attention")
+UNBOUNDED = 2**31 - 1  # positions of a configuration that names no longest one
 PREFIX, LENGTH, SHIFT = 3, 5, 37
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 COARSE = 0.1  # bf16 and fp16: rounding stays near 0.02, a wrong path is near 1
@@ -78,10 +79,22 @@ def check_config(config: Any, name: str) -> None:
         raise refuse(
             name, f"{config.model_type} has {', '.join(foreign)} layers, whose state is not only keys and values"
         )
+    if not _has_rope(text):
+        raise refuse(name, f"the positions of {config.model_type} are not rotary (RoPE), so a prefix cannot be moved")
     if getattr(text, "num_kv_shared_layers", 0):
         raise refuse(name, f"{config.model_type} shares keys and values between layers")
     if getattr(text, "hidden_size_per_layer_input", 0):
         raise refuse(name, f"{config.model_type} has per-layer embeddings, which a soft prompt cannot give")
+
+
+def _has_rope(text: Any) -> bool:
+    """Whether a configuration says how positions rotate; ALiBi, learned and sinusoidal positions have nothing to say
+    there.
+    """
+    attention = getattr(text, "attn_config", None)
+    if getattr(text, "alibi", False) or getattr(attention, "alibi", False):
+        return False
+    return any(getattr(text, field, None) for field in ("rope_parameters", "rope_theta", "rope_scaling"))
 
 
 def layer_types(text: Any) -> tuple[str, ...]:
@@ -96,8 +109,8 @@ def layer_types(text: Any) -> tuple[str, ...]:
 
 def context_window(text: Any) -> int:
     """Positions for which RoPE stays one fixed rotation: the trained length, or the original one where longer inputs
-    change the angles."""
-    window = int(text.max_position_embeddings)
+    change the angles. One that says no length has no end."""
+    window = int(getattr(text, "max_position_embeddings", None) or UNBOUNDED)
     rope = getattr(text, "rope_parameters", None) or {}
     variants = rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
     for variant in variants:
@@ -169,7 +182,7 @@ def probe(model: PreTrainedModel, ids: Sequence[int], name: str) -> Capability:
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _read_keys(at: _Probe, cache: Any) -> list[Tensor]:

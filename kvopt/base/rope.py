@@ -18,6 +18,10 @@ Pairing = Literal["half", "interleaved", "none"]
 """Which dimensions turn together: i and i + R/2, or 2i and 2i + 1, or none (a layer without RoPE)."""
 
 
+_TELLING = (3, 61)
+"""Positions at which no two frequencies give the same angle, so that they show how often each angle stands."""
+
+
 def find_rotary(backbone: nn.Module) -> nn.Module | None:
     """The module that turns positions into cos and sin, or None for a model without one."""
     module = getattr(backbone, "rotary_emb", None)
@@ -28,13 +32,17 @@ def angles(rotary: nn.Module, positions: Tensor, layer_type: str) -> tuple[Tenso
     """cos and sin [T, R/2] in float32 (attention scaling included) of integer ``positions`` [T] in layers of
     ``layer_type``."""
     like = torch.zeros(1, dtype=torch.float32, device=positions.device)
+    known = torch.tensor(_TELLING, dtype=positions.dtype, device=positions.device)
+    asked = torch.cat([positions, known])[None]
     takes_type = "layer_type" in inspect.signature(rotary.forward).parameters
-    cos, sin = rotary(like, positions[None], layer_type) if takes_type else rotary(like, positions[None])
-    cos, sin = cos[0].float(), sin[0].float()
-    half = cos.shape[-1] // 2
-    if torch.equal(cos[:, :half], cos[:, half:]) and torch.equal(sin[:, :half], sin[:, half:]):
+    cos, sin = rotary(like, asked, layer_type) if takes_type else rotary(like, asked)
+    cos, sin, told = cos[0, : len(positions)].float(), sin[0, : len(positions)].float(), sin[0, len(positions) :]
+    half = told.shape[-1] // 2
+    if torch.equal(told[:, :half], told[:, half:]):  # every angle twice: for dimensions i and i + R/2
         return cos[:, :half], sin[:, :half]
-    return cos[:, ::2], sin[:, ::2]
+    if torch.equal(told[:, ::2], told[:, 1::2]):  # for dimensions 2i and 2i + 1
+        return cos[:, ::2], sin[:, ::2]
+    return cos, sin  # every angle once
 
 
 def turn(keys: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing) -> Tensor:

@@ -35,23 +35,24 @@ def write_starter(folder: Path, force: bool = False) -> list[Path]:
     return [folder / name for name in files]
 
 
-def write_inferred(prompts: Path, folder: Path, force: bool = False) -> list[Path]:
-    """Recover template and slot values from a file of rendered prompts; write config and data.
+def write_inferred(prompts: Path, folder: Path, force: bool = False) -> tuple[list[Path], list[str]]:
+    """Recover template and slot values from a file of rendered prompts; write config and data. Returns the files, and
+    what a person should look at.
 
     Raises InputError when they cannot be recovered, with the residue that did not fit.
     """
     inferred = infer_file(prompts)
     _check_free(folder, (CONFIG, "train.jsonl"), force)
     rows = inferred.rows()
-    notes = [f"the template is {inferred.coverage:.0%} of the prompts' text; slots are the rest", *inferred.notes]
+    notes = list(inferred.notes)
     if inferred.outputs is None:
         notes.append('train.jsonl has no outputs yet: add an "output" to every row')
     text = (resources.files("kvopt") / "configs" / "template.yaml").read_text("utf-8")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", prompts.stem).strip("-._") or "run"
-    header = "".join(f"# {line}\n" for line in notes)
+    header = f"# The template is {inferred.coverage:.0%} of the prompts' text; slots are the rest.\n"
     write_jsonl(folder / "train.jsonl", rows)
     write_text(folder / CONFIG, header + _adapted(text, name, inferred.template, len(rows)))
-    return [folder / CONFIG, folder / "train.jsonl"]
+    return [folder / CONFIG, folder / "train.jsonl"], notes
 
 
 def _adapted(text: str, name: str, template: Template, rows: int) -> str:

@@ -66,9 +66,11 @@ def init(
     """
     from kvopt.cli.starter import write_inferred, write_starter
 
-    written = write_inferred(infer, folder, force) if infer else write_starter(folder, force)
+    written, notes = write_inferred(infer, folder, force) if infer else (write_starter(folder, force), [])
     for path in written:
         say(f"wrote {path}")
+    for note in notes:
+        say(f"warning: {note}")
     next_command("validate", folder / "kvopt.yaml")
 
 

@@ -22,7 +22,11 @@ class ModelConfig(Section):
     device: str = Field("auto", description="auto: cuda, else mps, else cpu")
     trust_remote_code: bool = Field(False, description="allow Python code that comes with the model to run")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
-    attention: str = Field("sdpa", description="attention implementation of transformers (attn_implementation)")
+    attention: str = Field(
+        "auto",
+        description="attention implementation of transformers (attn_implementation); auto: sdpa where the model's"
+        " attention can be computed so, else eager",
+    )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
     )

@@ -23,12 +23,26 @@ class TemplateConfig(Section):
         None, description="chat messages, rendered with the base's chat template"
     )
     text: str | None = Field(None, description="plain text, used without a chat template")
-    file: str | None = Field(None, description="a UTF-8 file with plain template text")
+    file: str | None = Field(
+        None,
+        description="a UTF-8 file: plain template text, or, as .json or .yaml, chat messages or a mapping with messages"
+        " or text",
+    )
+    literal: bool = Field(
+        False, description="placeholders of other template languages ({x}, {% if %}, {{ x | f }}) are meant as text"
+    )
     scope: Literal["leading", "all"] = Field(
         "leading", description="what contexts replace: leading: static text before the first slot; all: all static text"
     )
-    end_token: bool = Field(
-        True, description="add the end-of-turn (or EOS) token to gold outputs, so that stopping is scored too"
+    end_token: bool | str = Field(
+        True,
+        description="add the end-of-turn (or EOS) token to gold outputs, so that stopping is scored too; a token by its"
+        " name where it is another one",
+    )
+    answer_prefix: str | None = Field(
+        None,
+        description="text between the prompt and every answer, where the base's own answers do not begin at once: an"
+        ' empty thinking block, a channel; kvopt says when one is missing, and "" means that none is wanted',
     )
     chat_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="further arguments for the chat template, e.g. {enable_thinking: false}"

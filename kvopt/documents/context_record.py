@@ -67,6 +67,9 @@ class ContextFacts(DocumentPart):
     reference_key: str | None = Field(None, description="hash of the reference that it was measured against")
     scope: str | None = Field(None, description="what it replaces: leading (text before the first slot) or all")
     template_tokens: Count | None = Field(None, description="tokens of the original template that it stands for")
+    replaced_ids: Count | None = Field(
+        None, description="ids at the start of a prompt that it stands for; what follows them is fed (null: unknown)"
+    )
     objective: str | None = Field(None, description="what was minimized")
     settings: dict[str, Any] | None = Field(None, description="its section of the config")
     best_step: int | None = Field(None, description="the optimizer step whose state was kept")

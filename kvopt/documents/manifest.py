@@ -21,6 +21,9 @@ class RunManifest(DocumentPart):
     template_sha256: str | None = Field(None, description="hash of the original template")
     data_sha256: str | None = Field(None, description="hash of all rows")
     tokens_sha256: str | None = Field(None, description="hash of all rows as token ids")
+    prompt_time: str | None = Field(
+        None, description="what a chat template that writes the date was told when the run began, and is told since"
+    )
     stages: dict[str, str] = Field(
         {}, description="hash of what each stage depends on; a stage whose hash did not change is not run again"
     )

@@ -87,10 +87,9 @@ def _metrics(source: Source) -> str:
 def _behind(source: Source) -> str:
     if source.kind == "text":
         return ""
-    exact = ""
-    if source.template_tokens and source.scope == "leading":
-        exact = (
-            f" Exactly, whatever the tokenizer does at the seam: tokenize the whole prompt as under the original"
-            f" template and drop its first {source.template_tokens} ids."
-        )
-    return f"`body` is what stands after the context: the prompt from its first slot on, chat marks included.{exact}"
+    if (example := source.prompt_example()) is None:
+        return "`body` is what stands after the context: the prompt from its first slot on, chat marks included."
+    return (
+        f"Tokenize the whole prompt, chat marks included, and drop its first {example.replaced} ids. Cut it as ids, not"
+        " as text: a token may straddle the place."
+    )

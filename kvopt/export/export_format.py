@@ -113,12 +113,22 @@ def base_lines(base: str) -> str:
     return f"base = {base!r}"
 
 
-def body_line(source: Source) -> str:
-    """Python that sets ``body``: the prompt from the first slot on, as the run's template gives it where known."""
-    example = source.body_example()
+def ids_lines(source: Source) -> str:
+    """Python that sets ``ids`` to what is fed after the context: the ids of a whole prompt, where the run's template
+    is known, without those that the context stands for. Text that is cut at the slot can have others.
+    """
+    example = source.prompt_example()
     if example is None:
-        return 'body = "What follows the context in your prompt."'
-    return f"body = {example!r}  # with your values in the slots"
+        return (
+            'body = "What follows the context in your prompt."\n'
+            'ids = tokenizer(body, add_special_tokens=False)["input_ids"]'
+        )
+    cut = f"{example.replaced}:{-1 if example.ends_with_eos and example.special else ''}"
+    return (
+        f"prompt = {example.text!r}  # with your values in the slots\n"
+        f'ids = tokenizer(prompt, add_special_tokens={example.special})["input_ids"][{cut}]'
+        f"  # the context stands for the first {example.replaced}"
+    )
 
 
 def refuse_kind(source: Source, to: str) -> InputError:

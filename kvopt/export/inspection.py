@@ -181,7 +181,7 @@ def _context_lines(facts: dict[str, Any]) -> list[str]:
         "use it:",
         "  from peft import PeftModel",
         f"  model = PeftModel.from_pretrained(base_model, {facts['folder']!r})",
-        "  # then feed the rest of the prompt: everything from the first slot on",
+        "  # then feed the prompt's ids without those that the context stands for (an export's card cuts them)",
         f"  # other tools: kvopt export {facts['folder']} --to " + _formats(facts["kind"]),
     ]
 

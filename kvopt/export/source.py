@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,16 @@ from kvopt.contexts.adapter import adapter_config, check_finite, kind_of, read_r
 from kvopt.documents.context_record import ContextRecord
 from kvopt.documents.export_record import ContextMetrics
 from kvopt.documents.leaderboard_file import LeaderboardDocument, LeaderboardRow, UnreportedMutation
+from kvopt.documents.manifest import RunManifest
 from kvopt.documents.part import ContextKind
 from kvopt.documents.scores_file import MeanKL, SplitScores
-from kvopt.documents.validated import read_leaderboard
+from kvopt.documents.validated import read_document, read_leaderboard
 from kvopt.errors import InputError
 from kvopt.mutate.mutation import read_mutations
 from kvopt.storage.files import write_bytes
-from kvopt.task.render import Renderer
+from kvopt.task.examples import Example
+from kvopt.task.render import Rendered
+from kvopt.task.seam import Encoder
 from kvopt.task.template import Template
 from kvopt.task.template_files import configured_template
 
@@ -44,6 +48,8 @@ class RunFacts:
     chat_kwargs: Mapping[str, Any]
     scope: str
     board: LeaderboardDocument | None = None
+    answer_prefix: str | None = None
+    now: datetime | None = None
 
     def row(self, name: str) -> LeaderboardRow | UnreportedMutation | None:
         """The context's row of the leaderboard, None where it has none."""
@@ -62,6 +68,23 @@ class RunFacts:
         if isinstance(row, LeaderboardRow):
             return _metrics(self.board.split, row)
         return _metrics(self.board.selected_on, row.selection)
+
+
+@dataclass(frozen=True)
+class PromptExample:
+    """A whole prompt with its slots left as ``{{name}}``, and how a body comes of its ids.
+
+    Attributes:
+        text: what is tokenized.
+        special: whether the tokenizer adds its own special tokens.
+        replaced: ids at the start that the context stands for.
+        ends_with_eos: whether the tokenizer adds an EOS that no prompt has.
+    """
+
+    text: str
+    special: bool
+    replaced: int
+    ends_with_eos: bool
 
 
 @dataclass(frozen=True)
@@ -158,19 +181,28 @@ class Source:
         }
         check_base(self.record.base, self.base_name, loaded, self._folder())
 
-    def body_example(self) -> str | None:
-        """The prompt's text after the context, slots left as ``{{name}}``; None where the template is not known."""
+    def prompt_example(self) -> PromptExample | None:
+        """A prompt of the run's template; None where the template is not known."""
         if self.run is None or self.kind == "text":
             return None
         template = self.run.template
         template = template.without_trailing_static() if self.scope == "all" else template
+        values = {name: "{{" + name + "}}" for name in template.slots}
         try:
             tokenizer, _ = load_tokenizer(ModelConfig(base=self.base_name))
-            values = {name: "{{" + name + "}}" for name in template.slots}
-            rendered = Renderer(tokenizer, self.run.chat_kwargs).render(template, values)
+            encoder = Encoder(tokenizer, self.run.chat_kwargs, False, self.run.answer_prefix, self.run.now)
+            ids, leading, _ = encoder.prompt_and_gold(template, Example("", values, "answer", self.name))
+            text = encoder.renderer.render(template, values).text
         except InputError:  # a card can do without an example
             return None
-        return rendered.text[rendered.first_slot :]
+        spoken = self.run.answer_prefix or ""
+        if encoder.tokenized(template, Rendered(text + spoken, ()))[0] != ids:
+            spoken = spoken.rstrip()  # white space that becomes part of the answer's first token
+        known = self.record.replaced_ids if self.record else None
+        if known is None and self.scope == "leading":
+            known = self.template_tokens
+        replaced = leading if known is None else known
+        return PromptExample(text + spoken, not template.is_chat, replaced, encoder.appends_eos)
 
     def _folder(self) -> Path:
         if self.folder is None:
@@ -274,7 +306,18 @@ def read_run(folder: Path) -> RunFacts:
     place = folder / "leaderboard.json"
     board = read_leaderboard(place) if place.is_file() else None
     template = configured_template(config.template, base_dir)[0]
-    return RunFacts(folder, template, config.model.base, config.template.chat_kwargs, config.template.scope, board)
+    manifest = folder / "manifest.json"
+    began = read_document(RunManifest, manifest).prompt_time if manifest.is_file() else None
+    return RunFacts(
+        folder,
+        template,
+        config.model.base,
+        config.template.chat_kwargs,
+        config.template.scope,
+        board,
+        config.template.answer_prefix,
+        datetime.fromisoformat(began) if began else None,
+    )
 
 
 def fp32(tensor: Tensor) -> Tensor:

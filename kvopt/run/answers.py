@@ -134,7 +134,7 @@ class TaskMetrics:
     def _ratios(self, texts: Sequence[str], split: str) -> list[dict[str, Ratio]]:
         """What the metrics say of the answers to the first rows of a split."""
         items = [
-            Item(example.id, example.values, example.output, text)
+            Item(example.id, example.values, self.task.expected[example.id], text)
             for example, text in zip(self._examples(split), texts, strict=False)
         ]
         ratios: list[dict[str, Ratio]] = [{} for _ in items]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +17,7 @@ from kvopt.errors import InputError, counted
 from kvopt.mutate.mutation import Mutation
 from kvopt.run.inputs import Inputs
 from kvopt.task.examples import Dataset
+from kvopt.task.prompt_check import nothing_to_learn, prompt_warnings, start_ids
 from kvopt.task.seam import Encoded, Encoder
 from kvopt.task.template import Template
 
@@ -31,12 +33,14 @@ class EncodedTask:
         encoded: all examples under the original template, train, selection and validation in this order. With
             ``scope: all`` the bodies of learned contexts keep the slots alone; the reference still sees the whole
             template.
+        warnings: what the user should know about what the base sees, one line each.
     """
 
     inputs: Inputs
     base: Base
     encoder: Encoder
     encoded: Encoded
+    warnings: tuple[str, ...] = ()
 
     @property
     def config(self) -> Config:
@@ -54,6 +58,15 @@ class EncodedTask:
     def gold(self) -> dict[str, tuple[int, ...]]:
         """Gold ids by example; the same under every context."""
         return {row.example_id: row.gold for row in self.encoded.rows}
+
+    @cached_property
+    def expected(self) -> dict[str, str]:
+        """What the answer to each example is compared with: its output, after the tokenizer's own normalisation where
+        that changes it, since answers have gone through that too.
+        """
+        texts = self.encoder.gold_texts(self.encoded)
+        pairs = zip(self.inputs.examples, texts, strict=True)
+        return {e.id: e.output if text.strip() == e.output.strip() else text for e, text in pairs}
 
     # ---- rows
 
@@ -92,6 +105,11 @@ class EncodedTask:
         return self.encoder.encode(bare, self.inputs.examples, gold=self.gold, window=self.base.geometry.window)
 
     @property
+    def start_ids(self) -> tuple[int, ...]:
+        """The ids of the template that a context can start from."""
+        return start_ids(self.encoder, self.template, self.encoded, self.config.template.scope)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest row after a learned context."""
         return max(len(row) for row in self._bare.rows)
@@ -107,18 +125,6 @@ class EncodedTask:
                 fix=f"at most {window - longest} fit",
             )
 
-    @property
-    def window_warning(self) -> str | None:
-        """A line, where sliding windows keep the last tokens of some rows from seeing all of the template."""
-        sliding = self.base.geometry.sliding_window
-        end = len(self.encoded.prefix) + max(len(row) for row in self.encoded.rows)
-        if sliding is None or end <= sliding:
-            return None
-        return (
-            f"sliding-window layers see only the last {sliding} tokens; the longest row ends {end} tokens"
-            " after the template's start, so its last tokens do not see all of the template"
-        )
-
     @cached_property
     def answer_ends(self) -> frozenset[int]:
         """Ids that end a generated answer: the base's own and the one that gold outputs end with."""
@@ -128,7 +134,10 @@ class EncodedTask:
     @property
     def tokens_identity(self) -> list[Any]:
         """What token ids depend on beside the template: tokenizer, chat template, data."""
-        return [self.base.identity["tokenizer"], self.base.identity["chat_template"], self.dataset.sha256]
+        section, now = self.config.template, self.encoder.now
+        given = [section.chat_kwargs, section.answer_prefix, now.isoformat() if now else None]
+        more = [given] if any(given) else []  # none of them: the identity that earlier versions wrote
+        return [self.base.identity["tokenizer"], self.base.identity["chat_template"], self.dataset.sha256, *more]
 
     @cached_property
     def stands_on(self) -> StandsOn:
@@ -187,9 +196,29 @@ class EncodedTask:
         return (*encoded.prefix, *(token for row in encoded.rows for token in row.body))
 
 
-def encode_task(inputs: Inputs, base: Base) -> EncodedTask:
-    """Encode all rows for a base. Raises SeamError or InputError for the first row that cannot be."""
-    section = inputs.config.template
-    encoder = Encoder(base.tokenizer, section.chat_kwargs, section.end_token)
+def encode_task(inputs: Inputs, base: Base, now: datetime | None = None) -> EncodedTask:
+    """Encode all rows for a base; where its chat template looks at the clock, that says ``now`` (None: the time).
+    Raises SeamError or InputError for the first row that cannot be.
+    """
+    encoder = Encoder.of(base.tokenizer, inputs.config.template)
+    if inputs.template.is_chat and encoder.renderer.check(inputs.template).uses_clock:
+        encoder = Encoder.of(base.tokenizer, inputs.config.template, now or datetime.now().replace(microsecond=0))
     encoded = encoder.encode(inputs.template, inputs.examples, window=base.geometry.window)
-    return EncodedTask(inputs, base, encoder, encoded)
+    if inputs.config.learned and (
+        fault := nothing_to_learn(encoder, inputs.template, encoded, inputs.config.template.scope)
+    ):
+        raise fault
+    warnings = prompt_warnings(encoder, inputs.template, inputs.examples, encoded)
+    return EncodedTask(inputs, base, encoder, encoded, (*warnings, *_short_windows(base, encoded)))
+
+
+def _short_windows(base: Base, encoded: Encoded) -> list[str]:
+    """Sliding windows that the template and its longest row outgrow."""
+    sliding = base.geometry.sliding_window
+    end = len(encoded.prefix) + max(len(row) for row in encoded.rows)
+    if sliding is None or end <= sliding:
+        return []
+    return [
+        f"sliding-window layers see only the last {sliding} tokens; the longest row ends {end} tokens after the"
+        " template's start, so its last tokens do not see all of the template"
+    ]

@@ -9,10 +9,10 @@ from typing import Any
 
 from kvopt.config.document import Config
 from kvopt.config.mutations import MutationsConfig
-from kvopt.storage.files import RELATIVE, read_text
 from kvopt.task.examples import Dataset, Example, load_dataset
+from kvopt.task.foreign import foreign_placeholders
 from kvopt.task.template import Template
-from kvopt.task.template_files import configured_template, template_from_file
+from kvopt.task.template_files import configured_template, template_from_file, written_out
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ class Inputs:
         return (*self.dataset.train, *self.dataset.selection, *self.dataset.validation)
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know about template and data, one line each."""
+        foreign = [] if self.config.template.literal else foreign_placeholders(self.template)
+        return (*foreign, *self.dataset.warnings)
+
+    @property
     def context_names(self) -> list[str]:
         """Names of the contexts that the config learns."""
         return [context.name for context in self.config.learned]
@@ -63,8 +69,8 @@ class Inputs:
             item.model_dump(mode="json", include={"name", "text"} if item in self.config.written else None)
             for item in self.config.contexts
         ]
-        if (file := self.config.template.file) is not None:
-            tree["template"] |= {"file": None, "text": read_text(self.base_dir / file, RELATIVE)}
+        if self.config.template.file is not None:
+            tree["template"] |= {"file": None, **written_out(self.config.template, self.base_dir)}
         return tree
 
 

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from kvopt.contexts.folder import TensorContext, load_context
 from kvopt.documents.leaderboard_file import LeaderboardDocument, NoiseFloor
 from kvopt.documents.manifest import RunManifest
 from kvopt.errors import InputError
-from kvopt.measure.moments import StoredMoments, drop_moments
+from kvopt.measure.moments import StoredMoments
 from kvopt.measure.reference import Reference
 from kvopt.measure.score import Score, TokenScores
 from kvopt.mutate.mutation import Mutation
@@ -75,7 +76,7 @@ class Run:
         progress = Progress(say, bars)
         self.at = Workspace(RunDirectory(out, say=progress.say), progress)
         self.inputs = read_inputs(config, base_dir)
-        for warning in self.inputs.dataset.warnings:
+        for warning in self.inputs.warnings:
             say(f"warning: {warning}")
         self._base: Base | None = None
         self._task: EncodedTask | None = None
@@ -126,14 +127,15 @@ class Run:
     def task(self) -> EncodedTask:
         """Template and data as the base sees them, encoded at the first call."""
         if self._task is None:
-            self._task = encode_task(self.inputs, self.load_base())
+            began = self.directory.manifest.prompt_time
+            self._task = encode_task(self.inputs, self.load_base(), datetime.fromisoformat(began) if began else None)
         return self._task
 
     def _describe(self) -> None:
         task, base = self.task(), self.load_base()
         for context in self.config.learned:
             task.check_window(context.name, context.tokens or 0)
-        if (warning := task.window_warning) is not None:
+        for warning in task.warnings:
             self.at.say(f"warning: {warning}")
         resolved = yaml.safe_dump(self.inputs.resolved(), sort_keys=False, allow_unicode=True)
         write_text(self.directory / "config.yaml", RESOLVED + resolved)
@@ -146,6 +148,7 @@ class Run:
             template_sha256=task.template.sha256,
             data_sha256=task.dataset.sha256,
             tokens_sha256=task.encoded.sha256(),
+            prompt_time=task.encoder.now.isoformat() if task.encoder.now else None,
         )
         self.directory.describe(manifest)
 
@@ -264,7 +267,7 @@ class Run:
             return self.shorter_texts().start(text, f"contexts.{config.name}.init"), None
         name = config.start.source
         if name is None:
-            return self.task().encoded.prefix, None
+            return self.task().start_ids, None
         if name.form == "counted" and not self.ranked_mutations():
             raise InputError("no mutation was accepted", where="init: best-mutation", fix="raise mutations.count")
         [context] = self.catalogue([name]).named(name, "init")
@@ -378,23 +381,5 @@ class Run:
         make_samples(
             self.task(), self.reference(), top, self.learned(), self.token_scores, self.task_metrics(), self.at
         )
-        self._set_aside_others()
+        stages.set_aside_others(task, self.reference(), self.at)
         return document
-
-    def _set_aside_others(self) -> None:
-        """Put aside what this config does not name: contexts, mutations. What one pass makes again is deleted: scores
-        against another reference, moments.
-        """
-        folder, states = self.directory / "contexts", self.directory / ".state"
-        there = [child.name for child in folder.iterdir() if child.is_dir()] if folder.is_dir() else []
-        begun = [child.stem for child in states.glob("*.safetensors")]
-        for name in sorted({*there, *begun}):
-            if name not in self.inputs.context_names and not name.startswith("."):
-                self.directory.set_aside(f"contexts/{name}", *stages.context_paths(name))
-        if self.config.mutations.count == 0:
-            self.directory.set_aside("mutations", *stages.MUTATION_PATHS)
-        scoring.drop_other_scores(self.reference(), self.at)
-        if self.config.reference.storage == "hidden":
-            drop_moments(self.directory / "reference")
-        if states.is_dir() and not any(states.iterdir()):
-            states.rmdir()

@@ -22,7 +22,7 @@ from kvopt.documents.context_record import ContextFacts, LearningPoint
 from kvopt.errors import InputError, counted
 from kvopt.learn.descent import DESCENT_VERSION, batch_at, optimize
 from kvopt.learn.start_task import StartTask, initial_tensor
-from kvopt.measure.moments import StoredMoments, check_head
+from kvopt.measure.moments import StoredMoments, check_head, drop_moments
 from kvopt.measure.reference import Reference, build_reference, open_reference, reference_key
 from kvopt.measure.score import TokenScores
 from kvopt.mutate.generators import build_generator
@@ -32,6 +32,7 @@ from kvopt.mutate.search import RULES_VERSION, mutate, summary
 from kvopt.mutate.validity import REQUEST_FAILED
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
+from kvopt.run.scoring import drop_other_scores
 from kvopt.run.shorter_texts import ShorterTexts
 from kvopt.storage.files import key_of
 from kvopt.task.template import Template
@@ -120,7 +121,7 @@ def make_mutations(task: EncodedTask, at: Workspace, shorter: ShorterTexts) -> l
     generator = build_generator(
         section.generator,
         task.template,
-        complete=local_completion(base, usage),
+        complete=local_completion(task.encoder.renderer.chat, base, usage),
         shorten=lengths_of(section.generator, shorter),
         folder=task.inputs.base_dir,
     )
@@ -304,6 +305,7 @@ def make_learned(
         reference_key=reference.key,
         scope=task.config.template.scope,
         template_tokens=len(task.encoded.prefix),
+        replaced_ids=len(held_out.prefix),
         objective="forward KL[p(.|V,C) || p(.|V,C')] per gold token",
         settings=settings | {"seed": seed, "init": config.init},
         best_step=descent.step,
@@ -323,3 +325,22 @@ def learning_history(name: str, at: Workspace) -> list[LearningPoint]:
     """Train and held-out KL by step of a learned context, as its folder says."""
     record = read_record(at.directory / "contexts" / name)
     return record.history if record else []
+
+
+def set_aside_others(task: EncodedTask, reference: Reference, at: Workspace) -> None:
+    """Put aside what the config does not name: contexts, mutations. What one pass makes again is deleted: scores against
+    another reference, moments.
+    """
+    folder, states = at.directory / "contexts", at.directory / ".state"
+    there = [child.name for child in folder.iterdir() if child.is_dir()] if folder.is_dir() else []
+    begun = [child.stem for child in states.glob("*.safetensors")]
+    for name in sorted({*there, *begun}):
+        if name not in task.inputs.context_names and not name.startswith("."):
+            at.directory.set_aside(f"contexts/{name}", *context_paths(name))
+    if task.config.mutations.count == 0:
+        at.directory.set_aside("mutations", *MUTATION_PATHS)
+    drop_other_scores(reference, at)
+    if task.config.reference.storage == "hidden":
+        drop_moments(at.directory / "reference")
+    if states.is_dir() and not any(states.iterdir()):
+        states.rmdir()

@@ -9,6 +9,7 @@ from kvopt.base.loading import choose_device, load_tokenizer
 from kvopt.config.contexts import ContextConfig
 from kvopt.errors import InputError, counted
 from kvopt.run.inputs import Inputs
+from kvopt.task.prompt_check import nothing_to_learn, prompt_warnings, start_ids
 from kvopt.task.seam import Encoded, Encoder
 from kvopt.task.template_files import template_from_file
 
@@ -23,8 +24,13 @@ def check(inputs: Inputs) -> dict[str, Any]:
     if config.model.device not in ("auto", "cpu"):
         choose_device(config.model.device)
     tokenizer, window = load_tokenizer(config.model)
-    encoder = Encoder(tokenizer, config.template.chat_kwargs, config.template.end_token)
-    encoded = encoder.encode(template, (*dataset.train, *dataset.selection, *dataset.validation), window=window)
+    encoder = Encoder.of(tokenizer, config.template)
+    encoded = encoder.encode(template, inputs.examples, window=window)
+    warnings = [*inputs.warnings, *prompt_warnings(encoder, template, inputs.examples, encoded)]
+    if fault := nothing_to_learn(encoder, template, encoded, config.template.scope):
+        if config.learned:
+            raise fault
+        warnings.append(str(fault))
     longest = max(len(encoded.prefix) + len(row) for row in encoded.rows)
     scored = (*dataset.selection, *dataset.validation)
     for wording in inputs.written.values():
@@ -50,7 +56,7 @@ def check(inputs: Inputs) -> dict[str, Any]:
         "context_ends_with": tokenizer.decode(encoded.prefix[-8:]),
         "first_body": tokenizer.decode(encoded.rows[0].body),
         "first_gold": tokenizer.decode(encoded.rows[0].gold),
-        "warnings": list(dataset.warnings),
+        "warnings": warnings,
     }
 
 
@@ -128,7 +134,8 @@ class _Starts:
             template = template_from_file(self.inputs.base_dir / argument, self.inputs.template)
             probes = self.inputs.dataset.selection[:4] or self.inputs.dataset.train[:4]
             return len(self.encoder.encode(template, probes).prefix)
-        whole = len(self.encoded.prefix)
+        section = self.inputs.config.template
+        whole = len(start_ids(self.encoder, self.inputs.template, self.encoded, section.scope))
         if (text := context.start.text) is not None:
             check_length(text.tokens, whole, f"{where}.init")
             return text.tokens

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvopt.errors import counted
 from kvopt.task.public_layouts import CONVERSATIONS, INPUT, INSTRUCTION, MESSAGES, is_alpaca, request
 
 DEFAULT_OUTPUT = "output"
@@ -54,14 +55,15 @@ class Columns:
 
     def used(self, fields: Mapping[str, Any]) -> set[str]:
         """The top-level columns that a row's values and output come from."""
-        paths = [self._path(slot, fields) for slot in self.slots] + [self.output, MESSAGES]
+        paths = [self.path(slot, fields) for slot in self.slots] + [self.output, MESSAGES]
         used = {path if path in fields else path.split(".")[0] for path in paths} | {CONVERSATIONS}
         if any(self._is_request(slot, fields) for slot in self.slots):
             used |= {INSTRUCTION, INPUT}
         from_messages = self.output not in fields or any(path.startswith(f"{MESSAGES}.") for path in paths)
         return used if from_messages else used - {MESSAGES}
 
-    def _path(self, slot: str, fields: Mapping[str, Any]) -> str:
+    def path(self, slot: str, fields: Mapping[str, Any]) -> str:
+        """The path of a slot's value in a row."""
         if slot in self.paths:
             return self.paths[slot]
         implicit = slot not in fields and len(self.slots) == 1 and MESSAGES in fields
@@ -85,7 +87,7 @@ class Columns:
     def _value(self, slot: str, fields: Mapping[str, Any]) -> str:
         if self._is_request(slot, fields):
             return as_text(request(fields), f"slot {slot!r} ('instruction')")
-        path = self._path(slot, fields)
+        path = self.path(slot, fields)
         return as_text(find(fields, path, f"slot {slot!r}"), f"slot {slot!r} ({path!r})")
 
 
@@ -143,10 +145,28 @@ def _content(value: Any) -> Any:
     return value
 
 
-def unseen_turns(fields: Mapping[str, Any], columns: Columns) -> bool:
-    """Whether a conversation has user or assistant turns that neither a slot nor the output takes."""
+def unseen_messages(fields: Mapping[str, Any], columns: Columns) -> str | None:
+    """What of a conversation neither a slot nor the output takes, in words; None for nothing."""
     messages = fields.get(MESSAGES)
     if not isinstance(messages, list) or MESSAGES not in columns.used(fields):
-        return False
-    turns = sum(_role(message) in ("user", "assistant") for message in messages)
-    return turns > len(columns.slots) + 1
+        return None
+    wanted = [columns.path(slot, fields) for slot in columns.slots]
+    wanted.append(columns.output if columns.output in fields else f"{MESSAGES}.assistant")
+    taken = [_place(messages, path) for path in wanted]
+    left = [_role(message) for i, message in enumerate(messages) if i not in taken]
+    parts = ["the system message"] if "system" in left or "developer" in left else []
+    if turns := sum(role not in ("system", "developer") for role in left):
+        parts.append(counted(turns, "other turn"))
+    return f"{' and '.join(parts)} of its conversation" if parts else None
+
+
+def _place(messages: list[Any], path: str) -> int | None:
+    """The position of the message that a path names, None where it names another column."""
+    steps = path.split(".")
+    if steps[0] != MESSAGES or len(steps) < 2:
+        return None
+    step = steps[1]
+    if step.lstrip("-").isdigit():
+        return int(step) % len(messages) if messages else None
+    found = _last_message(messages, step)
+    return next((i for i, message in enumerate(messages) if message is found), None)

@@ -20,7 +20,7 @@ from typing import Any
 from kvopt.config.data import DataConfig, Policy
 from kvopt.errors import InputError, counted
 from kvopt.storage.files import canonical_json, sha256_json
-from kvopt.task.columns import Columns, NoValue, as_text, find, unseen_turns
+from kvopt.task.columns import Columns, NoValue, as_text, find, unseen_messages
 from kvopt.task.readers import read_records
 from kvopt.task.template import Template
 
@@ -130,8 +130,8 @@ def _is_wanted(fields: Mapping[str, Any], wanted: Mapping[str, re.Pattern[str]])
     )
 
 
-def _places(sources: Sequence[str]) -> str:
-    """``"train.jsonl:3, 7, 9 and 12 more"``: the first places, the file named once."""
+def places(sources: Sequence[str]) -> str:
+    """Where rows stand, ``"train.jsonl:3, 7, 9 and 12 more"``: the first places, the file named once."""
     file = sources[0].rsplit(":", 1)[0]
     rest = [s.removeprefix(f"{file}:") for s in sources[1:SHOWN]]
     more = f" and {len(sources) - SHOWN} more" if len(sources) > SHOWN else ""
@@ -152,7 +152,7 @@ def _read(
     seen: Counter[str] = Counter()
     used: set[str] = set()
     blank: list[str] = []
-    turns: list[str] = []
+    unseen: dict[str, list[str]] = {}
     for number, record in enumerate(read_records(source, base_dir, part)):
         fields, where = record.fields, record.where
         seen.update(fields.keys())
@@ -168,8 +168,8 @@ def _read(
         used |= columns.used(fields)
         if not all(value.strip() for value in example.values.values()):
             blank.append(where)
-        if unseen_turns(fields, columns):
-            turns.append(where)
+        if what := unseen_messages(fields, columns):
+            unseen.setdefault(what, []).append(where)
     if faults:
         raise _faulty(faults)
     if not examples and wanted and seen:
@@ -180,9 +180,9 @@ def _read(
     if unused:
         warnings.append(f"{source}: columns that no slot uses: {', '.join(unused)}")
     if blank:
-        warnings.append(f"{_places(blank)}: a slot value is empty")
-    if turns:
-        warnings.append(f"{_places(turns)}: the conversation has more turns than the template has slots for")
+        warnings.append(f"{places(blank)}: a slot value is empty")
+    for what, rows in unseen.items():
+        warnings.append(f"{places(rows)}: no slot takes {what} (add one, with its path in data.columns)")
     return examples
 
 
@@ -196,7 +196,7 @@ def _faulty(faults: dict[str, list[str]]) -> InputError:
     elif "is null" in what or "is empty" in what:
         fix = "fill it in or remove the row"
     return InputError(
-        what + (f"; {counted(others, 'more row')} with other faults" if others else ""), where=_places(sources), fix=fix
+        what + (f"; {counted(others, 'more row')} with other faults" if others else ""), where=places(sources), fix=fix
     )
 
 
@@ -247,7 +247,7 @@ def _tell(pairs: list[tuple[Example, Example]], verb: str, fix: str, policy: Pol
     if not pairs:
         return
     what = f"{'the first ' if len(pairs) > 1 else ''}{verb.format(pairs[0][0].source)}"
-    where = _places([example.source for _, example in pairs])
+    where = places([example.source for _, example in pairs])
     if policy == "error":
         raise InputError(what, where=where, fix=fix)
     warnings.append(f"{where}: {what}{' (dropped)' if policy == 'drop' else ''}")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvopt.errors import InputError, counted
+from kvopt.task.slot_edges import doubts, slot_names
 from kvopt.task.template import Part, Slot, Static, Template, unparse
 
 MIN_ROWS = 3
@@ -38,7 +39,7 @@ class Inferred:
     """A template and the values that render every row with it.
 
     Attributes:
-        template: C with slots ``input`` or ``input_1`` …
+        template: C with slots named after the text before them, else ``input`` or ``input_1`` …
         values: slot values, one mapping a row.
         outputs: gold outputs where the file had them, else None.
         coverage: share of the rows' characters that is template text.
@@ -134,7 +135,7 @@ Split = tuple[list[str], list[list[str]], list[str]]
 def _infer_text(texts: list[str], names: Sequence[str]) -> Split:
     """Literals, values (slot by slot, each a list over rows) and notes. Raises InputError for rows that do not fit."""
     literals, slots = _split(texts)
-    notes: list[str] = []
+    notes = doubts(literals, len(texts)) if slots else []
     for number, values in enumerate(slots, 1):
         segment, strangers = _majority_segment(values)
         if not strangers:
@@ -172,7 +173,11 @@ def _split(texts: list[str]) -> tuple[list[str], list[list[str]]]:
             break
         sample.update(wrong[: max(8, len(sample))])
     literals = [prefix, *(tree.literals() if tree else []), suffix]
-    columns = list(zip(*[piece for piece in pieces if piece is not None], strict=True))
+    columns = [list(column) for column in zip(*[piece for piece in pieces if piece is not None], strict=True)]
+    for i, column in enumerate(columns):  # what all values begin or end with is template
+        start, end = _ends(column)
+        literals[i], literals[i + 1] = literals[i] + start, end + literals[i + 1]
+        columns[i] = [value[len(start) : len(value) - len(end)] for value in column]
     return _without_empty([alphabet.decode(s) for s in literals], [[alphabet.decode(v) for v in c] for c in columns])
 
 
@@ -365,9 +370,9 @@ def _needed(rows: int) -> float:
 def _assemble(columns: list[Split], roles: tuple[str, ...] | None, count: int) -> Inferred:
     """Name the slots in reading order, the same name for slots that are equal in every row."""
     everything = [tuple(values) for _, slots, _ in columns for values in slots]
+    before = [literal for literals, _, _ in columns for literal in literals[:-1]]
     keys = [v if len(set(v)) >= MIN_ROWS else (i, v) for i, v in enumerate(everything)]
-    distinct = list(dict.fromkeys(keys))
-    name = {key: f"input_{i}" if len(distinct) > 1 else "input" for i, key in enumerate(distinct, 1)}
+    name = slot_names(keys, before)
     named = iter([name[key] for key in keys])
     fields, static = [], 0
     for literals, slots, _ in columns:

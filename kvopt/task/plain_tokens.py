@@ -9,6 +9,7 @@ a copy of the tokenizer that knows no control tokens.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,12 @@ class PlainTokens:
                 fix="use a base with a fast tokenizer",
             )
         self.control = control_tokens(self.tokenizer)
+        names = sorted(filter(None, self.tokenizer.convert_ids_to_tokens(sorted(self.control))), key=len, reverse=True)
+        self._spelling = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+    def spells_control(self, text: str) -> bool:
+        """Whether a control token is written in ``text``."""
+        return self._spelling.search(text) is not None
 
     def encode(self, text: str, data: Sequence[Span], *, add_special_tokens: bool) -> tuple[list[int], list[Span]]:
         """Token ids of ``text`` and each token's (start, end) characters; no token of ``control`` overlaps a span of
@@ -88,13 +95,18 @@ def _overlaps(span: Span, data: Sequence[Span]) -> bool:
 
 
 def control_tokens(tokenizer: Any) -> frozenset[int]:
-    """Ids of special tokens and of added tokens that are markup (``<…>``, ``[…]``, ``<|…|>``), not of added white
-    space or words.
+    """Ids of the tokens that open or close something in a conversation: special tokens, added tokens of the form
+    ``<|…|>``, and added markup (``<…>``, ``[…]``) that the chat template writes.
+
+    Without a chat template any added markup may do that. Other added tokens (HTML tags, white space, words) are text.
     """
     control = set(tokenizer.all_special_ids)
+    template = getattr(tokenizer, "chat_template", None)
+    written = str(template) if template else None
     for i, token in tokenizer.added_tokens_decoder.items():
         text = token.content.strip()
-        if token.special or (len(text) > 2 and text[0] in "<[" and text[-1] in ">]"):
+        markup = len(text) > 2 and text[0] in "<[" and text[-1] in ">]"
+        if token.special or text.startswith("<|") or (markup and (written is None or text in written)):
             control.add(i)
     return frozenset(control)
 

@@ -280,8 +280,24 @@ def _hugging_face(source: str, base_dir: Path, part: str) -> Iterator[Record]:
     if hasattr(loaded, "keys"):
         split, loaded = _choose_split(loaded, split, part, source)
     label = f"{name}[{split}]" if split else name
+    features = getattr(loaded, "features", None) or {}
     for number, row in enumerate(loaded, 1):
-        yield _recorded(_plain(dict(row)), f"{label}:{number}")
+        named = {column: _named(value, features.get(column)) for column, value in row.items()}
+        yield _recorded(_plain(named), f"{label}:{number}")
+
+
+def _named(value: Any, feature: Any) -> Any:
+    """A value with class labels by their names, in lists and objects too. Data sets without labels say -1, which is
+    None here.
+    """
+    if isinstance(value, int) and hasattr(feature, "int2str"):
+        return feature.int2str(value) if value >= 0 else None
+    if isinstance(value, dict) and isinstance(feature, dict):
+        return {key: _named(item, feature.get(key)) for key, item in value.items()}
+    if isinstance(value, list):
+        inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+        return [_named(item, inner) for item in value]
+    return value
 
 
 def _hugging_face_name(source: str) -> tuple[str, str | None, str | None]:

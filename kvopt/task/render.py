@@ -7,9 +7,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from kvopt.errors import InputError
+from kvopt.task.chat_check import ChatCheck, check_chat, end_of_turn
+from kvopt.task.chat_template import PLACE, ChatTemplate
 from kvopt.task.plain_tokens import control_tokens
 from kvopt.task.template import Slot, Static, Template, parse
 
@@ -40,14 +43,19 @@ class Renderer:
     Args:
         tokenizer: its chat template is used for chat templates; text templates are rendered without it.
         chat_kwargs: further arguments of ``apply_chat_template``, e.g. ``{"enable_thinking": False}``.
+        answer_prefix: what the user says stands between a prompt and every answer; None: nothing was said.
+        now: what the chat template's clock says; None: the time of the call.
     """
 
     tokenizer: Any
     chat_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    answer_prefix: str | None = None
+    now: datetime | None = None
 
     def __post_init__(self) -> None:
+        self.chat = ChatTemplate(self.tokenizer, self.chat_kwargs, self.now)
         self._skeletons: dict[Template, tuple[list[str], list[str]]] = {}
-        self._ends: dict[tuple[str, ...], str] = {}
+        self._checks: dict[tuple[str, ...], ChatCheck] = {}
 
     def render(self, template: Template, values: Mapping[str, str], *, where: str = "") -> Rendered:
         """The prompt up to where the model's answer begins. Raises InputError with ``where`` when a value cannot be
@@ -56,11 +64,22 @@ class Renderer:
         statics, names = self._skeleton(template)
         if not template.is_chat:
             return _interleave(statics, [values[name] for name in names])
-        text = self._apply(template.fill(values))
+        messages = template.fill(values)
+        assert not isinstance(messages, str)
+        text = self.chat.render(messages)
         rendered = _interleave(statics, [values[name] for name in names])
         if rendered.text == text:
             return rendered
         return _locate(text, statics, [values[name] for name in names], where)
+
+    def check(self, template: Template) -> ChatCheck:
+        """What the chat template does to the messages of a chat template, tested once for each sequence of roles.
+        Raises InputError for a message that it leaves out.
+        """
+        roles = tuple(message.role for message in template.messages)
+        if roles not in self._checks:
+            self._checks[roles] = check_chat(self.chat, _with_sentinels(template), self.answer_prefix)
+        return self._checks[roles]
 
     def end_of_answer(self, template: Template) -> str:
         """What follows a finished answer, up to and with the token that ends it: the chat template's end of turn, or
@@ -69,45 +88,18 @@ class Renderer:
         eos = self.tokenizer.eos_token or ""
         if not template.is_chat:
             return eos
-        roles = tuple(message.role for message in template.messages)
-        if roles not in self._ends:
-            mark = _SENTINEL.format(0)
-            messages = [{"role": role, "content": "x"} for role in roles] + [{"role": "assistant", "content": mark}]
-            try:
-                after = self._apply(messages, add_generation_prompt=False).rpartition(mark)[2]
-            except InputError:
-                after = ""
-            ends = sorted(self.tokenizer.convert_ids_to_tokens(sorted(control_tokens(self.tokenizer))), key=len)
-            ending = re.match(rf"\s*?(?:{'|'.join(map(re.escape, reversed(ends)))})", after) if ends else None
-            self._ends[roles] = ending[0] if ending else eos
-        return self._ends[roles]
-
-    def _apply(self, messages: Any, *, add_generation_prompt: bool = True) -> str:
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            raise InputError(
-                "this base's tokenizer has no chat template",
-                where="template.messages",
-                fix="use template.text, or an instruction-tuned base",
-            )
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self.chat_kwargs
-            )
-        except Exception as error:  # Jinja templates raise whatever they like
-            raise InputError(
-                f"the base's chat template refuses these messages: {error}", where="template.messages"
-            ) from error
+        ends = self.tokenizer.convert_ids_to_tokens(sorted(control_tokens(self.tokenizer)))
+        return end_of_turn(self.check(template).after_answer, ends) or eos
 
     def _skeleton(self, template: Template) -> tuple[list[str], list[str]]:
         """Static texts around the slots (one more than slots) and the slot names in order, of the rendered prompt."""
         if template not in self._skeletons:
             names = list(template.slot_sequence)
             if template.is_chat:
-                pieces = _SENTINEL_PATTERN.split(self._apply(_with_sentinels(template)))
+                self.check(template)
+                pieces = _SENTINEL_PATTERN.split(self.chat.render(_with_sentinels(template)))
                 if pieces[1::2] != [str(i) for i in range(len(names))]:
-                    raise InputError(
-                        "the base's chat template drops, repeats or reorders messages", where="template.messages"
-                    )
+                    raise InputError("the base's chat template repeats or reorders messages", where=PLACE)
                 statics = pieces[::2]
             else:
                 parts = parse(template.text or "")

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvopt.config.sections import TemplateConfig
 from kvopt.errors import InputError, counted
 from kvopt.storage.files import sha256_json
 from kvopt.task.examples import Example
@@ -75,20 +77,37 @@ class Encoder:
     Args:
         tokenizer: a fast transformers tokenizer.
         chat_kwargs: further arguments of ``apply_chat_template``.
-        end_token: whether gold ends with the end-of-turn (or EOS) token, so that stopping is scored and learned too.
+        end_token: whether gold ends with the end-of-turn (or EOS) token, so that stopping is scored and learned too;
+            or that token's name.
+        answer_prefix: text between a prompt and every output, part of the body; None for none.
+        now: what the chat template's clock says; None: the time of the call.
     """
 
     tokenizer: Any
     chat_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    end_token: bool = True
+    end_token: bool | str = True
+    answer_prefix: str | None = None
+    now: datetime | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Any, section: TemplateConfig, now: datetime | None = None) -> Encoder:
+        """The encoder that a config's ``template`` section describes."""
+        return cls(tokenizer, section.chat_kwargs, section.end_token, section.answer_prefix, now)
 
     def __post_init__(self) -> None:
-        self.renderer = Renderer(self.tokenizer, self.chat_kwargs)
+        self.renderer = Renderer(self.tokenizer, self.chat_kwargs, self.answer_prefix, self.now)
         self.plain = PlainTokens(self.tokenizer)
+        if isinstance(self.end_token, str) and self.tokenizer.get_vocab().get(self.end_token) not in self.plain.control:
+            raise InputError(
+                f"{self.end_token!r} is no control token of this base",
+                where="template.end_token",
+                fix="true takes the end of a turn, or EOS",
+            )
 
     def prompt_and_gold(self, template: Template, example: Example) -> tuple[list[int], int, tuple[int, ...]]:
-        """The prompt's ids, how many of them end before the first slot character, and the ids of the output (with its
-        end token) after them.
+        """The prompt's ids (an answer prefix among them), how many of them end before the first slot character, and the
+        ids of the output (with its end token) after them. A token that straddles answer prefix and output belongs to
+        the output: the model has to say it.
 
         Raises SeamError when the prompt's ids change with the output after them.
         """
@@ -97,15 +116,29 @@ class Encoder:
         leading = 0
         while leading < len(prompt) and offsets[leading][1] <= rendered.first_slot:
             leading += 1
-        end = self.renderer.end_of_answer(template) if self.end_token else ""
-        full, _ = self._tokenize(template, rendered.text + example.output + end, rendered.slots)
+        end = self.end_of_answer(template)
+        text = rendered.text + (self.answer_prefix or "")
+        full, spans = self._tokenize(template, text + example.output + end, rendered.slots)
         if full[: len(prompt)] != prompt:
-            raise SeamError(
-                "the prompt's last token merges with the output's first characters",
-                where=example.source,
-                fix="end the template with a newline or use chat messages; start no output with a space or newline",
-            )
-        return prompt, leading, tuple(full[len(prompt) :])
+            raise self._merged(template, example)
+        cut = len(prompt)
+        while self.answer_prefix and cut < len(full) and spans[cut][1] <= len(text):
+            cut += 1
+        return full[:cut], leading, tuple(full[cut:])
+
+    def end_of_answer(self, template: Template) -> str:
+        """What is put behind every output; empty for nothing."""
+        if isinstance(self.end_token, str):
+            return self.end_token
+        return self.renderer.end_of_answer(template) if self.end_token else ""
+
+    def _merged(self, template: Template, example: Example) -> SeamError:
+        fix = "end the template with a newline or use chat messages; start no output with a space or newline"
+        if template.is_chat:
+            fix = self.renderer.check(template).fix or fix
+        return SeamError(
+            "the prompt's last token merges with the output's first characters", where=example.source, fix=fix
+        )
 
     def encode(
         self,
@@ -148,6 +181,15 @@ class Encoder:
             _check_window(rows, shared, examples, window)
         return Encoded(tuple(prompts[0][:shared]), rows)
 
+    def without_end(self, gold: tuple[int, ...]) -> tuple[int, ...]:
+        """The ids of an output without the end token behind them."""
+        return gold[:-1] if self.end_token and gold[-1] in self.plain.control else gold
+
+    def gold_texts(self, encoded: Encoded) -> list[str]:
+        """The outputs as they come back from their ids, special tokens left out: what an answer is compared with."""
+        answers = [list(self.without_end(row.gold)) for row in encoded.rows]
+        return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+
     def bos(self) -> tuple[int, ...]:
         """The ids that the tokenizer puts in front of any text (BOS), empty where it puts none."""
         ids = self.tokenizer("x", add_special_tokens=True)["input_ids"]
@@ -163,12 +205,13 @@ class Encoder:
         no prompt has it in production.
         """
         ids, offsets = self.plain.encode(text, data, add_special_tokens=not template.is_chat)
-        if not template.is_chat and self._appends_eos and ids and ids[-1] == self.tokenizer.eos_token_id:
+        if not template.is_chat and self.appends_eos and ids and ids[-1] == self.tokenizer.eos_token_id:
             return ids[:-1], offsets[:-1]
         return ids, offsets
 
     @cached_property
-    def _appends_eos(self) -> bool:
+    def appends_eos(self) -> bool:
+        """Whether the tokenizer itself puts an EOS behind any text."""
         eos = self.tokenizer.eos_token_id
         return eos is not None and self.tokenizer("x", add_special_tokens=True)["input_ids"][-1] == eos
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
-from kvopt.config.sections import TemplateConfig
+from kvopt.config.sections import MessageConfig, TemplateConfig
 from kvopt.errors import InputError
-from kvopt.storage.files import parsed_json, read_text
+from kvopt.storage.files import RELATIVE, parsed_json, read_text
+from kvopt.task.foreign import refuse_foreign_file
 from kvopt.task.template import Slot, Template, parse, unparse
 
+ROLES = get_args(MessageConfig.model_fields["role"].annotation)
 MARK = re.compile(r"\{\{keep:(.*?)\}\}", re.DOTALL)
 
 
@@ -38,7 +40,7 @@ def take_marks(template: Template, *, where: str = "template") -> tuple[Template
 def configured_template(section: TemplateConfig, base_dir: Path) -> tuple[Template, tuple[str, ...]]:
     """A config's template without its ``{{keep:…}}`` marks, and the literals that they mark. Raises InputError."""
     if section.file is not None:
-        template = Template.from_file(base_dir / section.file)
+        template = _of_file(base_dir / section.file)
     elif section.text is not None:
         template = Template.from_text(section.text)
     else:
@@ -49,15 +51,15 @@ def configured_template(section: TemplateConfig, base_dir: Path) -> tuple[Templa
 def template_from_file(path: Path, original: Template) -> Template:
     """The template that a file stands for.
 
-    ``.json``, ``.yaml`` and ``.yml`` hold ``messages`` or ``text``. Any other file is plain text: with the original's
-    slots it is the whole prompt (one user message for a chat template); without slots it takes the place of the static
-    text before the first slot.
+    ``.json``, ``.yaml`` and ``.yml`` hold chat messages (a list of them), or ``messages`` or ``text``. Any other file
+    is plain text: with the original's slots it is the whole prompt (one user message for a chat template); without
+    slots it takes the place of the static text before the first slot.
 
     Raises:
         InputError: the file cannot be read, or its slots are not the original's.
     """
     source = read_text(path)
-    return template_of(_mapping(source, path) if is_structured(path) else source, original, where=str(path))
+    return template_of(_prompt(source, path) if is_structured(path) else source, original, where=str(path))
 
 
 def template_of(source: str | Mapping[str, Any], original: Template, *, where: str) -> Template:
@@ -97,10 +99,38 @@ def structured(source: str, path: Path) -> Any:
         raise InputError(f"not valid JSON or YAML: {error}".replace("\n", " "), where=str(path)) from None
 
 
-def _mapping(source: str, path: Path) -> dict[str, Any]:
+def written_out(section: TemplateConfig, base_dir: Path) -> dict[str, Any]:
+    """``messages`` or ``text`` of a config's template file, marks and all, as they stand in a config. Raises
+    InputError.
+    """
+    assert section.file is not None
+    path = base_dir / section.file
+    if not is_structured(path):
+        return {"text": read_text(path, RELATIVE)}
+    prompt = _prompt(read_text(path, RELATIVE), path)
+    return {key: prompt.get(key) for key in ("messages", "text")}
+
+
+def _of_file(path: Path) -> Template:
+    """The template of a config's file. Raises InputError."""
+    if not is_structured(path):
+        return Template.from_file(path)
+    template = Template.from_json(_prompt(read_text(path, RELATIVE), path), where=str(path))
+    for i, message in enumerate(template.messages):
+        if message.role not in ROLES:
+            raise InputError(f"unknown role {message.role!r}", where=f"{path}[{i}]", fix=f"one of {', '.join(ROLES)}")
+    return template
+
+
+def _prompt(source: str, path: Path) -> dict[str, Any]:
+    """The mapping with ``messages`` or ``text`` that a JSON or YAML file stands for. Raises InputError."""
     value = structured(source, path)
-    if not isinstance(value, dict):
-        raise InputError("is not a mapping with messages or text", where=str(path))
+    refuse_foreign_file(value, str(path))
+    if isinstance(value, list):
+        value = {"messages": value}
+    if not isinstance(value, dict) or not ("messages" in value or "text" in value):
+        fix = "write [{role: …, content: …}, …], or text: …"
+        raise InputError("holds no chat messages and no text", where=str(path), fix=fix)
     return value
 
 

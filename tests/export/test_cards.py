@@ -8,8 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from kvopt.base.generate import answer_text, generate, stop_ids
+from kvopt.config.document import load_config
 from kvopt.config.model import BUILTIN_BASE
 from kvopt.contexts import load_context
 from kvopt.errors import InputError, KvoptError
@@ -25,8 +27,11 @@ from kvopt.export.export_format import base_lines, export_formats
 from kvopt.export.inspection import describe, describe_text
 from kvopt.export.source import open_source
 from kvopt.export.writing import export
+from kvopt.run.run import Run
+from kvopt.task.examples import Example
+from kvopt.task.seam import Encoder
 from kvopt.task.template import Template
-from tests.jobs import run_job, write_job
+from tests.jobs import run_job, write_job, write_rows
 from tests.tiny import save_tiny, tiny_base, tiny_folder
 
 CONTEXTS = {"kv": "#kv-8", "soft": "#soft-6", "text": "#m001"}
@@ -47,9 +52,12 @@ def exported(run: Path, to: str, kind: str, out: Path) -> Path:
     return out
 
 
-def run_snippet(folder: Path) -> str:
-    """Standard output of the card's Python, run from inside the folder by a fresh interpreter."""
+def run_snippet(folder: Path, value: str = "") -> str:
+    """Standard output of the card's Python, with ``value`` in the slot ``mr``, run from inside the folder by a fresh
+    interpreter.
+    """
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text("utf-8"), flags=re.S)
+    code = code.replace("{{mr}}", value)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode("utf-8")
@@ -65,10 +73,10 @@ def test_the_snippet_of_every_card_runs_and_answers_as_we_do(run: Path, to: str,
         return
     base = tiny_base("llama")
     context = load_context(run / "contexts" / CONTEXTS[kind][1:], base)
-    body = open_source(f"{run}{CONTEXTS[kind]}").body_example()
-    assert body is not None
-    assert "{{text}}" in body
-    ids = base.tokenizer(body, add_special_tokens=False)["input_ids"]
+    example = open_source(f"{run}{CONTEXTS[kind]}").prompt_example()
+    assert example is not None
+    assert "{{text}}" in example.text
+    ids = base.tokenizer(example.text, add_special_tokens=False)["input_ids"][example.replaced :]
     if to == "vllm":
         request = json.loads(said)
         assert request["prompt"][context.tokens :] == ids
@@ -103,17 +111,70 @@ def test_a_learned_contexts_card_pins_base_template_and_data(run: Path, tmp_path
     for digest in (record["base"]["weights"], record["template_sha256"], record["data_sha256"]):
         assert digest[:16] in card
     assert f"drop its first {record['template_tokens']} ids" in card
+    assert record["replaced_ids"] == record["template_tokens"]
 
 
-def test_the_body_behind_a_context_is_the_whole_prompt_without_the_tokens_it_stands_for(run: Path) -> None:
-    """What the card says about cutting the prompt holds for this tokenizer."""
+SEAM = "Sort the facts into one line.\nFacts: {{mr}}\nLine:\n"
+VALUES = ("rain in the mountains", "the album, again", "book a table", "tomorrow")
+"""The place before a value lies inside a token: ``Facts:`` is followed by one that begins with the space."""
+
+
+@pytest.fixture(scope="module", params=["leading", "all"])
+def seam_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose template has a space before its slot, on a base without a chat template."""
+    folder = tmp_path_factory.mktemp("seam")
+
+    def change(config: dict[str, Any]) -> None:
+        config["model"]["base"] = str(tiny_folder("llama", "plain"))
+        config["template"] = {"text": SEAM, "scope": request.param}
+        config["data"]["limit"] = {"selection": 1}
+        config["mutations"] = {"count": 0}
+        config["contexts"] = [c | {"steps": 1} for c in config["contexts"] if c["name"] in ("kv-8", "soft-6")]
+
+    config = write_job(folder, change)
+    for name, values in (("train", [f"{value}!" for value in VALUES]), ("validation", VALUES)):
+        write_rows(folder / f"{name}.jsonl", [{"mr": value, "output": "(a song)"} for value in values])
+    run_job(config, folder / "run")
+    return folder / "run"
+
+
+@pytest.mark.parametrize(("to", "kind"), [(to, kind) for to, kind in EXPORTED if kind != "text"])
+def test_every_snippet_cuts_a_prompt_where_its_ids_were_cut(seam_run: Path, to: str, kind: str, tmp_path: Path) -> None:
+    spec = CONTEXTS[kind]
+    folder = tmp_path / "out"
+    export(f"{seam_run}{spec}", to, folder, options={"block_size": 2} if to == "vllm" else None)
+    base = tiny_base("llama", "plain")
+    context = load_context(seam_run / "contexts" / spec[1:], base)
+    loaded, base_dir = load_config(seam_run.parent / "job.yaml")
+    other = Run(loaded, base_dir, seam_run, say=lambda line: None, bars=False)
+    other.use_base(base)
+    rows = other.task().bare_rows("validation").rows
+    value, row = VALUES[0], rows[0]
+    text = value if loaded.template.scope == "all" else value + "\nLine:\n"
+    assert base.tokenizer(text, add_special_tokens=False)["input_ids"] != list(row.body), "the seam is no seam"
+    said = run_snippet(folder, value)
+    if to == "vllm":
+        assert json.loads(said)["prompt"][context.tokens :] == list(row.body)
+        return
+    (answer,) = generate(base, context.prefix(base), [row.body], max_new_tokens=64, stop=stop_ids(base))
+    assert said.strip() == answer_text(base, answer).strip()
+
+
+@pytest.mark.parametrize("answer_prefix", [None, "\n", " "])
+def test_the_ids_behind_a_context_are_the_rows_own(answer_prefix: str | None, tmp_path: Path, run: Path) -> None:
+    """Prompts of a chat template, with and without text between prompt and answer."""
     source = open_source(f"{run}#kv-8")
     assert source.run is not None
+    source = replace(source, run=replace(source.run, answer_prefix=answer_prefix))
+    example = source.prompt_example()
+    assert example is not None
     tokenizer = AutoTokenizer.from_pretrained(source.base_name)
-    messages = source.run.template.fill({"text": "Tell me about snow."})
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    body = (source.body_example() or "").replace("{{text}}", "Tell me about snow.")
-    assert ids[source.template_tokens :] == tokenizer(body, add_special_tokens=False)["input_ids"]
+    encoder = Encoder(tokenizer, answer_prefix=answer_prefix)
+    values = {"text": "Tell me about snow."}
+    ids, _, _ = encoder.prompt_and_gold(source.run.template, Example("t", values, "weather", "t"))
+    fed = tokenizer(example.text.replace("{{text}}", values["text"]), add_special_tokens=example.special)["input_ids"]
+    assert fed == ids
+    assert example.replaced == source.template_tokens
 
 
 def test_a_peft_export_is_a_context_again(run: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def _accepted(task: EncodedTask, settings: OwnAnswersConfig, at: Workspace) -> d
     for example_id, ids in _answers(task, settings.max_new_tokens, at).items():
         example = examples[example_id]
         text = answer_text(task.base, ids)
-        item = Item(example_id, example.values, example.output, text)
+        item = Item(example_id, example.values, task.expected[example_id], text)
         if len(ids) > 1 and ids[-1] in task.answer_ends and all(check.passed(item) for check in checks):
             answers[example_id] = ids
     return answers

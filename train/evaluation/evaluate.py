@@ -111,7 +111,7 @@ class Evaluator(EvaluationPlan):
     def _verdicts(self, model: Subject, condition: str, rows: list[dict[str, Any]]) -> dict[str, list[Verdict]]:
         """What each metric says about the answers under one context."""
         items = [
-            Item(row["example_id"], example.values, row["gold"], row["answer"])
+            Item(row["example_id"], example.values, self.task.expected[row["example_id"]], row["answer"])
             for row, example in zip(rows, self.answered, strict=False)
         ]
         by_metric = {}

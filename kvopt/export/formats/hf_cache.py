@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvopt.documents.export_record import ExportFacts
 from kvopt.errors import counted
-from kvopt.export.export_format import ExportFormat, Written, base_lines, body_line
+from kvopt.export.export_format import ExportFormat, Written, base_lines, ids_lines
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,9 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 {base}
 tokenizer = AutoTokenizer.from_pretrained(base)
 model = AutoModelForCausalLM.from_pretrained(base).eval()
-{body}
-bodies = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in [body]]
-for answer in generate(model, load_prefix(), bodies, max_new_tokens=64):
+{ids}
+for answer in generate(model, load_prefix(), [ids], max_new_tokens=64):
     print(tokenizer.decode(answer, skip_special_tokens=True))
 """
 
@@ -47,12 +46,13 @@ class CacheFormat(ExportFormat):
         return Written(
             summary=f"A KV prefix of {counted(states.shape[0], 'slot')} in {counted(states.shape[1], 'layer')}, and a"
             " script that uses it.",
-            snippet=SNIPPET.format(base=base_lines(source.base_name), body=body_line(source)),
+            snippet=SNIPPET.format(base=base_lines(source.base_name), ids=ids_lines(source)),
             library="transformers",
             notes=(
                 "`prefix.safetensors` holds `layers.i.keys` and `layers.i.values`, [heads, slots, head_dim], fp32; keys"
                 " are rotated for positions 0 and up, so bodies start at the number of slots.",
-                '`python generate.py --base MODEL "text" "text"` answers from a shell.',
+                '`python generate.py --base MODEL --replaced N "prompt" "prompt"` answers whole prompts from a shell;'
+                " N is how many ids of a prompt the context stands for.",
             ),
             facts=ExportFacts(layers=states.shape[1], kv_heads=states.shape[3], head_dim=states.shape[4]),
         )

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from kvopt.documents.context_record import SlotPositions
 from kvopt.documents.export_record import ExportFacts
 from kvopt.errors import InputError
-from kvopt.export.export_format import ExportFormat, Written, base_lines, body_line
+from kvopt.export.export_format import ExportFormat, Written, base_lines, ids_lines
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,16 +25,17 @@ PADDING = {
 }
 
 SNIPPET = """\
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 {base}
 tokenizer = AutoTokenizer.from_pretrained(base)
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), ".")  # this folder
-{body}
-inputs = tokenizer(body, add_special_tokens=False, return_tensors="pt")
-answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)
-print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+{ids}
+fed = torch.tensor([ids])
+answer = model.generate(input_ids=fed, attention_mask=torch.ones_like(fed), max_new_tokens=64, do_sample=False)
+print(tokenizer.decode(answer[0, len(ids) :], skip_special_tokens=True))
 """
 
 
@@ -89,12 +90,14 @@ class PeftFormat(ExportFormat):
             write_json(place / RECORD, source.record.model_copy(update=changed).to_json())
         return Written(
             summary=f"A PEFT {peft_type} adapter: {source.tokens} {'KV slots' if context else 'input embeddings'}.",
-            snippet=SNIPPET.format(base=base_lines(source.base_name), body=body_line(source)),
+            snippet=SNIPPET.format(base=base_lines(source.base_name), ids=ids_lines(source)),
             library="peft",
             notes=(
                 "PEFT checks the shapes alone: on another base, even one of the same size, it answers nonsense without"
                 " a warning. `kvopt.json` names the base by its hashes, and kvopt refuses another one.",
                 PADDING[source.kind],
+                "Use transformers before 5.24 with PEFT 0.21.2: 5.24 renamed the argument that carries the cache, and"
+                " `generate` then leaves the adapter out without a warning (logits of a plain forward pass are right).",
             ),
             facts=ExportFacts(peft_type=peft_type),
         )

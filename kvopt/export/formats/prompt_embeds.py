@@ -13,7 +13,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvopt.documents.export_record import ExportFacts
-from kvopt.export.export_format import ExportFormat, Written, base_lines, body_line
+from kvopt.export.export_format import ExportFormat, Written, base_lines, ids_lines
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,8 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 {base}
 tokenizer = AutoTokenizer.from_pretrained(base)
 model = AutoModelForCausalLM.from_pretrained(base).eval()
-{body}
-ids = tokenizer(body, add_special_tokens=False)["input_ids"]
+{ids}
 embeddings = whole_prompt(load_soft_prompt(), model.get_input_embeddings(), ids)
 to_post = request(base, embeddings, max_tokens=64, temperature=0.0)  # the JSON for vLLM's /v1/completions
 answer = model.generate(  # the same, here
@@ -64,7 +63,7 @@ class PromptEmbedsFormat(ExportFormat):
         write_bytes(place / "prompt_embeds.py", script.read_bytes())
         return Written(
             summary=f"A soft prompt of {tensor.shape[0]} input embeddings of width {tensor.shape[1]}.",
-            snippet=SNIPPET.format(base=base_lines(source.base_name), body=body_line(source)),
+            snippet=SNIPPET.format(base=base_lines(source.base_name), ids=ids_lines(source)),
             library="transformers",
             notes=(
                 "Embeddings are in the space of `model.get_input_embeddings()(ids)` (Gemma's scale is in them).",

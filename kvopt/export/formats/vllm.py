@@ -12,7 +12,7 @@ from pydantic import Field
 
 from kvopt.documents.export_record import ExportFacts
 from kvopt.errors import InputError, counted
-from kvopt.export.export_format import ExportFormat, Written, base_lines, body_line
+from kvopt.export.export_format import ExportFormat, Written, base_lines, ids_lines
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,10 +27,9 @@ from transformers import AutoTokenizer
 
 {base}
 tokenizer = AutoTokenizer.from_pretrained(base)
-{body}
-ids = tokenizer(body, add_special_tokens=False)["input_ids"]
-prompt = json.loads(Path("vllm.json").read_text("utf-8"))["placeholder_ids"] + ids
-print(json.dumps({{"model": base, "prompt": prompt, "max_tokens": 64, "temperature": 0.0}}))  # POST to /v1/completions
+{ids}
+whole = json.loads(Path("vllm.json").read_text("utf-8"))["placeholder_ids"] + ids
+print(json.dumps({{"model": base, "prompt": whole, "max_tokens": 64, "temperature": 0.0}}))  # POST to /v1/completions
 """
 
 SERVE = """\
@@ -80,7 +79,7 @@ class VllmFormat(ExportFormat):
         return Written(
             summary=f"A KV context of {counted(slots, 'slot')} for vLLM, with the connector that serves it."
             " **Untested on a server.**",
-            snippet=SNIPPET.format(base=base_lines(source.base_name), body=body_line(source)),
+            snippet=SNIPPET.format(base=base_lines(source.base_name), ids=ids_lines(source)),
             library="vllm",
             notes=(
                 SERVE,

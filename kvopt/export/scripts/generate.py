@@ -1,6 +1,9 @@
 """Answer after a stored KV prefix with plain transformers (5 or later), nothing else.
 
-    python generate.py --base MODEL "the prompt from the first slot on" "another one"
+    python generate.py --base MODEL --replaced N "a whole prompt" "another one"
+
+where N is how many ids at the start of a prompt the prefix stands for, as README.md says; prompts are cut as ids,
+because text that is cut there can have other ids.
 
 prefix.safetensors holds, for each layer i, ``layers.i.keys`` and ``layers.i.values`` [heads, slots, head_dim]; keys are
 rotated for positions 0 … slots − 1, so what you feed starts at position ``slots``. That is the default once the
@@ -99,13 +102,16 @@ def _until(tokens: list[int], ends: set) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Answer after a stored KV prefix.")
-    parser.add_argument("bodies", nargs="+", help="what follows the context in each prompt: from the first slot on")
+    parser.add_argument("prompts", nargs="+", help="whole prompts, chat marks included")
+    parser.add_argument("--replaced", type=int, required=True, help="ids of a prompt that the context stands for")
+    parser.add_argument("--special-tokens", action="store_true", help="let the tokenizer add its own (BOS)")
     parser.add_argument("--base", required=True, help="the model that the context was made for")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     model = AutoModelForCausalLM.from_pretrained(args.base).eval()
-    ids = [tokenizer(body, add_special_tokens=False)["input_ids"] for body in args.bodies]
+    whole = [tokenizer(text, add_special_tokens=args.special_tokens)["input_ids"] for text in args.prompts]
+    ids = [prompt[args.replaced :] for prompt in whole]
     for answer in generate(model, load_prefix(), ids, max_new_tokens=args.max_new_tokens):
         print(tokenizer.decode(answer, skip_special_tokens=True))
 

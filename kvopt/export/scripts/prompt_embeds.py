@@ -1,8 +1,11 @@
 """Join a soft prompt with the embeddings of what follows it, and make the request body that vLLM takes.
 
     vllm serve MODEL --enable-prompt-embeds
-    python prompt_embeds.py --base MODEL "the prompt from the first slot on" > request.json
+    python prompt_embeds.py --base MODEL --replaced N "a whole prompt" > request.json
     curl -s localhost:8000/v1/completions -H "Content-Type: application/json" -d @request.json
+
+N is how many ids at the start of a prompt the soft prompt stands for, as README.md says; the prompt is cut as ids,
+because text that is cut there can have other ids.
 
 vLLM takes the embeddings of the whole prompt, one [tokens, hidden] tensor, as the base64 text of ``torch.save``. The
 completions endpoint feeds them as they are. The chat endpoint puts its chat template around a ``prompt_embeds`` part,
@@ -61,7 +64,9 @@ def request(model: str, embeddings: torch.Tensor, endpoint: str = "completions",
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print a vLLM request with a soft prompt in it.")
-    parser.add_argument("body", help="what follows the context in the prompt: from the first slot on")
+    parser.add_argument("prompt", help="a whole prompt, chat marks included")
+    parser.add_argument("--replaced", type=int, required=True, help="ids of a prompt that the soft prompt stands for")
+    parser.add_argument("--special-tokens", action="store_true", help="let the tokenizer add its own (BOS)")
     parser.add_argument("--base", required=True, help="the model that the soft prompt was made for")
     parser.add_argument("--served-as", help="the name that the server gives the model (default: as --base)")
     parser.add_argument("--endpoint", choices=("completions", "chat"), default="completions")
@@ -69,7 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     embed = AutoModelForCausalLM.from_pretrained(args.base).get_input_embeddings()
-    body = tokenizer(args.body, add_special_tokens=False)["input_ids"]
+    body = tokenizer(args.prompt, add_special_tokens=args.special_tokens)["input_ids"][args.replaced :]
     embeddings = whole_prompt(load_soft_prompt(), embed, body)
     name = args.served_as or args.base
     print(json.dumps(request(name, embeddings, args.endpoint, max_tokens=args.max_tokens, temperature=0.0)))

@@ -11,7 +11,9 @@ from kvopt.errors import InputError
 from kvopt.mutate.proposals import Proposal, Request
 from kvopt.mutate.validity import Rejection
 from kvopt.storage.files import RELATIVE, parsed_json, read_text, sha256_json
+from kvopt.task.foreign import refuse_foreign_file
 from kvopt.task.template import SLOT, Template
+from kvopt.task.template_files import is_structured, structured
 
 BETWEEN = re.compile(r"^---[ \t]*(?:\r?\n|\Z)", re.M)
 
@@ -19,8 +21,9 @@ BETWEEN = re.compile(r"^---[ \t]*(?:\r?\n|\Z)", re.M)
 class FileVariants:
     """Variants of ``original`` read from ``path``.
 
-    ``.jsonl``: one a line, ``{"template": {…}}``, ``{"messages": […]}``, ``{"text": "…"}`` or a string. Any other file:
-    texts with a line ``---`` between them. A folder: its ``.txt`` files by name. For a chat template a bare text
+    ``.jsonl``: one a line, ``{"template": {…}}``, ``{"messages": […]}``, a list of messages, ``{"text": "…"}`` or a
+    string. ``.json``, ``.yaml``: one such variant, or a list of them. Any other file: texts with a line ``---`` between
+    them. A folder: its ``.txt`` files by name. For a chat template a bare text
     replaces the only message that it can: the one with the same slots, or the one without any. Raises InputError for
     what cannot be read.
     """
@@ -52,6 +55,8 @@ class FileVariants:
     def _sources(self, variant: Any, where: str) -> list[str]:
         if isinstance(variant, dict) and isinstance(variant.get("template"), dict | str):
             variant = variant["template"]
+        if isinstance(variant, list):
+            variant = {"messages": variant}
         if isinstance(variant, dict) and isinstance(variant.get("messages"), list):
             return self._messages(variant["messages"], where)
         text = variant.get("text") if isinstance(variant, dict) else variant
@@ -90,6 +95,11 @@ def _entries(path: Path) -> list[tuple[str, Any]]:
     if path.is_dir():
         return [(str(file), _without_last_newline(read_text(file, RELATIVE))) for file in sorted(path.glob("*.txt"))]
     text = read_text(path, RELATIVE)
+    if is_structured(path):
+        value = structured(text, path)
+        refuse_foreign_file(value, str(path))
+        variants = value if isinstance(value, list) and not _is_message(value[:1]) else [value]
+        return [(f"{path}, variant {i}", variant) for i, variant in enumerate(variants, 1)]
     if path.suffix != ".jsonl":
         variants = [_without_last_newline(variant) for variant in BETWEEN.split(text)]
         return [(f"{path}, variant {i + 1}", variant) for i, variant in enumerate(variants) if variant.strip()]
@@ -101,6 +111,10 @@ def _entries(path: Path) -> list[tuple[str, Any]]:
             except ValueError as error:
                 raise InputError(f"not JSON: {error}", where=f"{path}:{number}") from None
     return entries
+
+
+def _is_message(values: list[Any]) -> bool:
+    return any(isinstance(value, dict) and "role" in value for value in values)
 
 
 def _without_last_newline(text: str) -> str:
