@@ -42,7 +42,7 @@ def watched(base: Base, observe: Observe) -> Iterator[None]:
         observe(module, query, key, value, mask, kwargs.get("scaling"))
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
-    with _replaced(base, attention):
+    with replaced(base, attention):
         yield
 
 
@@ -76,12 +76,12 @@ def gated(base: Base, gates: Tensor) -> Iterator[None]:
             return checkpoint(attend, query, key, value, bias, use_reentrant=False)
         return attend(query, key, value, bias)
 
-    with _replaced(base, attention):
+    with replaced(base, attention):
         yield
 
 
 @contextlib.contextmanager
-def _replaced(base: Base, attention: Callable[..., Any]) -> Iterator[None]:
+def replaced(base: Base, attention: Callable[..., Any]) -> Iterator[None]:
     """The base with this attention; the two registrations that transformers asks for are taken back at the end."""
     AttentionInterface.register(_OURS, attention)
     AttentionMaskInterface.register(_OURS, sdpa_mask)

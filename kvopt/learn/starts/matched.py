@@ -21,8 +21,8 @@ class Matched(Start):
     """Attention matching over the text, for KV caches."""
 
     kind: Literal["matched"] = "matched"
-    ridge: float = Field(0.1, gt=0, description="of the fit of values, relative to a slot's mean squared attention")
-    queries: int = Field(2048, ge=1, description="of bodies that are looked at, per layer and key/value head, at most")
+    ridge: float = Field(0.001, gt=0, description="of the fit of values, relative to a slot's mean squared attention")
+    queries: int = Field(16384, ge=1, description="of bodies that are looked at, per layer and key/value head, at most")
 
     def tensor(self, task: StartTask) -> Tensor:
         """Keys kept per layer and head (slot 0 always), values refitted, keys re-rotated by T − P. Raises InputError
