@@ -58,8 +58,9 @@ def fewer_slots(
         refit: fit values; without, the kept slots keep theirs.
         ridge: of the fit, relative to the mean squared attention weight of a slot, times the number of queries.
         queries: at most so many per layer and key/value head, drawn with ``seed``.
-        importance: [L, H, P], the slots with the largest stay; default: what the loss of each slot alone would change
-            in the attention outputs.
+        importance: [L, H, P], the slots with the largest stay; default: the squared attention weight, summed over
+            queries, times the squared distance of the slot's value from the mean value, which is about what its loss
+            would change in what is read.
     """
     if not rows:
         raise ValueError("attention matching needs training rows")
@@ -158,6 +159,7 @@ class _Compaction:
         heads, length = keys.shape[0], len(self.prefix)
         parts: list[tuple[Tensor, ...]] = []
         importance = torch.zeros_like(keys[..., 0])
+        apart = reduce((values - values.mean(1, keepdim=True)).square(), "h p d -> h p", "sum")
         for line, columns in enumerate(self.columns):
             if not len(columns):
                 continue
@@ -171,7 +173,7 @@ class _Compaction:
             if self.importance is None:
                 over = (asks @ keys.transpose(1, 2)).masked_fill(~allowed[:, :length], -torch.inf)
                 weights = (over - torch.logaddexp(over.logsumexp(-1), lse)[..., None]).exp()
-                importance += _effects(weights, values, wanted)
+                importance += weights.square().sum(1)
             parts.append((asks, lse, read, wanted, allowed[:, length - self.tokens : length]))
         asked, lse, read, wanted, visible = zip(*parts, strict=True)
         return _Seen(
@@ -180,7 +182,7 @@ class _Compaction:
             body_read=torch.cat(read, dim=1),
             target=torch.cat(wanted, dim=1),
             visible=torch.cat(visible),
-            importance=importance if self.importance is None else self.importance[layer].to(keys.device),
+            importance=importance * apart if self.importance is None else self.importance[layer].to(keys.device),
         )
 
     def _fit(self, layer: int, seen: _Seen) -> tuple[Tensor, Tensor]:
@@ -223,16 +225,6 @@ def _attend(
         joined = [torch.cat([a, b[part]], dim=2) for a, b in zip(front, (key, value), strict=True)]
         out.append(sdpa_attention_forward(module, query[part], *joined, mask[part], **kwargs)[0])
     return torch.cat(out)
-
-
-def _effects(weights: Tensor, values: Tensor, read: Tensor) -> Tensor:
-    """[H, P]: the squared change of attention outputs ``read`` [H, Q, d], summed over queries, if a slot alone went:
-    (w / (1 − w))² ‖v − o‖².
-    """
-    odds = (weights / (1 - weights).clamp_min(1e-3)).square()
-    apart = reduce(values.square(), "h p d -> h p", "sum") * odds.sum(1)
-    apart = apart - 2 * ((odds.transpose(1, 2) @ read) * values).sum(-1)
-    return apart + (odds * reduce(read.square(), "h q d -> h q 1", "sum")).sum(1)
 
 
 def _first_rows(rows: Sequence[Row], places: int) -> Sequence[Row]:
