@@ -30,6 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from kvopt.base.attention import allowed_keys, replaced
 from kvopt.base.loading import Base
 from kvopt.base.prefix import Prefix, PrefixLayer, packing_for
+from kvopt.contexts.key_fit import attention_weights, moved_keys
 from kvopt.task.seam import Row, make_batch
 
 MAX_QUERIES = 16384  # per layer and key/value head
@@ -48,6 +49,7 @@ def fewer_slots(
     ridge: float = RIDGE,
     queries: int = MAX_QUERIES,
     seed: int = 0,
+    key_steps: int = 0,
     importance: Tensor | None = None,
 ) -> Tensor:
     """``tokens`` slots [T, L, 2, H, d] in place of any longer prefix, in the prefix's dtype; slot 0 always stays, and
@@ -58,13 +60,14 @@ def fewer_slots(
         refit: fit values; without, the kept slots keep theirs.
         ridge: of the fit, relative to the mean squared attention weight of a slot, times the number of queries.
         queries: at most so many per layer and key/value head, drawn with ``seed``.
+        key_steps: with refit, steps of descent on the kept keys before values are fitted.
         importance: [L, H, P], the slots with the largest stay; default: the squared attention weight, summed over
             queries, times the squared distance of the slot's value from the mean value, which is about what its loss
             would change in what is read.
     """
     if not rows:
         raise ValueError("attention matching needs training rows")
-    return _Compaction(base, prefix, tokens, refit, ridge, importance).run(rows, queries, seed)
+    return _Compaction(base, prefix, tokens, refit, ridge, key_steps, importance).run(rows, queries, seed)
 
 
 @dataclass
@@ -90,10 +93,18 @@ class _Compaction:
     """The short prefix while it is made, layer by layer, inside one forward pass."""
 
     def __init__(
-        self, base: Base, prefix: Prefix, tokens: int, refit: bool, ridge: float, importance: Tensor | None
+        self,
+        base: Base,
+        prefix: Prefix,
+        tokens: int,
+        refit: bool,
+        ridge: float,
+        key_steps: int,
+        importance: Tensor | None,
     ) -> None:
         self.base, self.prefix, self.long = base, prefix, prefix.to(base.dtype)
-        self.tokens, self.refit, self.ridge, self.importance = tokens, refit, ridge, importance
+        self.tokens, self.refit, self.ridge, self.key_steps = tokens, refit, ridge, key_steps
+        self.importance = importance
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.columns: tuple[Tensor, ...] = ()  # of each line, the places whose queries are looked at
@@ -171,9 +182,7 @@ class _Compaction:
             logits = logits.masked_fill(~allowed[:, length:], -torch.inf)
             lse, read = logits.logsumexp(-1), logits.softmax(-1) @ value[line].float()
             if self.importance is None:
-                over = (asks @ keys.transpose(1, 2)).masked_fill(~allowed[:, :length], -torch.inf)
-                weights = (over - torch.logaddexp(over.logsumexp(-1), lse)[..., None]).exp()
-                importance += weights.square().sum(1)
+                importance += attention_weights(asks, keys, allowed[:, :length], lse)[0].square().sum(1)
             parts.append((asks, lse, read, wanted, allowed[:, length - self.tokens : length]))
         asked, lse, read, wanted, visible = zip(*parts, strict=True)
         return _Seen(
@@ -195,17 +204,18 @@ class _Compaction:
         kept_keys, kept_values = keys.gather(1, index), values.gather(1, index)
         if not self.refit:
             return kept_keys, kept_values
+        if self.key_steps and self.tokens > 1:
+            about = (seen.query, seen.visible, seen.body_lse, seen.body_read, seen.target)
+            kept_keys = moved_keys(kept_keys, kept_values, *about, self.key_steps).to(keys.dtype)
         old = kept_values.float()
         gram: Tensor | float = 0.0
         moment: Tensor | float = 0.0
         for first in range(0, seen.query.shape[1], QUERIES_AT_ONCE):
             part = slice(first, first + QUERIES_AT_ONCE)
-            scores = seen.query[:, part] @ kept_keys.float().transpose(1, 2)
-            scores = scores.masked_fill(~seen.visible[part], -torch.inf)
-            body = seen.body_lse[:, part, None]
-            total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), body)
-            weights = (scores - total).exp()
-            residual = seen.target[:, part] - (body - total).exp() * seen.body_read[:, part] - weights @ old
+            weights, rest = attention_weights(
+                seen.query[:, part], kept_keys.float(), seen.visible[part], seen.body_lse[:, part]
+            )
+            residual = seen.target[:, part] - rest * seen.body_read[:, part] - weights @ old
             gram = gram + weights.transpose(1, 2) @ weights
             moment = moment + weights.transpose(1, 2) @ residual
         assert isinstance(gram, Tensor)

@@ -150,3 +150,23 @@ def test_a_share_of_the_queries_is_drawn_with_the_seed(task: Task) -> None:
 
     assert torch.equal(drawn(0), drawn(0))
     assert not torch.allclose(drawn(0), drawn(1))
+
+
+def missed(task: Task, short: Tensor, before: Any) -> float:
+    """The squared error of what the first layer's queries read after the short prefix, relative to what they should."""
+    after = queries(task, Prefix.unstack(short, torch.float32))
+    wrong, whole = 0.0, 0.0
+    for head in range(task.base.geometry.kv_heads):
+        for (_, _, read), (_, _, target) in zip(after[0][head], before[0][head], strict=True):
+            wrong += float((read - target).square().sum())
+            whole += float(target.square().sum())
+    return wrong / whole
+
+
+def test_steps_on_keys_lower_the_error_of_what_is_read_and_leave_slot_0(task: Task) -> None:
+    long = long_prefix(task)
+    chosen, moved = (fewer_slots(task.base, long, SLOTS, task.encoded.rows, key_steps=steps) for steps in (0, 20))
+    before = queries(task, long)
+    assert missed(task, moved, before) < 0.7 * missed(task, chosen, before)
+    torch.testing.assert_close(moved[0, :, 0], chosen[0, :, 0])
+    assert not torch.allclose(moved[1:, 0, 0], chosen[1:, 0, 0], atol=1e-3)
