@@ -67,6 +67,8 @@ def fewer_slots(
     """
     if not rows:
         raise ValueError("attention matching needs training rows")
+    if importance is not None and not refit:
+        return _evicted(base, prefix, tokens, importance)
     return _Compaction(base, prefix, tokens, refit, ridge, key_steps, importance).run(rows, queries, seed)
 
 
@@ -197,11 +199,7 @@ class _Compaction:
     def _fit(self, layer: int, seen: _Seen) -> tuple[Tensor, Tensor]:
         """Keys and values [H, T, d] of the layer, at their old positions."""
         keys, values = self.prefix.keys[layer], self.prefix.values[layer]
-        importance = seen.importance.clone()
-        importance[:, 0] = torch.inf
-        keep = importance.topk(self.tokens, dim=-1).indices.sort(dim=-1).values
-        index = repeat(keep, "h t -> h t d", d=keys.shape[-1])
-        kept_keys, kept_values = keys.gather(1, index), values.gather(1, index)
+        kept_keys, kept_values = _most_important(keys, values, seen.importance, self.tokens)
         if not self.refit:
             return kept_keys, kept_values
         if self.key_steps and self.tokens > 1:
@@ -223,6 +221,22 @@ class _Compaction:
         damping = self.ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1) + 1e-6
         gram.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
         return kept_keys, (old + torch.linalg.solve(gram, moment)).to(values.dtype)
+
+
+def _most_important(keys: Tensor, values: Tensor, importance: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Slot 0 and the others with the largest ``importance`` [H, P], in their order: keys and values [H, T, d]."""
+    importance = importance.clone()
+    importance[:, 0] = torch.inf
+    keep = importance.topk(tokens, dim=-1).indices.sort(dim=-1).values
+    index = repeat(keep, "h t -> h t d", d=keys.shape[-1])
+    return keys.gather(1, index), values.gather(1, index)
+
+
+def _evicted(base: Base, prefix: Prefix, tokens: int, importance: Tensor) -> Tensor:
+    """The slots that stay, with their own values [T, L, 2, H, d]."""
+    pairs = zip(prefix.keys, prefix.values, importance.to(base.device), strict=True)
+    keys, values = zip(*(_most_important(*each, tokens) for each in pairs), strict=True)
+    return Prefix(keys, values).rotated(base.rope, tokens - len(prefix)).stack()
 
 
 def _attend(
