@@ -1,6 +1,6 @@
 """Attention matching: a long prefix as a short one. Per layer and key/value head, the T keys whose loss would change
-the task's attention most, and values refitted so that attention with the few slots gives what attention with the long
-prefix gave.
+most of what the task's queries read, and values refitted so that attention with the few slots gives what attention with
+the long prefix gave.
 
 Two streams of the same bodies go through the base side by side, one after the long prefix and one after the short one.
 At each layer the short one's slots are fitted to the long one's attention outputs, from the queries and keys that the

@@ -1,5 +1,5 @@
-"""Start from attention matching: the keys that the task's own queries attend to most, and values refitted so that
-attention reads what it read from the whole text (:mod:`kvopt.contexts.compaction`).
+"""Start from attention matching: the keys whose loss would change most of what the task's own queries read, and values
+refitted so that attention reads what it read from the whole text (:mod:`kvopt.contexts.compaction`).
 """
 
 from __future__ import annotations
