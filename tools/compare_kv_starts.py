@@ -75,7 +75,9 @@ def compare(run: Run, ratios: Sequence[float], steps: int, only: Sequence[str] |
     train, selection, held_out = (task.bare_rows(split).rows for split in ("train", "selection", "validation"))
     reference, rows = run.whole_reference(), train[:MATCHING_ROWS]
     lengths = [max(1, round(len(ids) / ratio)) for ratio in ratios]
-    print(f"\n{len(ids)} tokens, {len(rows)} training rows, {len(held_out)} validation rows, {base.dtype}\n")
+    none = run.score(task.none).kl_forward.mean
+    print(f"\n{len(ids)} tokens, {len(train)} training rows, {len(held_out)} validation rows, {base.dtype};", end=" ")
+    print(f"no context {none:.4f}\n")
     after = [f"{n} slots, {steps} steps" for n in lengths] if steps else []
     print(f"| start | {' | '.join([*(f'{n} slots' for n in lengths), 'CPU s', *after])} |")
     print("|---|" + "---|" * (len(lengths) + 1 + len(after)))
