@@ -43,7 +43,7 @@ def watched(base: Base, observe: Observe) -> Iterator[None]:
         observe(module, query, key, value, mask, kwargs.get("scaling"))
         return _attend(module, query, key, value, mask, **kwargs)
 
-    with _replaced(base, attention):
+    with replaced(base, attention):
         yield
 
 
@@ -77,7 +77,7 @@ def gated(base: Base, gates: Tensor) -> Iterator[None]:
             return checkpoint(attend, query, key, value, bias, use_reentrant=False)
         return attend(query, key, value, bias)
 
-    with _replaced(base, attention):
+    with replaced(base, attention):
         yield
 
 
@@ -96,7 +96,7 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
 
 
 @contextlib.contextmanager
-def _replaced(base: Base, attention: Callable[..., Any]) -> Iterator[None]:
+def replaced(base: Base, attention: Callable[..., Any]) -> Iterator[None]:
     """The base with this attention; the two registrations that transformers asks for are taken back at the end."""
     AttentionInterface.register(_OURS, attention)
     AttentionMaskInterface.register(_OURS, sdpa_mask)

@@ -181,12 +181,19 @@ def gold_hidden(base: Base, prefix: Prefix, batch: Batch) -> Tensor:
     On a CPU rows are packed where that is cheaper than padding them; a GPU would have to wait for their lengths.
     """
     rows, columns = batch.predicts.unbind(-1)
-    packing = None
-    if base.device.type == "cpu" and base.capability.packs:
-        packing = pack(batch.mask.sum(-1).tolist(), len(prefix))
+    packing = packing_for(base, batch, len(prefix))
     if packing is None:
         return run_bodies(base, prefix, batch)[rows, columns]
     return run_packed(base, prefix, batch.ids, packing)[packing.places(rows, columns)]
+
+
+def packing_for(base: Base, batch: Batch, length: int) -> Packing | None:
+    """How to pack the batch's rows after a prefix of so many slots, None where they are better padded (see
+    :func:`gold_hidden`).
+    """
+    if base.device.type != "cpu" or not base.capability.packs:
+        return None
+    return pack(batch.mask.sum(-1).tolist(), length)
 
 
 def run_packed(base: Base, prefix: Prefix, ids: Tensor, packing: Packing, cache: Cache | None = None) -> Tensor:

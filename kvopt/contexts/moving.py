@@ -25,9 +25,9 @@ from kvopt.task.seam import Row
 Way = Literal["refitted", "attention", "first", "last"]
 """Which slots a shorter context keeps.
 
-refitted: per layer and head, those that the bodies' queries attend to most, values refitted so that attention reads
-    what it read before (attention matching).
-attention: the same slots with their own values.
+refitted: per layer and head, those whose loss would change most of what the bodies' queries read, values refitted so
+    that attention reads what it read before (attention matching).
+attention: slots chosen in the same way, with their own values.
 first, last: the first K, or slot 0 (the attention sink) and the last K − 1.
 """
 WAYS: tuple[Way, ...] = get_args(Way)

@@ -328,8 +328,8 @@ def learning_history(name: str, at: Workspace) -> list[LearningPoint]:
 
 
 def set_aside_others(task: EncodedTask, reference: Reference, at: Workspace) -> None:
-    """Put aside what the config does not name: contexts, mutations. What one pass makes again is deleted: scores against
-    another reference, moments.
+    """Put aside what the config does not name: contexts, mutations. What one pass makes again is deleted: scores
+    against another reference, moments.
     """
     folder, states = at.directory / "contexts", at.directory / ".state"
     there = [child.name for child in folder.iterdir() if child.is_dir()] if folder.is_dir() else []
