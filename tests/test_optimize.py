@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from kvopt.base.loading import Base, enable_checkpointing
@@ -121,10 +123,12 @@ def test_the_state_kept_is_the_best_on_held_out_rows(llama: Base, tmp_path: Path
     assert float(kept) == pytest.approx(best["held_out_kl"], rel=1e-4)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 7])
-def test_a_run_that_is_cut_and_continued_ends_in_the_same_bytes(llama: Base, tmp_path: Path, stop: int) -> None:
+@pytest.mark.parametrize(("kind", "stop"), [("kv", 1), ("kv", 3), ("kv", 4), ("kv", 7), ("soft", 3), ("soft", 4)])
+def test_a_run_that_is_cut_and_continued_ends_in_the_same_bytes(
+    llama: Base, tmp_path: Path, kind: str, stop: int
+) -> None:
     task = make_task(llama, tmp_path / "reference")
-    config = ContextConfig(name="c", tokens=6, steps=8, batch_size=5, learning_rate=0.02, eval_every=2)
+    config = ContextConfig(name="c", kind=kind, tokens=6, steps=8, batch_size=5, learning_rate=0.02, eval_every=2)  # type: ignore[arg-type]
     whole = learn(task, config, seed=5)
 
     class Cut(Exception):
@@ -151,6 +155,31 @@ def test_a_run_that_is_cut_and_continued_ends_in_the_same_bytes(llama: Base, tmp
     seen.clear()
     learn(task, config, seed=5, checkpoint=checkpoint, key="another job", report=lambda step, *_: seen.append(step))
     assert seen[0] == 0
+
+
+def test_steps_of_a_soft_prompt_are_those_of_muon(llama: Base, tmp_path: Path) -> None:
+    task = make_task(llama, tmp_path)
+    config = ContextConfig(name="c", kind="soft", tokens=6, steps=3, batch_size=4, eval_every=3, clip=1e9)
+    steps = itertools.count()
+    learned = learn(task, config, seed=2, choose=lambda *_: -next(steps))
+    slots = start(task, "soft")
+    moved, momentum = slots[1:].clone(), torch.zeros_like(slots[1:])
+    for step in range(3):
+        leaf = moved.clone().requires_grad_(True)
+        rows = [task.encoded.rows[i] for i in batch_at(step, 8, 4, 2)]
+        [slope] = torch.autograd.grad(
+            context_loss(llama, "soft", torch.cat([slots[:1], leaf]), rows, task.reference), leaf
+        )
+        momentum = momentum.lerp(slope, 0.05)
+        x = slope.lerp(momentum, 0.95)
+        x = x / x.norm()
+        for _ in range(5):  # Newton-Schulz towards the nearest matrix with orthonormal rows
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+        moved = moved - learning_rate_at(step, config) * 0.2 * math.sqrt(max(x.shape)) * x
+    torch.testing.assert_close(learned.tensor[1:], moved, rtol=0.02, atol=2e-4)
+    with pytest.raises(ValidationError, match="muon is for soft prompts"):
+        ContextConfig(name="c", kind="kv", optimizer="muon")
 
 
 def test_a_diverging_run_stops_with_the_step_and_what_is_kept(llama: Base, tmp_path: Path) -> None:

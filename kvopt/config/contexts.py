@@ -134,11 +134,16 @@ class ContextConfig(Section):
         ge=1,
         description="rows whose activations are held at once: less memory, the same step; default: batch_size",
     )
-    learning_rate: float = Field(0.005, gt=0, description="peak learning rate of AdamW")
+    optimizer: Literal["auto", "adamw", "muon"] = Field(
+        "auto", description="auto: muon for soft prompts (which alone can have it), adamw for KV caches"
+    )
+    learning_rate: float = Field(
+        0.005, gt=0, description="peak learning rate; for muon on the scale of adamw, by steps of the same size"
+    )
     warmup: float = Field(
         0.05, ge=0, le=1, description="share of the steps with a rising learning rate; a cosine to 0 follows"
     )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     clip: float = Field(1.0, gt=0, description="larger gradient norms are scaled down to this")
     frozen: int = Field(1, ge=0, description="how many leading slots are not trained (slot 0 is the attention sink)")
     eval_every: int = Field(
@@ -164,6 +169,19 @@ class ContextConfig(Section):
         if self.text is not None and others:
             raise ValueError(f"{others[0]} is for contexts that are learned; with text, give only name and text")
         return self
+
+    @model_validator(mode="after")
+    def _muon_is_for_matrices(self) -> ContextConfig:
+        if self.kind == "kv" and self.optimizer == "muon":
+            raise ValueError("optimizer: muon is for soft prompts; KV caches take adamw")
+        return self
+
+    @property
+    def steps_by(self) -> Literal["adamw", "muon"]:
+        """The optimizer that ``auto`` means."""
+        if self.optimizer == "auto":
+            return "muon" if self.kind == "soft" else "adamw"
+        return self.optimizer
 
     @property
     def start(self) -> Init:

@@ -34,6 +34,8 @@ from kvopt.task.seam import Row, make_batch
 
 DESCENT_VERSION = 1
 """Raise it when the same inputs give another context: other starts, steps, or a choice of the state that is kept."""
+OPTIMIZER = "optimizer."
+"""Before the names of an optimizer's tensors in a checkpoint."""
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 
 
@@ -59,12 +61,12 @@ class Descent:
 class _State:
     """All that changes while training; what a checkpoint holds.
 
-    A checkpoint's tensors are the trainable slots, AdamW's two moments (``first_moment``, ``second_moment``) and the
-    best state; its numbers are those of NUMBERS, as JSON.
+    A checkpoint's tensors are the trainable slots, those of the optimizer (AdamW's moments and steps, or Muon's
+    momentum), and the best state; its numbers are those of NUMBERS, as JSON.
     """
 
     trainable: Tensor
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     best: Tensor
     step: int = 0
     best_step: int = 0
@@ -80,16 +82,14 @@ class _State:
     def begin(cls, trainable: Tensor, best: Tensor, config: ContextConfig) -> _State:
         """The state before the first step."""
         trainable = trainable.detach().requires_grad_(True)
-        return cls(trainable, torch.optim.AdamW([trainable], weight_decay=config.weight_decay), best)
+        return cls(trainable, make_optimizer(trainable, config), best)
 
     def save(self, path: Path, key: str) -> None:
         numbers = json.dumps({name: getattr(self, name) for name in self.NUMBERS}).encode()
-        adam = self.optimizer.state_dict()["state"].get(0, {})
-        zeros = torch.zeros_like(self.trainable)
+        inner = self.optimizer.state_dict()["state"].get(0, {})
         tensors = {
             "trainable": self.trainable,
-            "first_moment": adam.get("exp_avg", zeros),
-            "second_moment": adam.get("exp_avg_sq", zeros),
+            **{OPTIMIZER + name: torch.as_tensor(value) for name, value in inner.items()},
             "best": self.best,
             "numbers": torch.frombuffer(bytearray(numbers), dtype=torch.uint8),
         }
@@ -104,16 +104,29 @@ class _State:
         numbers = json.loads(bytes(tensors.pop("numbers").tolist()))
         on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
         state = cls.begin(on_device["trainable"], on_device["best"], config)
-        adam = {
-            "step": torch.tensor(float(numbers["step"])),
-            "exp_avg": on_device["first_moment"],
-            "exp_avg_sq": on_device["second_moment"],
-        }
+        inner = {name.removeprefix(OPTIMIZER): t for name, t in on_device.items() if name.startswith(OPTIMIZER)}
+        if "first_moment" in on_device:  # 0.1.0
+            step, moments = (
+                torch.tensor(float(numbers["step"])),
+                (on_device["first_moment"], on_device["second_moment"]),
+            )
+            inner = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
         groups = state.optimizer.state_dict()["param_groups"]
-        state.optimizer.load_state_dict({"state": {0: adam}, "param_groups": groups})
+        state.optimizer.load_state_dict({"state": {0: inner} if inner else {}, "param_groups": groups})
         for name in cls.NUMBERS:
             setattr(state, name, numbers.get(name, numbers["best_kl"]))  # 0.1.0 had no best_value: it was the KL
         return state
+
+
+def make_optimizer(trainable: Tensor, config: ContextConfig) -> torch.optim.Optimizer:
+    """AdamW, or for soft prompts Muon: each step moves all slots together along an orthogonalized momentum [T, D]
+    (Jordan et al. 2024), its size that of an AdamW step with the same learning rate (arXiv 2502.16982).
+    """
+    if config.steps_by == "muon":
+        return torch.optim.Muon(
+            [trainable], lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+    return torch.optim.AdamW([trainable], weight_decay=config.weight_decay)
 
 
 def context_prefix(base: Base, kind: str, tensor: Tensor) -> Prefix:

@@ -247,10 +247,12 @@ def make_learned(
     task.check_window(config.name, tokens)
     train, held_out = task.bare_rows("train"), task.bare_rows("selection")
     seed = task.config.seed if config.seed is None else config.seed
-    settings = config.model_dump(mode="json", exclude={"name", "init", "text", "micro_batch_size"}) | {
+    settings = config.model_dump(mode="json", exclude={"name", "init", "text", "micro_batch_size", "optimizer"}) | {
         "tokens": tokens,
         "init": init.settings,
     }
+    if config.steps_by != "adamw":
+        settings["optimizer"] = config.steps_by
     if (select := task.config.score.select) != "kl":
         settings["select"] = select
     key = key_of(
