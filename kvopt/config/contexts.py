@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -25,7 +25,12 @@ _ON_TEXTS = {
 
 
 class Start(Options):
-    """Where a learned context starts: the options of one member of :data:`STARTS`."""
+    """Where a learned context starts: the options of one member of :data:`STARTS`.
+
+    ``version`` is raised when the same options give another start.
+    """
+
+    version: ClassVar[int] = 1
 
     def tensor(self, task: Any) -> Any:
         """The starting value, on the base's device: kv [T, L, 2, H, d], soft [T, D] (a torch tensor).
@@ -82,6 +87,8 @@ class Init:
     def settings(self) -> Any:
         """What an identity takes of it: the kind, with the options that are not at their defaults, if any."""
         changed = self.start.model_dump(mode="json", exclude_defaults=True, exclude={"kind"})
+        if self.start.version > 1:
+            changed["version"] = self.start.version
         return {"kind": self.kind, **changed} if changed else self.kind
 
     @property

@@ -4,7 +4,7 @@ refitted so that attention reads what it read from the whole text (:mod:`kvopt.c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,7 @@ class Matched(Start):
     """Attention matching over the text, for KV caches."""
 
     kind: Literal["matched"] = "matched"
+    version: ClassVar[int] = 2
     ridge: float = Field(0.001, gt=0, description="of the fit of values, relative to a slot's mean squared attention")
     queries: int = Field(16384, ge=1, description="of bodies that are looked at, per layer and key/value head, at most")
     key_steps: int = Field(
