@@ -77,6 +77,17 @@ def test_a_misspelt_key_goes_before_the_key_that_is_missing_for_it(load):
         ({"contexts": [{"name": "a", "init": "text"}]}, "contexts.0.init: init 'text': text:… needs a file"),
         ({"contexts": [{"name": "a"}, {"name": "a"}]}, "two contexts are named 'a'"),
         ({"contexts": [{"name": "none"}]}, "'none' is the name of a built-in context"),
+        (
+            {"contexts": [{"kind": "frontier", "tokens": [4, 2]}, {"name": "kv-2"}]},
+            "two contexts are named 'kv-2'",
+        ),
+        ({"contexts": [{"kind": "frontier"}]}, "contexts.0.tokens: is missing"),
+        ({"contexts": [{"kind": "frontier", "tokens": [0]}]}, "contexts.0.tokens: a length must be at least 1"),
+        ({"contexts": [{"name": "a", "kind": "kv", "optimizer": "muon"}]}, "muon is for soft prompts"),
+        (
+            {"model": {"dtype": "float16"}, "contexts": [{"name": "b", "steps": 0}, {"name": "a"}]},
+            "context 'a' is learned through float16, where small gradients become 0",
+        ),
         ({"contexts": [{"name": "m001"}]}, "'m001' is the name of a mutation"),
         ({"contexts": [{"name": "../up"}]}, "contexts.0.name: String should match pattern"),
         (

@@ -13,7 +13,10 @@ def test_every_key_of_the_config_is_named_with_its_type():
     for definition in Config.model_json_schema()["$defs"].values():
         for key in definition.get("properties", {}):
             assert f"| `{key}` | " in text
-    assert "| `learning_rate` | number > 0 | `0.005` | peak learning rate of AdamW |" in text
+    assert (
+        "| `learning_rate` | number > 0 | `0.005` | peak learning rate; for muon on the scale of adamw, by steps of the same size |"
+        in text
+    )
     assert "with `kind: endpoint`" in text
 
 

@@ -28,12 +28,13 @@ from kvopt.config.yaml_file import read_tree
 
 
 def _item(value: Any) -> str:
+    """One of the kinds of the section that an item of ``contexts`` is."""
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return "frontier" if kind == "frontier" else "context"
+    return "frontier" if kind == "frontier" else "kv"
 
 
 ContextItem = Annotated[
-    Annotated[ContextConfig, Tag("context")] | Annotated[FrontierConfig, Tag("frontier")], Discriminator(_item)
+    Annotated[ContextConfig, Tag("kv")] | Annotated[FrontierConfig, Tag("frontier")], Discriminator(_item)
 ]
 
 
@@ -82,6 +83,17 @@ class Config(Section):
             if kind == "context" and argument in learned and names.index(argument) >= names.index(context.name):
                 raise ValueError(f"context {context.name!r} starts from {argument!r}, which must come before it")
         refuse_repeats([student.name for student in self.students], "students")
+        return self
+
+    @model_validator(mode="after")
+    def _gradients_do_not_vanish(self) -> Config:
+        if self.model.dtype == "float16":
+            for context in self.learned:
+                if context.steps:
+                    raise ValueError(
+                        f"context {context.name!r} is learned through float16, where small gradients become 0; set"
+                        " model.dtype to bfloat16 or float32, or its steps to 0"
+                    )
         return self
 
     @model_validator(mode="after")
