@@ -1,11 +1,14 @@
 """Config files are strict: each fault is one line that says where it is and how to fix it."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from kvopt.config.document import Config, load_config
 from kvopt.errors import InputError
-from kvopt.task.template_files import configured_template
+from kvopt.task.template import Template
+from kvopt.task.template_files import configured_template, template_from_file
 from tests.jobs import settings
 
 
@@ -200,3 +203,17 @@ def test_the_schema_describes_every_section():
     schema = Config.model_json_schema()
     assert set(schema["properties"]) == set(Config.model_fields)
     assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("line", ['name: "a\\ud800"', 'template: {text: "Say \\ud800 {{x}}"}', '"\\udc00": 1'])
+def test_half_of_a_surrogate_pair_is_one_line(tmp_path: Path, line: str) -> None:
+    """YAML and JSON can write it, and no tokenizer takes it."""
+    (tmp_path / "c.yaml").write_text(line + "\n", "utf-8")
+    with pytest.raises(InputError, match=r"c\.yaml:1: not valid YAML: half of a surrogate pair is not a character"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_half_of_a_surrogate_pair_in_a_template_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text('{"text": "Say \\ud800 {{x}}"}', "utf-8")
+    with pytest.raises(InputError, match=r"t\.json: holds half of a surrogate pair"):
+        template_from_file(tmp_path / "t.json", Template.from_text("Say {{x}}"))

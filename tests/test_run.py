@@ -272,3 +272,12 @@ def test_another_process_is_kept_out(copied):
     run = Run(loaded, base_dir, out, say=lambda line: None, bars=False)
     with run.opened(), pytest.raises(InputError, match="another kvopt is working"):
         run_job(config, out)
+
+
+@pytest.mark.parametrize("rows", [0.1, [[1]], ["x"], {"a": 1}])
+def test_a_damaged_index_of_the_reference_is_made_again(finished, copied, rows):
+    config, out = copied
+    index = out / "reference" / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"rows": rows}))
+    run_job(config, out)
+    assert artefacts(out) == artefacts(finished[1])

@@ -31,12 +31,14 @@ from kvopt.base.loading import Base, quiet
 from kvopt.documents.student_record import StudentFacts, StudentRecord
 from kvopt.documents.validated import read_record_of
 from kvopt.errors import InputError, KvoptError, counted
-from kvopt.storage.files import read_json, replacing_directory, write_json
+from kvopt.storage.files import read_json, replacing_directory, sha256_json, write_json
 from kvopt.version import VERSION
 
 FORMAT_VERSION = 1
 RECORD = "kvopt-student.json"
 ADAPTER = "adapter_model.safetensors"
+RENAMED = ("base_model_name_or_path", "revision", "peft_version")
+"""Entries of ``adapter_config.json`` that do not change what the adapter does."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,17 @@ def write_student_folder(
             base=of.document,
             **(record.given() if record else {}),
         )
+        if method == "lora":
+            whole.adapter_sha256 = adapter_sha256(place)
         write_json(place / RECORD, whole.to_json())
+
+
+def adapter_sha256(folder: Path) -> str:
+    """Hash of what ``adapter_config.json`` says of the adapter (rank, alpha, modules, …): the name of the base may be
+    changed by hand, and PEFT adds its version. Raises InputError.
+    """
+    config = read_json(folder / "adapter_config.json")
+    return sha256_json({name: value for name, value in config.items() if name not in RENAMED})
 
 
 def weights_of(folder: Path) -> str:
@@ -242,6 +254,9 @@ def load_student(folder: Path, base: Base) -> Base:
     if record is not None and record.weights_sha256 != digest:
         what = f"the weights are not those that {RECORD} describes"
         raise InputError(what, where=str(folder), fix="restore or train it again")
+    if record is not None and record.adapter_sha256 not in (None, adapter_sha256(folder) if adapter else None):
+        what = f"adapter_config.json is not the one that {RECORD} describes"
+        raise InputError(what, where=str(folder), fix="restore or train it again")
     name = (record and record.name) or folder.name
     student = _load_lora(folder, base, name) if adapter else _load_full(folder, base, name)
     student.model.requires_grad_(False).eval()
@@ -259,8 +274,10 @@ def _load_lora(folder: Path, base: Base, name: str) -> Base:
         config = LoraConfig.from_pretrained(str(folder))
         config.base_model_name_or_path = None  # PEFT would warn of another name, which is no other base
         peft = _injected(copied.model, config)
-    except (ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except (
+        Exception
+    ) as error:  # PEFT checks little of its config, so a damaged one fails in as many ways as it has keys
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise InputError(f"its adapter does not fit {base.name!r}: {reason}", where=str(folder)) from None
     _refuse_head(copied, str(folder))
     expected = {key: t.shape for key, t in get_peft_model_state_dict(peft).items()}

@@ -24,7 +24,16 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping (YAML would silently keep the last)."""
+    """Refuses a key that stands twice in one mapping (YAML would silently keep the last), and text that is none."""
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        try:
+            str(value).encode("utf-8")
+        except UnicodeEncodeError:
+            what = "half of a surrogate pair is not a character"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from None
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

@@ -100,6 +100,7 @@ class _Identified(DocumentPart):
     name: str | None = Field(None, description="of the student")
     method: str | None = Field(None, description="lora or full")
     weights_sha256: str | None = Field(None, description="hash of the weight files in the folder")
+    adapter_sha256: str | None = Field(None, description="of LoRA: hash of adapter_config.json without the base's name")
     base: BaseIdentity | None = Field(None, description="the base that it was trained from")
 
 

@@ -173,11 +173,11 @@ def _kept_shards(folder: Path, key: str) -> list[list[tuple[str, int]]]:
     not.
     """
     try:
-        stored = _read_index(folder, key)
+        stored = _shards_of(_read_index(folder, key))
     except InputError:
         return []
     kept = []
-    for shard, rows in enumerate(_shards_of(stored)):
+    for shard, rows in enumerate(stored):
         if stored_key(folder / shard_name(shard)) != key:
             break
         kept.append(rows)
@@ -202,12 +202,15 @@ def _read_index(folder: Path, key: str) -> dict[str, Any]:
 
 def _shards_of(stored: dict[str, Any]) -> list[list[tuple[str, int]]]:
     """(example id, gold tokens) of the rows of each shard; files of 0.1.0 say how many rows all but the last have."""
-    rows = [(str(example_id), int(count)) for example_id, count in stored["rows"]]
-    if "shards" in stored:
-        ends = [0, *accumulate(stored["shards"])]
-    else:
-        ends = [*range(0, len(rows), stored["rows_per_shard"]), len(rows)]
-    return [rows[start:end] for start, end in pairwise(ends)]
+    try:
+        rows = [(str(example_id), int(count)) for example_id, count in stored["rows"]]
+        if "shards" in stored:
+            ends = [0, *accumulate(stored["shards"])]
+        else:
+            ends = [*range(0, len(rows), stored["rows_per_shard"]), len(rows)]
+        return [rows[start:end] for start, end in pairwise(ends)]
+    except (TypeError, ValueError, KeyError):
+        raise InputError("the index of the reference is damaged", where=INDEX, fix="run kvopt run again") from None
 
 
 def open_reference(folder: Path, key: str) -> Reference:

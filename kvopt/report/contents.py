@@ -93,8 +93,10 @@ def _contexts(run: RunFiles) -> list[dict[str, Any]]:
 
 
 def _known(row: LeaderboardRow | UnreportedMutation) -> dict[str, Any]:
-    """What a row of the leaderboard says; its lineage is there, if only an empty one."""
-    facts = {key: value for key, value in row.to_json().items() if value is not None}
+    """What a row of the leaderboard says, its intervals too where a file leaves them out (null); its lineage is there,
+    if only an empty one.
+    """
+    facts = {key: value for key, value in row.model_dump(mode="json").items() if value is not None}
     return facts | {"lineage": row.lineage.model_dump(exclude_none=True)}
 
 

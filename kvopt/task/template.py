@@ -125,6 +125,10 @@ class Template:
         return cls.from_text(text, where=str(path))
 
     def _checked(self, where: str) -> Template:
+        try:
+            "".join(self.fields).encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError("holds half of a surrogate pair, which is not a character", where=where) from None
         if not self.slots:
             raise InputError("the template has no slots", where=where, fix="mark the variable input as {{name}}")
         if self.messages and self.messages[-1].role == "assistant":

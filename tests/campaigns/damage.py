@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from random import Random
 from typing import Any
 
@@ -67,8 +68,11 @@ def change_value(chance: Random, value: Any) -> Any:
 
 def change_json(chance: Random, data: bytes) -> bytes:
     """The bytes of a JSON document, damaged as a value or as text."""
-    if chance.random() < 0.75:
-        changed = change_value(chance, json.loads(data))
+    value: Any = None
+    with suppress(ValueError, RecursionError):  # damaged already
+        value = json.loads(data)
+    if value is not None and chance.random() < 0.75:
+        changed = change_value(chance, value)
         text = json.dumps(changed, ensure_ascii=chance.random() < 0.7, indent=chance.choice((None, 2)))
         return text.encode("utf-8", "surrogatepass")
     if chance.random() < 0.3:

@@ -103,6 +103,7 @@ def _in_child(case: Case, folder: Path, out: Path, err: Path) -> None:
         os.chdir(folder)
         for stream, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         try:
             case.run(folder)

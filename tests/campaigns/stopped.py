@@ -97,6 +97,7 @@ def _in_child(arguments: list[str], folder: Path, stop: Stop | None, report: int
         os.chdir(folder)
         for stream in (1, 2):
             os.dup2(said, stream)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if stop and stop.how == "inside":
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)

@@ -321,7 +321,14 @@ def test_text_files_and_folders_of_variants(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "v.jsonl:1: not JSON"), ("3", "no template"), ('{"messages": []}', "other messages"), ("", "no variants")],
+    [
+        ('{"text": "Read \\ud800 {{note}}"}', "v.jsonl:1: .*half of a surrogate pair"),
+        ("[" * 100_000, "v.jsonl:1: not JSON: nested too deeply"),
+        ("{", "v.jsonl:1: not JSON"),
+        ("3", "no template"),
+        ('{"messages": []}', "other messages"),
+        ("", "no variants"),
+    ],
 )
 def test_broken_variant_files_are_named(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "v.jsonl").write_text(line)

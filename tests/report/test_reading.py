@@ -153,3 +153,13 @@ def test_odd_manifests_and_configs_are_taken_for_empty(run: Path, tmp_path: Path
     (run / "config.yaml").write_text("students: 3\ntemplate: text\n", "utf-8")
     report, _ = write_report([run], tmp_path / "out")
     assert report["runs"][0]["manifest"]["base"] == "text"
+
+
+def test_a_board_that_leaves_out_its_intervals_has_a_page(run: Path, tmp_path: Path):
+    document = leaderboard()
+    document |= {"headlines": ["exact-match"], "answered": 4}
+    for one in document["contexts"]:
+        one["metrics"] = {"exact-match": {"mean": 0.5}}
+    change(run / "leaderboard.json", **document)
+    _, [page] = write_report([run], tmp_path / "page.html")
+    assert "kv-16" in page.read_text("utf-8")

@@ -176,6 +176,26 @@ def test_a_changed_byte_is_refused(folder: Path, llama: Base) -> None:
     refused(folder, llama, "not those that kvopt-student.json describes")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lora_alpha", 33), ("r", 0.5), ("target_modules", 0.1), ("rank_pattern", "x"), ("use_rslora", True)],
+)
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_changed_adapter_config_is_refused_and_never_a_traceback(
+    folder: Path, llama: Base, name: str, value: object, recorded: bool
+) -> None:
+    """The weights alone do not say what the adapter does; of a foreign adapter, only what cannot be is known."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    if not recorded:
+        (folder / "kvopt-student.json").unlink()
+        if name in ("lora_alpha", "use_rslora"):
+            load_student(folder, llama)
+            return
+    with pytest.raises(InputError, match="is not the one that" if recorded else "does not fit|of another shape"):
+        load_student(folder, llama)
+
+
 def test_a_cut_adapter_of_someone_else_is_refused(folder: Path, llama: Base) -> None:
     (folder / "kvopt-student.json").unlink()
     path = folder / "adapter_model.safetensors"

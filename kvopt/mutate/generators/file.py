@@ -34,7 +34,7 @@ class FileVariants:
 
     def __init__(self, path: Path, original: Template):
         self._original = original
-        self._variants = [(where, self._sources(variant, where)) for where, variant in _entries(Path(path))]
+        self._variants = [(where, _characters(self._sources(v, where), where)) for where, v in _entries(Path(path))]
         if not self._variants:
             raise InputError("no variants", where=str(path), fix="write at least one")
         self.limit: int | None = len(self._variants)
@@ -88,6 +88,15 @@ class FileVariants:
         if not all(isinstance(content, str) for content in contents):
             raise InputError("a message without content", where=where)
         return contents
+
+
+def _characters(sources: list[str], where: str) -> list[str]:
+    """The texts. Raises InputError for one that holds what is no character, as JSON can write it."""
+    try:
+        "".join(sources).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError("holds half of a surrogate pair, which is not a character", where=where) from None
+    return sources
 
 
 def _entries(path: Path) -> list[tuple[str, Any]]:
