@@ -106,6 +106,18 @@ def test_the_cut_path_for_control_tokens_equals_production_where_there_are_none(
     assert [offset for offset in cut_offsets if offset != (0, 0)] == [offset for offset in offsets if offset != (0, 0)]
 
 
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_body_has_a_token_to_predict_from_even_where_its_value_is_empty(kind: str) -> None:
+    encoder = Encoder(tiny_tokenizer(kind))
+    template = Template.from_text("Name the label.\nText:{{text}}")
+    for texts in ((" rain", ""), ("",)):
+        rows = [Example(f"train:{i}", {"text": text}, "\nweather", "x") for i, text in enumerate(texts)]
+        encoded = encoder.encode(template, rows)
+        assert all(len(row.body) >= 1 for row in encoded.rows)
+        whole = [[*encoded.prefix, *row.body] for row in encoded.rows]
+        assert whole == [production_ids(encoder.tokenizer, template, row.values) for row in rows]
+
+
 def test_a_stretch_behind_a_genuine_control_token_is_tokenized_as_production_does() -> None:
     """Metaspace marks the start of the text alone; a forged ``</s>`` sends every stretch through the other path."""
     tokenizer = tiny_tokenizer("llama2")
@@ -147,7 +159,7 @@ def test_a_unigram_model_reaches_no_control_token_from_data() -> None:
 
 def test_control_tokens_are_special_ones_and_added_markup() -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer("plain"))
-    markup = ["<tool_call>", "[INST]", "<|x|>", " <pad> "]
+    markup = ["<tool_call>", "[INST]", "<|x|>", " <pad> ", "<q>"]
     words = ["<-", "[", "x>", "hello", "  ", "<>", "<b"]
     tokenizer.add_tokens([*markup, *words])
     added = {token: tokenizer.convert_tokens_to_ids(token) for token in (*markup, *words)}
