@@ -193,6 +193,19 @@ def test_an_eos_that_the_tokenizer_appends_is_no_part_of_the_prompt() -> None:
     assert Encoder(appends).bos() == ()
 
 
+TURNS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + END }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"), [("<e>x>\n", "<e>x>"), (" <e>", " <e>"), ("\n", "<|im_end|>"), ("", "<|im_end|>")]
+)
+def test_the_end_of_an_answer_is_the_token_that_ends_its_turn_and_no_start_of_the_next(end: str, expected: str) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer("chatml"))
+    tokenizer.add_tokens(["<e>x>", "<e>"])
+    tokenizer.chat_template = TURNS.replace("END", repr(end)) + "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    assert Encoder(tokenizer).renderer.end_of_answer(template_for("chatml")) == expected
+
+
 def test_gold_has_no_end_where_the_tokenizer_has_none() -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer("plain"))
     tokenizer.eos_token = None
