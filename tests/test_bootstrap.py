@@ -31,3 +31,7 @@ def test_each_row_of_draws_has_bounds_of_its_own_and_none_where_a_draw_has_no_va
     low, high = bounds(np.stack([np.arange(41.0), np.arange(41.0) * 10, np.full(41, np.nan)]))
     assert (low[:2].tolist(), high[:2].tolist()) == (pytest.approx([1, 10]), pytest.approx([39, 390]))
     assert np.isnan([low[2], high[2]]).all()
+    many = np.random.default_rng(0).normal(size=(2, 3, 41))
+    low, high = bounds(many)
+    assert low.shape == high.shape == (2, 3)
+    assert (low[1, 2], high[1, 2]) == bounds(many[1, 2])

@@ -106,6 +106,18 @@ def test_the_cut_path_for_control_tokens_equals_production_where_there_are_none(
     assert [offset for offset in cut_offsets if offset != (0, 0)] == [offset for offset in offsets if offset != (0, 0)]
 
 
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_body_has_a_token_to_predict_from_even_where_its_value_is_empty(kind: str) -> None:
+    encoder = Encoder(tiny_tokenizer(kind))
+    template = Template.from_text("Name the label.\nText:{{text}}")
+    for texts in ((" rain", ""), ("",)):
+        rows = [Example(f"train:{i}", {"text": text}, "\nweather", "x") for i, text in enumerate(texts)]
+        encoded = encoder.encode(template, rows)
+        assert all(len(row.body) >= 1 for row in encoded.rows)
+        whole = [[*encoded.prefix, *row.body] for row in encoded.rows]
+        assert whole == [production_ids(encoder.tokenizer, template, row.values) for row in rows]
+
+
 def test_a_stretch_behind_a_genuine_control_token_is_tokenized_as_production_does() -> None:
     """Metaspace marks the start of the text alone; a forged ``</s>`` sends every stretch through the other path."""
     tokenizer = tiny_tokenizer("llama2")
@@ -147,7 +159,7 @@ def test_a_unigram_model_reaches_no_control_token_from_data() -> None:
 
 def test_control_tokens_are_special_ones_and_added_markup() -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer("plain"))
-    markup = ["<tool_call>", "[INST]", "<|x|>", " <pad> "]
+    markup = ["<tool_call>", "[INST]", "<|x|>", " <pad> ", "<q>"]
     words = ["<-", "[", "x>", "hello", "  ", "<>", "<b"]
     tokenizer.add_tokens([*markup, *words])
     added = {token: tokenizer.convert_tokens_to_ids(token) for token in (*markup, *words)}
@@ -179,6 +191,19 @@ def test_an_eos_that_the_tokenizer_appends_is_no_part_of_the_prompt() -> None:
     template, rows = template_for("plain"), examples_of([("rain", "n"), ("snow", "m")])
     assert Encoder(appends).encode(template, rows) == Encoder(plain).encode(template, rows)
     assert Encoder(appends).bos() == ()
+
+
+TURNS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + END }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"), [("<e>x>\n", "<e>x>"), (" <e>", " <e>"), ("\n", "<|im_end|>"), ("", "<|im_end|>")]
+)
+def test_the_end_of_an_answer_is_the_token_that_ends_its_turn_and_no_start_of_the_next(end: str, expected: str) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer("chatml"))
+    tokenizer.add_tokens(["<e>x>", "<e>"])
+    tokenizer.chat_template = TURNS.replace("END", repr(end)) + "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    assert Encoder(tokenizer).renderer.end_of_answer(template_for("chatml")) == expected
 
 
 def test_gold_has_no_end_where_the_tokenizer_has_none() -> None:

@@ -71,6 +71,21 @@ def test_rows_stay_whole_and_apart() -> None:
     assert packing.lines * packing.width < len(lengths) * max(lengths)
 
 
+def test_a_token_attends_to_the_prefix_and_to_its_own_row_before_it() -> None:
+    packing = _first_fit([3, 1, 1], 4)  # row 0 and row 1 in line 0, row 2 and padding in line 1
+    assert packing.lines == 2
+    own = torch.tensor(
+        [
+            [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]],
+            [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]],
+        ]
+    )
+    expected = torch.cat([torch.ones(2, 4, 2), own], -1)[:, None].bool()
+    assert torch.equal(packing.mask(2), expected)
+    assert packing.positions(5).tolist() == [[5, 6, 7, 5], [5, 5, 5, 5]]
+    assert packing.packed(torch.tensor([[7, 8, 9], [4, 0, 0], [3, 0, 0]])).tolist() == [[7, 8, 9, 4], [3, 0, 0, 0]]
+
+
 def test_the_longest_rows_come_first_and_each_goes_into_the_first_line_with_room() -> None:
     packing = _first_fit([4, 9, 2, 5, 7], 10)
     assert packing.line.tolist() == [2, 0, 1, 2, 1]

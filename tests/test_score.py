@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -248,6 +249,20 @@ def test_a_damaged_index_is_one_line(written: str, message: str, tmp_path: Path)
     (tmp_path / "index.json").write_text(written)
     with pytest.raises(InputError, match=message):
         open_reference(tmp_path, "mine")
+
+
+def test_an_index_of_0_1_0_which_says_how_many_rows_a_shard_has_is_read(
+    tmp_path: Path, llama: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvopt.measure import reference as module
+
+    monkeypatch.setattr(module, "ROWS_PER_SHARD", 5)
+    task = make_task(llama, tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert index.pop("shards") == [5, 5, 2]
+    (tmp_path / "index.json").write_text(json.dumps(index | {"rows_per_shard": 5}))
+    ids = [row.example_id for row in task.encoded.rows]
+    assert torch.equal(open_reference(tmp_path, task.reference.key).hidden(ids), task.reference.hidden(ids))
 
 
 def test_a_reference_grows_in_shards_of_its_own_and_says_what_was_there(

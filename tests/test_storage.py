@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from kvopt.errors import InputError, KvoptError
 from kvopt.storage.files import (
@@ -71,6 +73,14 @@ def test_hashes_are_those_of_one_spelling() -> None:
     assert sha256_bytes(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     with pytest.raises(ValueError, match="not JSON compliant"):
         canonical_json({"a": float("nan")})
+
+
+@pytest.mark.parametrize("write", [write_json, lambda path, value: write_jsonl(path, [1, value])])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_json_is_not_written(write: Callable[..., None], value: float, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write(tmp_path / "a", {"a": [value]})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_s_hash_is_that_of_its_bytes(tmp_path: Path) -> None:
@@ -134,7 +144,11 @@ def test_no_reader_sees_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (OSError(122, "Disk quota exceeded"), KvoptError, "the disk quota is used up"),
         (PermissionError(13, "Permission denied"), InputError, "no permission to write"),
         (OSError(30, "Read-only file system"), InputError, "no permission to write"),
-        (OSError(36, "File name too long"), InputError, "cannot be written: File name too long"),
+        (OSError(27, "File too large"), KvoptError, "the file is larger than this system allows"),
+        *(
+            (OSError(number, os.strerror(number)), InputError, f"cannot be written: {os.strerror(number)}")
+            for number in (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+        ),
         (OSError(5, "Input/output error"), KvoptError, "cannot be written: Input/output error"),
     ],
 )
@@ -244,7 +258,9 @@ def test_leftovers_go_but_not_what_another_process_writes(tmp_path: Path) -> Non
 # ---- tensors
 
 
-def test_tensors_come_back_with_their_key_and_a_damaged_file_has_none(tmp_path: Path) -> None:
+def test_tensors_come_back_with_their_key_and_a_damaged_file_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, tensors = tmp_path / "t.safetensors", {"a": torch.arange(6).reshape(2, 3).T, "b": torch.ones(2)}
     assert stored_key(path) is None
     write_tensors(path, tensors, "k1")
@@ -254,6 +270,11 @@ def test_tensors_come_back_with_their_key_and_a_damaged_file_has_none(tmp_path: 
     whole = path.read_bytes()
     write_tensors(path, tensors, "k1")
     assert path.read_bytes() == whole
+    path.write_bytes(save(tensors | {"a": tensors["a"].contiguous()}))
+    assert stored_key(path) is None, "of something else"
+    with monkeypatch.context() as patched:
+        patched.setattr("kvopt.storage.tensors.safe_open", failing(OSError(5, "Input/output error")))
+        assert stored_key(path) is None
     for damaged in (whole[:-3], whole[:4], b""):
         path.write_bytes(damaged)
         assert stored_key(path) is None

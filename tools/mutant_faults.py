@@ -18,8 +18,8 @@ SWAPS = {
     ast.BitOr: ("|", ("&",)), ast.BitAnd: ("&", ("|",)), ast.And: ("and", ("or",)), ast.Or: ("or", ("and",)),
 }  # fmt: skip
 SYMMETRIC = {"min", "max", "equal"}
-GUARDS = {"strict", "frozen"}
-"""Keyword arguments that only raise where the code is wrong already."""
+GUARDS = {"strict", "frozen", "description"}
+"""Keyword arguments that only raise where the code is wrong already, or are words."""
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "argmin": "argmax", "argmax": "argmin"}
 
 

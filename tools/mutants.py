@@ -181,7 +181,9 @@ def sampled(module: str, seed: int, count: int) -> list[Mutant]:
 
 
 def run_module(module: str, tree: Path, seed: int, count: int, journal: Path) -> Iterator[dict[str, Any]]:
-    """Try the mutants of a module that the journal has not; yields an entry for each."""
+    """Try the mutants of a module that the journal has not, and earlier survivors on tests that have changed; yields an
+    entry for each.
+    """
     tests, source = PLAN["tests"][module], (ROOT / module).read_bytes()
     versions = {"source": digest([module]), "tests": digest(tests)}
     entries, equivalent = known(journal), PLAN["equivalent"]
@@ -193,7 +195,12 @@ def run_module(module: str, tree: Path, seed: int, count: int, journal: Path) ->
             same and (entry["verdict"] != "survived" or entry["tests"] == versions["tests"])
         )
 
-    todo = [mutant for mutant in sampled(module, seed, count) if not settled(mutant)]
+    def survived(mutant: Mutant) -> bool:
+        return entries.get(mutant.id(source), {"verdict": ""})["verdict"] == "survived"
+
+    before = filter(survived, Mutants(module, source).found)
+    wanted = {mutant.id(source): mutant for mutant in (*before, *sampled(module, seed, count))}
+    todo = [mutant for mutant in wanted.values() if not settled(mutant)]
     if not todo:
         return
     file = tree / module
@@ -249,7 +256,7 @@ def table(modules: list[str], journal: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("modules", nargs="*", default=list(PLAN["tests"]), help="default: all of mutants.toml")
-    parser.add_argument("--count", type=int, default=20, help="mutants of each module")
+    parser.add_argument("--count", type=int, default=20, help="mutants of each module (0: only earlier survivors)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--journal", type=Path, default=ROOT / "build" / "mutants.jsonl")
     parser.add_argument("--table", action="store_true", help="print the table of the journal and run nothing")

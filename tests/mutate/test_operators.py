@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from random import Random
 
@@ -227,10 +228,15 @@ def test_user_literals_are_protected() -> None:
     protect = compile_protect(["make sure", r"re:gr[ae]y"])
     source = "Please make sure that gray and grey stay."
     assert [source[s.start : s.end] for s in find_spans(source, protect)] == ["make sure", "gray", "grey"]
-    template = Template.from_text("You make sure to read the rules. {{x}}")
-    for seed in range(30):
-        changed = apply_operator(operators()["synonyms"], template, "leading", protect, Random(seed))
-        assert changed is None or "make sure" in changed.fields[0]
+    template = Template.from_text("You make sure to read the rules, for example the first. {{x}}")
+
+    def changed(protect: tuple[re.Pattern[str], ...]) -> list[str]:
+        made = [apply_operator(operators()["synonyms"], template, "leading", protect, Random(i)) for i in range(30)]
+        return [one.fields[0] for one in made if one is not None]
+
+    assert any("make sure" not in text for text in changed(()))
+    assert len(changed(protect)) > 20
+    assert all("make sure" in text for text in changed(protect))
 
 
 @pytest.mark.parametrize("broken", ["", "a", "{0}{0}", "{0}\U000f0007"])

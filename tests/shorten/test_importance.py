@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 
-from kvopt.base.attention import gated
+from kvopt.base import attention
+from kvopt.base.attention import gated, watched
 from kvopt.base.loading import Base
 from kvopt.base.prefix import prefill, prefill_after, run_bodies
 from kvopt.measure.score import score_prefix
@@ -84,6 +89,55 @@ def test_gain_is_the_slope_of_the_kl_and_fisher_that_of_the_distribution(task: T
         fisher = float(0.5 * (q.exp() * slope.square()).sum(-1).mean())
         assert float(found.gain[place]) == pytest.approx(gain, rel=0.05, abs=2e-5)
         assert float(found.fisher[place]) == pytest.approx(fisher, rel=0.35)
+
+
+def test_gates_have_the_same_gradient_where_attention_is_computed_again(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.tensor(task.encoded.prefix)
+    batch = make_batch(task.encoded.rows, [0, 1])
+    again: list[int] = []
+
+    def counting(function: Any, *given: Any, **how: Any) -> Any:
+        again.append(1)
+        return checkpoint(function, *given, **how)
+
+    def gradient() -> tuple[Tensor, Tensor]:
+        gates = torch.linspace(0.3, 1.0, len(ids)).requires_grad_()
+        with gated(task.base, gates):
+            hidden = importance._gold_hidden(task.base, ids, torch.ones(len(ids), dtype=torch.bool), batch)
+            (hidden * torch.arange(len(hidden))[:, None]).mean().backward()
+        assert gates.grad is not None
+        return hidden.detach(), gates.grad
+
+    monkeypatch.setattr(attention, "checkpoint", counting)
+    kept = gradient()
+    assert not again
+    monkeypatch.setattr(attention, "KEPT_QUERIES", 0)
+    computed = gradient()
+    assert again
+    assert kept[1].abs().max() > 1e-4
+    for one, other in zip(computed, kept, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_base_is_as_it_was_after_its_attention_was_watched(task: Task) -> None:
+    before = task.base.model.config._attn_implementation
+    seen: list[tuple[int, ...]] = []
+
+    def observe(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None) -> None:
+        seen.append((query.shape[-2], key.shape[-2], value.shape[-2]))
+
+    ids = torch.tensor(task.encoded.prefix)
+    with torch.no_grad():
+        expected = prefill(task.base, ids=ids).stack()
+        with watched(task.base, observe):
+            found = prefill(task.base, ids=ids).stack()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert seen == [(len(ids),) * 3] * task.base.geometry.layers
+    assert task.base.model.config._attn_implementation == before
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        assert attention._OURS not in interface._global_mapping
 
 
 def test_the_largest_attention_is_that_of_an_eager_model(llama: Base, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from kvopt.config.losses import Loss
@@ -90,6 +91,14 @@ def test_value_and_gradients_are_those_of_the_formula(
     torch.testing.assert_close(gold.hidden.grad.double(), hidden.grad, rtol=1e-4, atol=1e-5)
     if trained_head:
         torch.testing.assert_close(gold.head.weight.grad.double(), weight.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["anchored-kl", "asft"])
+def test_a_weight_below_zero_is_refused_and_zero_is_no_kl(kind: str) -> None:
+    with pytest.raises(ValidationError, match="greater than or equal to 0"):
+        build({"kind": kind, "weight": -0.01})
+    plain = build({"kind": "ce" if kind == "anchored-kl" else "dft"})
+    torch.testing.assert_close(build({"kind": kind, "weight": 0})(case(False)), plain(case(False)))
 
 
 @pytest.mark.parametrize("kind", ["anchored-kl", "asft"])

@@ -84,6 +84,17 @@ def test_the_fit_finds_the_power_law_and_its_interval_holds_it():
     assert found["converged"] > 0.9
 
 
+def test_r2_of_a_curve_is_the_share_of_the_variance_around_the_mean():
+    noisy = points(-0.3, 0.8, 0.6, noise=0.05)
+    found = fit_curve(noisy).to_json()
+    values = np.array(list(noisy.values()))
+    fit = found["fit"]
+    law = np.array([fit["a"] * (n + 1.0) ** -fit["b"] + fit["c"] for n in noisy])
+    expected = 1 - ((values - law[:, None]) ** 2).sum() / ((values - values.mean()) ** 2).sum()
+    assert found["r2"] == pytest.approx(expected, rel=1e-6)
+    assert 0.5 < found["r2"] < 0.95
+
+
 def test_a_curve_that_goes_nowhere_is_told_from_one_that_falls():
     rng = np.random.default_rng(4)
     offsets = [0.0, 0.5, -0.3]  # seeds differ by far more than the curve falls

@@ -24,6 +24,7 @@ from kvopt.train.gold import gold_nll
 from kvopt.train.job import Job, Trained, make_plan
 from kvopt.train.losses.anchored_kl import AnchoredKL
 from kvopt.train.losses.ce import CrossEntropy
+from kvopt.train.pool import Pool
 from kvopt.train.student import full_student, lora_student
 from kvopt.train.trainer import StudentTrainer, train_student
 from tests.tasks import Task, make_task
@@ -124,6 +125,38 @@ def test_micro_batches_and_checkpointing_change_nothing(task: Task, tmp_path: Pa
     plain = train_student(job(task, tmp_path / "a", contexts, steps=6, learning_rate=0.01))
     other = train_student(job(task, tmp_path / "b", contexts, steps=6, learning_rate=0.01, **settings))
     assert losses(other) == pytest.approx(losses(plain), abs=1e-5)
+
+
+def test_a_pool_s_identity_names_contexts_weights_and_rows(task: Task) -> None:
+    whole = pool(task, *ALL)
+    first, *rest = whole.contexts
+    row = first.encoded.rows[2]
+
+    def with_first(**changes: Any) -> Pool:
+        return Pool((dataclasses.replace(first, **changes), *rest))
+
+    def with_row(**changes: Any) -> Pool:
+        rows = list(first.encoded.rows)
+        rows[2] = dataclasses.replace(row, **changes)
+        return with_first(encoded=dataclasses.replace(first.encoded, rows=tuple(rows)))
+
+    others = [
+        pool(task, *ALL[1:]),
+        pool(task, *ALL[::-1]),
+        with_first(weight=2.0),
+        with_first(context=context(task, "other")),
+        with_first(encoded=dataclasses.replace(first.encoded, rows=first.encoded.rows[:-1])),
+        with_row(body=row.body[:-1]),
+        with_row(gold=(row.gold[0] + 1, *row.gold[1:])),
+        with_row(example_id="another"),
+    ]
+    assert len({one.sha256() for one in (whole, *others)}) == 1 + len(others)
+    assert pool(task, *ALL).sha256() == whole.sha256()
+    facts = [(one.name, one.kind, one.tokens, one.weight) for one in whole.facts()]
+    assert [name for name, *_ in facts] == list(ALL)
+    assert facts[3] == ("kv", "kv", 5, 1.0)
+    assert whole.gold_counts == tuple(len(row.gold) for row in task.encoded.rows)
+    assert whole.dropped == 0
 
 
 @pytest.mark.parametrize("kind", MODELS)
