@@ -14,7 +14,7 @@ def test_every_key_of_the_config_is_named_with_its_type():
         for key in definition.get("properties", {}):
             assert f"| `{key}` | " in text
     assert (
-        "| `learning_rate` | number > 0 | `0.005` | peak learning rate; for muon on the scale of adamw, by steps of the same size |"
+        "| `learning_rate` | number > 0 | `0.005` | peak learning rate; muon's steps are as large as adamw's with it |"
         in text
     )
     assert "with `kind: endpoint`" in text

@@ -145,7 +145,7 @@ class ContextConfig(Section):
         "auto", description="auto: muon for soft prompts (which alone can have it), adamw for KV caches"
     )
     learning_rate: float = Field(
-        0.005, gt=0, description="peak learning rate; for muon on the scale of adamw, by steps of the same size"
+        0.005, gt=0, description="peak learning rate; muon's steps are as large as adamw's with it"
     )
     warmup: float = Field(
         0.05, ge=0, le=1, description="share of the steps with a rising learning rate; a cosine to 0 follows"
