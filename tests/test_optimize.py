@@ -102,7 +102,7 @@ def test_kl_falls_frozen_slots_stay_and_the_base_does_not_change(task: Task, kin
         tokens=6,
         steps=30,
         batch_size=4,
-        learning_rate=0.02 if kind == "kv" else 0.1,
+        learning_rate=0.02,
         eval_every=5,
         frozen=2,
     )  # type: ignore[arg-type]
@@ -135,7 +135,8 @@ def test_a_run_that_is_cut_and_continued_ends_in_the_same_bytes(
     llama: Base, tmp_path: Path, kind: str, stop: int
 ) -> None:
     task = make_task(llama, tmp_path / "reference")
-    config = ContextConfig(name="c", kind=kind, tokens=6, steps=8, batch_size=5, learning_rate=0.02, eval_every=2)  # type: ignore[arg-type]
+    settings = {"kind": kind, "optimizer": "muon" if kind == "soft" else "adamw", "steps": 8, "batch_size": 5}
+    config = ContextConfig(name="c", tokens=6, learning_rate=0.02, eval_every=2, **settings)  # type: ignore[arg-type]
     whole = learn(task, config, seed=5)
 
     class Cut(Exception):
@@ -166,7 +167,8 @@ def test_a_run_that_is_cut_and_continued_ends_in_the_same_bytes(
 
 def test_steps_of_a_soft_prompt_are_those_of_muon(llama: Base, tmp_path: Path) -> None:
     task = make_task(llama, tmp_path)
-    config = ContextConfig(name="c", kind="soft", tokens=6, steps=3, batch_size=4, eval_every=3, clip=1e9)
+    settings = {"steps": 3, "batch_size": 4, "eval_every": 3, "clip": 1e9}
+    config = ContextConfig(name="c", kind="soft", tokens=6, optimizer="muon", **settings)  # type: ignore[arg-type]
     steps = itertools.count()
     learned = learn(task, config, seed=2, choose=lambda *_: -next(steps))
     slots = start(task, "soft")

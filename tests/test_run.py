@@ -139,7 +139,7 @@ def test_other_steps_learn_that_context_again_and_nothing_else(copied, tmp_path)
     longer = changed(config, tmp_path / "job", lambda c: context(c, "kv-8").update(steps=8))
     before = artefacts(out)
     run_job(longer, out)
-    assert stages_in(out) == ["contexts/kv-8", "scores/kv-8.validation", "samples"]
+    assert stages_in(out) == ["contexts/kv-8", "scores/kv-8.selection", "scores/kv-8.validation", "samples"]
     after = artefacts(out)
     assert after["contexts/kv-8/adapter_model.safetensors"] != before["contexts/kv-8/adapter_model.safetensors"]
     assert after["contexts/kv-best/kvopt.json"] == before["contexts/kv-best/kvopt.json"]
@@ -165,7 +165,8 @@ def test_an_added_context_is_the_only_one_learned(copied, tmp_path):
     more = changed(config, tmp_path / "job", lambda c: c["contexts"].extend([start, new]))
     run_job(more, out)
     assert stages_in(out) == [
-        "contexts/kv-4-start", "scores/kv-4-start.validation", "contexts/kv-4", "scores/kv-4.validation",
+        "contexts/kv-4-start", "scores/kv-4-start.selection", "scores/kv-4-start.validation",
+        "contexts/kv-4", "scores/kv-4.selection", "scores/kv-4.validation",
         "samples",
     ]  # fmt: skip
 
@@ -179,7 +180,7 @@ def test_a_context_that_starts_from_another_follows_its_changes(copied, tmp_path
         config, tmp_path / "two", lambda c: (c["contexts"].append(heir), context(c, "kv-8").update(learning_rate=0.01))
     )
     run_job(both, out)
-    assert stages_in(out)[:3] == ["contexts/kv-8", "scores/kv-8.validation", "contexts/heir"]
+    assert stages_in(out)[:4] == ["contexts/kv-8", "scores/kv-8.selection", "scores/kv-8.validation", "contexts/heir"]
 
 
 def test_what_the_config_no_longer_has_leaves_its_place(copied, tmp_path):

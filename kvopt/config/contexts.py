@@ -141,8 +141,8 @@ class ContextConfig(Section):
         ge=1,
         description="rows whose activations are held at once: less memory, the same step; default: batch_size",
     )
-    optimizer: Literal["auto", "adamw", "muon"] = Field(
-        "auto", description="auto: muon for soft prompts (which alone can have it), adamw for KV caches"
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon moves all slots of a soft prompt together; KV caches take adamw"
     )
     learning_rate: float = Field(
         0.005, gt=0, description="peak learning rate; muon's steps are as large as adamw's with it"
@@ -182,13 +182,6 @@ class ContextConfig(Section):
         if self.kind == "kv" and self.optimizer == "muon":
             raise ValueError("optimizer: muon is for soft prompts; KV caches take adamw")
         return self
-
-    @property
-    def steps_by(self) -> Literal["adamw", "muon"]:
-        """The optimizer that ``auto`` means."""
-        if self.optimizer == "auto":
-            return "muon" if self.kind == "soft" else "adamw"
-        return self.optimizer
 
     @property
     def start(self) -> Init:

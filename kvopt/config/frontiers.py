@@ -61,6 +61,7 @@ def learned_context(
         init="matched" if kind == "kv" else text,
         steps=steps,
         batch_size=BATCH,
+        optimizer="adamw" if kind == "kv" else "muon",
         learning_rate=RATES[kind],
         eval_every=EVERY,
     )

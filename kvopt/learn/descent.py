@@ -122,7 +122,7 @@ def make_optimizer(trainable: Tensor, config: ContextConfig) -> torch.optim.Opti
     """AdamW, or for soft prompts Muon: each step moves all slots together along an orthogonalized momentum [T, D]
     (Jordan et al. 2024), its size that of an AdamW step with the same learning rate (arXiv 2502.16982).
     """
-    if config.steps_by == "muon":
+    if config.optimizer == "muon":
         return torch.optim.Muon(
             [trainable], lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
         )

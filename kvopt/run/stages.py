@@ -251,8 +251,8 @@ def make_learned(
         "tokens": tokens,
         "init": init.settings,
     }
-    if config.steps_by != "adamw":
-        settings["optimizer"] = config.steps_by
+    if config.optimizer != "adamw":
+        settings["optimizer"] = config.optimizer
     if (select := task.config.score.select) != "kl":
         settings["select"] = select
     key = key_of(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from kvopt.base.loading import load_base
 from kvopt.config.document import load_config
 from kvopt.contexts import KVContext, SoftContext, load_context
+from kvopt.learn.starts.matched import Matched
 from kvopt.report import write_report
 from kvopt.run import stages
 from kvopt.run.run import Run
@@ -25,8 +26,9 @@ OLDER = Path(__file__).resolve().parents[1] / "data" / "run-0.1.0"
 
 
 @pytest.fixture
-def older(tmp_path: Path) -> Path:
-    """A copy that may be changed."""
+def older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy that may be changed, for a kvopt whose starts are those of then."""
+    monkeypatch.setattr(Matched, "version", 1)
     return Path(shutil.copytree(OLDER, tmp_path / "older"))
 
 
@@ -63,9 +65,13 @@ def test_a_finished_run_is_taken_as_it_is(older: Path) -> None:
     with open_run(older, lines).opened() as run:
         evaluate_all(run)
         conduct_study(run)
-    kept = [entry for entry in ledger(older) if not entry["stage"].startswith("answers/")]  # which are new,
-    kept.remove([entry for entry in kept if entry["stage"] == "samples"][-1])  # and samples show them
-    assert len(kept) == len(ledger(OLDER.parent / "run-0.1.0")), "nothing was computed again"
+    new = ("answers/", *(f"scores/{name}.selection" for name in ("none", "kv-6", "soft-5")))
+    kept, there = (
+        [entry for entry in ledger(folder) if not entry["stage"].startswith(new)]
+        for folder in (older, OLDER.parent / "run-0.1.0")
+    )
+    kept.remove([entry for entry in kept if entry["stage"] == "samples"][-1])  # samples show answers, which are new
+    assert len(kept) == len(there), "nothing was computed again"
     assert [line for line in lines if line.endswith("trained already")]
     for name, value in before.items():
         after = document(older / "run" / name)
@@ -77,9 +83,30 @@ def test_a_finished_run_is_taken_as_it_is(older: Path) -> None:
             assert after.pop("headlines") == ["exact-match", "json-valid"]
             assert after.pop("answered") > 0
             assert all(row.pop("metrics") for row in after["contexts"])
+            assert after.pop("recommended") in {row["name"] for row in after["contexts"]}
+            assert after.pop("picking") > 0
+            for row in (
+                *after["contexts"],
+                *value["contexts"],
+            ):  # chosen and compared in another way since
+                for key in ("selection", "difference", "separable_from_best"):
+                    row.pop(key, None)
             assert after == value, name
         else:
             assert after == value, name
+
+
+def test_a_context_whose_start_is_another_now_is_made_again_and_the_old_one_kept(
+    older: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Matched, "version", 2)
+    before = (older / "run/contexts/soft-5/adapter_model.safetensors").read_bytes()
+    lines: list[str] = []
+    with open_run(older, lines).opened() as run:
+        run.learned()
+    assert (older / "run/contexts/soft-5/adapter_model.safetensors").read_bytes() == before
+    assert sum(line.startswith("put aside: contexts/kv-6") for line in lines) == 1
+    assert len(list((older / "run/.kept").glob("contexts-kv-6-*/contexts/kv-6/kvopt.json"))) == 1
 
 
 def test_its_context_and_student_folders_are_read(older: Path) -> None:
@@ -103,6 +130,9 @@ def test_its_page_can_be_written(older: Path, tmp_path: Path) -> None:
 
 def test_a_descent_is_gone_on_with_from_its_checkpoint(older: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = load_file(older / "run" / "contexts" / "kv-6" / "adapter_model.safetensors")["prompt_embeddings"]
+    config, _ = load_config(older / "kvopt.yaml")
+    learned = load_context(older / "run" / "contexts" / "kv-6", load_base(config.model))
+    monkeypatch.setattr(stages, "initial_tensor", lambda start, task: learned.tensor)  # its first slot is frozen
     shutil.rmtree(older / "run" / "contexts" / "kv-6")
     shutil.copytree(older / "state", older / "run" / ".state", dirs_exist_ok=True)
     steps: list[int] = []
