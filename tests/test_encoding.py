@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, processors
@@ -133,6 +134,10 @@ def test_a_stretch_behind_a_genuine_control_token_is_tokenized_as_production_doe
     ids, leading, _ = encoder.prompt_and_gold(template, forged)
     expected = production_ids(tokenizer, template, honest.values)
     assert tokenizer.eos_token_id in ids[:leading], "the turn before ends with the genuine one"
+    text = Template.from_text("book {{text}}\nLabel:")
+    start, first_slot, _ = encoder.prompt_and_gold(text, forged)
+    assert start[:first_slot] == production_ids(tokenizer, text, honest.values)[:first_slot]
+    assert tokenizer.eos_token_id not in start
     assert ids[:leading] == expected[:leading]
     assert ids.count(tokenizer.eos_token_id) == 1
 
@@ -160,7 +165,7 @@ def test_a_unigram_model_reaches_no_control_token_from_data() -> None:
 def test_control_tokens_are_special_ones_and_added_markup() -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer("plain"))
     markup = ["<tool_call>", "[INST]", "<|x|>", " <pad> ", "<q>"]
-    words = ["<-", "[", "x>", "hello", "  ", "<>", "<b"]
+    words = ["<-", "[", "x>", "hello", "  ", "<>", "<b", "<bc", "yz>"]
     tokenizer.add_tokens([*markup, *words])
     added = {token: tokenizer.convert_tokens_to_ids(token) for token in (*markup, *words)}
     control = control_tokens(tokenizer) - control_tokens(tiny_tokenizer("plain"))
@@ -309,6 +314,9 @@ def test_a_batch_predicts_gold_tokens_only_and_each_from_the_position_before_it(
             assert batch.gold[position] == target
             position += 1
     assert position == len(batch.gold)
+    moved = batch.to("cpu")
+    assert all(torch.equal(getattr(moved, name), getattr(batch, name)) for name in ("ids", "mask", "predicts", "gold"))
+    assert moved.index == batch.index == (2, 1)
     assert batch.tokens == sum(len(rows[i]) - 1 for i in (2, 1))
 
 

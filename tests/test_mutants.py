@@ -62,7 +62,8 @@ def test_faults_are_other_programs_and_leave_words_and_types_alone(faults: objec
         assert ast.dump(ast.parse(mutant.applied(SOURCE))) != ast.dump(ast.parse(SOURCE))
 
 
-def test_ids_outlive_lines_that_move(faults: object) -> None:
+def test_ids_outlive_lines_that_move_and_tell_equal_lines_apart(faults: object) -> None:
+    assert len(made(faults, b"a = 1\nb = 2\na = 1\n")) == 6
     moved = SOURCE.replace(b"\nNames", b"\nMORE = None\n\nNames")
     assert made(faults, moved) == made(faults, SOURCE)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from torch import Tensor
 from kvopt.base.loading import Base, enable_checkpointing
 from kvopt.config.contexts import ContextConfig, Init
 from kvopt.errors import KvoptError
+from kvopt.learn import descent
 from kvopt.learn.descent import Descent, batch_at, context_loss, differentiated_loss, learning_rate_at, optimize
 from kvopt.learn.start_task import StartTask, initial_tensor
+from kvopt.measure.score import TokenScores, score_prefix
 from tests.tasks import Task, make_task
 from tests.tiny import MODELS, tiny_base
 
@@ -240,6 +243,38 @@ def test_steps_are_those_of_torchs_adamw_with_clipped_gradients(
     expected = plain_descent(task, config, seed=2)
     assert (expected - start(task, "kv")).abs().max() > 0.05
     torch.testing.assert_close(learned.tensor, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("frozen", "steps"), [(10, 1), (12, 0), (20, 0)])
+def test_frozen_slots_stay_however_many_there_are(llama: Base, tmp_path: Path, frozen: int, steps: int) -> None:
+    task = make_task(llama, tmp_path)
+    initial = start(task, "kv", tokens=12)
+    config = ContextConfig(name="c", tokens=12, steps=1, batch_size=4, learning_rate=0.1, warmup=0, frozen=frozen)
+    rows = task.encoded.rows
+    newest = count()
+    learned = optimize(
+        llama, initial, config, rows[:8], rows[8:], task.reference, choose=lambda *_: float(-next(newest))
+    )
+    assert learned.steps == steps
+    assert torch.equal(learned.tensor[:frozen], initial[:frozen])
+    moved = (learned.tensor != initial).flatten(1).any(1)
+    assert moved.tolist() == [False] * min(frozen, 12) + [True] * max(0, 12 - frozen)
+
+
+def test_a_held_out_kl_that_is_not_finite_stops_with_its_step(
+    llama: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(llama, tmp_path)
+    measured = count()
+
+    def scored(*given: object, **how: object) -> TokenScores:
+        scores = score_prefix(*given, **how)  # type: ignore[arg-type]
+        return replace(scores, kl=scores.kl * float("nan")) if next(measured) else scores
+
+    monkeypatch.setattr(descent, "score_prefix", scored)
+    config = ContextConfig(name="wild", tokens=6, steps=4, batch_size=4, eval_every=2)
+    with pytest.raises(KvoptError, match=r"contexts\.wild: held-out KL is nan at step 2; lower learning_rate"):
+        learn(task, config)
 
 
 def test_every_epoch_visits_every_row_once() -> None:

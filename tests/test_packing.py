@@ -82,6 +82,8 @@ def test_a_token_attends_to_the_prefix_and_to_its_own_row_before_it() -> None:
     )
     expected = torch.cat([torch.ones(2, 4, 2), own], -1)[:, None].bool()
     assert torch.equal(packing.mask(2), expected)
+    padded = _first_fit([2, 4], 4).mask(1)[1, 0]  # row 0 and two positions of padding
+    assert padded.int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
     assert packing.positions(5).tolist() == [[5, 6, 7, 5], [5, 5, 5, 5]]
     assert packing.packed(torch.tensor([[7, 8, 9], [4, 0, 0], [3, 0, 0]])).tolist() == [[7, 8, 9, 4], [3, 0, 0, 0]]
 

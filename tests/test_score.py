@@ -202,7 +202,9 @@ def test_reference_refuses_another_key_and_is_resumed_shard_by_shard(tmp_path: P
         open_reference(tmp_path, "0" * 64)
 
 
-def test_the_reference_s_key_names_all_that_it_depends_on(llama: Base, tmp_path: Path) -> None:
+def test_the_reference_s_key_names_all_that_it_depends_on(
+    llama: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoded = make_task(llama, tmp_path).encoded
     row = encoded.rows[3]
     other_body = Row(row.example_id, (*row.body[:-1], row.body[-1] + 1), row.gold)
@@ -211,10 +213,13 @@ def test_the_reference_s_key_names_all_that_it_depends_on(llama: Base, tmp_path:
     changed.append(Encoded((*encoded.prefix[:-1], encoded.prefix[-1] + 1), encoded.rows))
     half = replace(llama, dtype=torch.bfloat16)
     named = replace(llama, identity=llama.identity | {"config": "another"})
-    keys = [reference_key(base, encoded, 4) for base in (llama, half, named)]
+    elsewhere = replace(llama, device=torch.device("cuda"))
+    keys = [reference_key(base, encoded, 4) for base in (llama, half, named, elsewhere)]
     keys += [reference_key(llama, encoded, 5), *(reference_key(llama, other, 4) for other in changed)]
-    assert len(set(keys)) == len(keys) == 7
     assert reference_key(llama, Encoded(encoded.prefix, encoded.rows), 4) == keys[0]
+    monkeypatch.setattr("kvopt.measure.reference.ROWS_PER_SHARD", 5)
+    keys.append(reference_key(llama, encoded, 4))
+    assert len(set(keys)) == len(keys) == 9
 
 
 def test_a_reference_of_as_many_other_rows_is_built_anew(llama: Base, tmp_path: Path) -> None:

@@ -46,7 +46,10 @@ class Mutant:
 
     def id(self, source: bytes) -> str:
         """The same for the same change, wherever its lines have moved."""
-        return hashlib.sha256(json.dumps([self.module, *self.diff(source)]).encode()).hexdigest()[:10]
+        before, after = self.diff(source)
+        earlier = source[: self.start].count(before.encode())  # the same lines further up
+        change = [self.module, before, after, *([earlier] if earlier else [])]
+        return hashlib.sha256(json.dumps(change).encode()).hexdigest()[:10]
 
 
 class Mutants(ast.NodeVisitor):

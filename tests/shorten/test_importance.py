@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from kvopt.base import attention
-from kvopt.base.attention import gated, watched
+from kvopt.base.attention import allowed_keys, gated, watched
 from kvopt.base.loading import Base
 from kvopt.base.prefix import prefill, prefill_after, run_bodies
 from kvopt.measure.score import score_prefix
@@ -119,6 +120,14 @@ def test_gates_have_the_same_gradient_where_attention_is_computed_again(
     assert kept[1].abs().max() > 1e-4
     for one, other in zip(computed, kept, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_masks_of_booleans_and_of_addends_allow_the_same_keys(dtype: torch.dtype) -> None:
+    addends = torch.tensor([0.0, torch.finfo(dtype).min, -1.0, -math.inf], dtype=dtype)
+    assert allowed_keys(addends).tolist() == [True, False, True, False]
+    allowed = torch.tensor([True, False])
+    assert allowed_keys(allowed) is allowed
 
 
 def test_a_base_is_as_it_was_after_its_attention_was_watched(task: Task) -> None:

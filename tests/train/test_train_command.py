@@ -218,6 +218,19 @@ def test_rows_that_are_too_long_are_dropped_under_every_context_and_counted(tmp_
     assert max(len(row) for row in text.rows) == limit
 
 
+def test_mutations_taken_by_chance_are_those_of_the_seed(tmp_path: Path) -> None:
+    from kvopt.train.pool import build_pool, names_of
+
+    job = write(tmp_path, [{"name": "s", "contexts": ["random-mutations:1"], "steps": 1}])
+    config, base_dir = load_config(job)
+    run = Run(config, base_dir, tmp_path / "out", say=lambda line: None, bars=False)
+    with run.opened():
+        catalogue = run.catalogue(names_of(config.students[0]))
+        names = [build_pool(catalogue, config.students[0], seed).contexts[0].name for seed in (*range(8), *range(8))]
+    assert names[:8] == names[8:]
+    assert len(set(names)) > 1
+
+
 def test_tensorboard_events_are_written_by_default(tmp_path: Path) -> None:
     job = write(tmp_path, [{"name": "s", "contexts": ["original"], "steps": 2, "report_to": ["tensorboard"]}])
     train(job, tmp_path / "out")
