@@ -58,8 +58,8 @@ def write_inferred(prompts: Path, folder: Path, force: bool = False) -> tuple[li
 def _adapted(text: str, name: str, template: Template, rows: int) -> str:
     """The starter config with its comments, for another template and so many rows."""
     told = yaml.dump(template.to_json(), Dumper=_Readable, sort_keys=False, allow_unicode=True, width=10**6)
-    leading = _leading_characters(template)
-    slots = max(2, min(32, leading // CHARACTERS))
+    leading, static = _static_characters(template)
+    slots = max(2, min(32, (leading or static) // CHARACTERS))
     without = "without this file, some of train are set aside"
     changes = {
         r"^name: \S+": f"name: {json.dumps(name)}",
@@ -70,22 +70,19 @@ def _adapted(text: str, name: str, template: Template, rows: int) -> str:
         r"kv-32": f"kv-{slots}",
     }
     if not leading:
-        changes[r"^    init: template   "] = "    init: random-text"
+        changes[r"^  scope: leading"] = "  scope: all    "
     for pattern, value in changes.items():
         text, count = re.subn(pattern, lambda _, value=value: value, text, flags=re.MULTILINE)  # type: ignore[misc]
         assert count, f"the starter config has nothing like {pattern}"
     return text
 
 
-def _leading_characters(template: Template) -> int:
-    """Characters of static text before the first slot."""
-    count = 0
-    for field in template.fields:
-        for part in parse(field):
-            if not isinstance(part, Static):
-                return count
-            count += len(part.text)
-    return count
+def _static_characters(template: Template) -> tuple[int, int]:
+    """Characters of static text: before the first slot, and all of them."""
+    parts = [part for field in template.fields for part in parse(field)]
+    lengths = [len(part.text) if isinstance(part, Static) else None for part in parts]
+    first = lengths.index(None) if None in lengths else len(lengths)
+    return sum(length or 0 for length in lengths[:first]), sum(length or 0 for length in lengths)
 
 
 class _Readable(yaml.SafeDumper):

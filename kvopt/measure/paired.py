@@ -99,4 +99,4 @@ def optimism(sums: np.ndarray, counts: np.ndarray, *, seed: int = 0, resamples: 
     drawn = sums[:, draws].sum(-1) / counts[draws].sum(-1)
     picked = drawn.argmin(0)
     whole = sums.sum(-1) / counts.sum()
-    return float((whole[picked] - drawn[picked, np.arange(len(draws))]).mean())
+    return max(0.0, float((whole[picked] - drawn[picked, np.arange(len(draws))]).mean()))

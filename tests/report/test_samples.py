@@ -114,7 +114,8 @@ def test_a_run_shows_original_best_mutation_learned_contexts_and_none(finished: 
     document = json.loads((finished / "out" / "samples.json").read_text("utf-8"))
     board = json.loads((finished / "out" / "leaderboard.json").read_text("utf-8"))
     chosen = min(
-        (row for row in board["contexts"] if row["name"].startswith("m0")), key=lambda r: r["selection"]["kl_forward"]["mean"]
+        (row for row in board["contexts"] if row["name"].startswith("m0")),
+        key=lambda r: r["selection"]["kl_forward"]["mean"],
     )
     names = ["original", chosen["name"], "kv-8", "kv-best", "soft-6", "none"]
     assert [c["name"] for c in document["contexts"]] == names

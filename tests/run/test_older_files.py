@@ -84,7 +84,7 @@ def test_a_finished_run_is_taken_as_it_is(older: Path) -> None:
             assert after.pop("answered") > 0
             assert all(row.pop("metrics") for row in after["contexts"])
             assert after.pop("recommended") in {row["name"] for row in after["contexts"]}
-            assert after.pop("picking") > 0
+            assert after.pop("picking") >= 0
             for row in (
                 *after["contexts"],
                 *value["contexts"],
