@@ -244,8 +244,8 @@ def frontier(
         if found:
             limit = f"a forward KL of at most {max_kl:g}" if max_kl is not None else f"{keep:.1%} kept"
             print(as_found(board, found, limit))
-        else:
-            print(in_words(board, KEPT if keep is None else keep))
+        elif sentence := in_words(board, KEPT if keep is None else keep):
+            print(sentence)
         next_of_board(board, folder)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from kvopt.documents.choosing import deciding_share
+from kvopt.documents.choosing import SHORTER, deciding_share
 from kvopt.documents.leaderboard_file import LeaderboardDocument, LeaderboardRow
 from kvopt.errors import counted
 from kvopt.report.choice import number, rivals, share_kept
@@ -14,10 +14,10 @@ LENGTHS = {"text": ("token of text", "tokens of text"), "soft": ("soft slot", No
 
 
 def shortest(board: LeaderboardDocument, keep: float) -> dict[str, LeaderboardRow | None]:
-    """Of each kind that was tried, the shortest context that is shorter than the template and keeps this share of its
-    effect, by the selection rows; None where none does.
+    """Of each kind that was tried at three quarters of the template's length or less, the shortest context that keeps
+    this share of its effect, by the selection rows; None where none does.
     """
-    rows = [row for row in rivals(board) if row.tokens < board.template_tokens]
+    rows = _shorter(board)
     fit = [row for row in rows if (deciding_share(row, board) or 0.0) >= keep]
     kinds = [kind for kind in KINDS if any(row.kind == kind for row in rows)]
     return {
@@ -32,7 +32,7 @@ def in_words(board: LeaderboardDocument, keep: float) -> str | None:
         return None
     reached = [row for row in found.values() if row is not None]
     if not reached:
-        [nearest, *_] = [row for row in rivals(board) if row.tokens < board.template_tokens]
+        nearest = _shorter(board)[0]
         share = share_kept(nearest, board)
         kept = f"; {nearest.name}, with {_length(nearest)}, keeps {share:.1%}" if share is not None else ""
         return f"nothing shorter keeps {keep:.1%}{kept}"
@@ -47,10 +47,15 @@ def as_found(board: LeaderboardDocument, found: Mapping[str, str | None], limit:
     reached = [rows[name] for name in found.values() if name is not None]
     missing = [kind for kind, name in found.items() if name is None]
     if not reached:
-        return f"no shorter context of any kind has {limit}; {in_words(board, 1.0)}"
+        near = in_words(board, 1.0)
+        return f"no shorter context of any kind has {limit}" + (f"; {near}" if near else "")
     texts = [f"{_length(row)} ({row.name}: {number(row.kl_forward.mean)} on validation rows)" for row in reached]
     said = f"{counted(board.template_tokens, 'token')} → {_listed(texts)}, for {limit} on the rows that decided"
     return said + (f" ({', '.join(missing)}: none)" if missing else "")
+
+
+def _shorter(board: LeaderboardDocument) -> list[LeaderboardRow]:
+    return [row for row in rivals(board) if row.tokens <= SHORTER * board.template_tokens]
 
 
 def _length(row: LeaderboardRow) -> str:

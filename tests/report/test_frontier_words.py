@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvopt.documents.leaderboard_file import LeaderboardDocument
-from kvopt.report.frontier_words import in_words, shortest
+from kvopt.report.frontier_words import as_found, in_words, shortest
 
 
 def test_the_shortest_of_each_kind_in_words() -> None:
@@ -29,4 +29,14 @@ def test_the_shortest_of_each_kind_in_words() -> None:
     assert in_words(board, 0.97) == (
         "100 tokens → 16 KV slots or 70 tokens of text keep 97.0% (soft: none that is this close)"
     )
+    assert as_found(board, {"kv": "kv-32", "soft": None}, "a forward KL of at most 0.01") == (
+        "100 tokens → 32 KV slots (kv-32: 0.0100 on validation rows), for a forward KL of at most 0.01 on the rows that"
+        " decided (soft: none)"
+    )
+    assert as_found(board, {"soft": None}, "99.9% kept").startswith(
+        "no shorter context of any kind has 99.9% kept; noth"
+    )
+    long = board.model_copy(update={"contexts": [row for row in board.contexts if row.kind == "text"][:2]})
+    assert in_words(long, 0.97) is None
+    assert as_found(long, {"kv": None}, "x") == "no shorter context of any kind has x"
     assert in_words(board, 0.999) == "nothing shorter keeps 99.9%; kv-32, with 32 KV slots, keeps 99.0%"

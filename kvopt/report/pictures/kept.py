@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from kvopt.documents.leaderboard_file import LeaderboardDocument, LeaderboardRow
-from kvopt.report.choice import number, pareto_front, rivals, share_kept, shown_interval
+from kvopt.report.choice import is_shortened, number, pareto_front, rivals, share_kept, shown_interval
 from kvopt.report.pictures.drawing import CHARACTER, Labels, Picture, Scale, log_scale
 
 WIDTH, HEIGHT = 420, 330
@@ -96,9 +96,9 @@ def _drawn(
     for row in rows:
         labels.keep_free(x(row.tokens), y(axis.value(row)))
     for kind in ("text", "soft", "kv"):
-        shorter = [row for row in rows if row.kind == kind and row.tokens < board.template_tokens]
+        alike = [row for row in rows if row.kind == kind and (kind != "text" or is_shortened(row))]
         corners = [
-            (x(row.tokens), y(axis.value(row))) for row in pareto_front(shorter) if y.low <= axis.value(row) <= y.high
+            (x(row.tokens), y(axis.value(row))) for row in pareto_front(alike) if y.low <= axis.value(row) <= y.high
         ]
         if len(corners) > 1:
             picture.line(corners, f"front-line {kind}")
