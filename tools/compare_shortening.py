@@ -25,10 +25,10 @@ from pathlib import Path
 import torch
 
 from kvopt.config.document import load_config
+from kvopt.documents.shortened_file import SHORTENED
 from kvopt.errors import InputError
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.run.run import Run
-from kvopt.run.shorter_texts import FOLDER
 from kvopt.shorten.importance import largest_attention
 from kvopt.shorten.pieces import Pieces, take_apart
 from kvopt.task.template import SLOT, Template
@@ -85,7 +85,7 @@ def compare(run: Run, lengths: Sequence[int], files: Sequence[Path], hand: Seque
 
 
 def _shortened(task: EncodedTask, run: Run) -> list[tuple[str, Template]]:
-    paths = sorted((run.directory / FOLDER).glob("*.yaml"))
+    paths = sorted((run.directory / SHORTENED).glob("*.yaml"))
     return [(path.stem, template_from_file(path, task.template)) for path in paths]
 
 

@@ -61,7 +61,7 @@ def next_export(folder: Path, name: str, kind: str) -> None:
 
 def next_of_board(board: LeaderboardDocument, folder: Path) -> None:
     """Say how to take the recommended context of a run along, or where there is none, how to look at the run."""
-    from kvopt.report.board_table import recommended
+    from kvopt.report.choice import recommended
 
     name = recommended(board)
     row = next((row for row in board.contexts if row.name == name), None)

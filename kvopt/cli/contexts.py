@@ -88,7 +88,7 @@ def score(
     leaderboard and page.
     """
     run = open_run(config, sets, out)
-    from kvopt.report.board_table import recommended
+    from kvopt.report.choice import recommended
     from kvopt.run.leaderboard import build_leaderboard
 
     specs = context or ["original", "none"]

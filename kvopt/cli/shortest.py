@@ -23,8 +23,6 @@ from kvopt.cli.growing_board import growing_board
 from kvopt.cli.report import leave_page
 from kvopt.errors import InputError, counted
 
-KEPT = 0.97
-
 if TYPE_CHECKING:
     from kvopt.config.frontiers import FrontierKind
     from kvopt.run.shorter_texts import Shortened, Shortener
@@ -220,7 +218,7 @@ def frontier(
     """
     from kvopt.config.document import load_config
     from kvopt.config.shortening import ShorteningConfig
-    from kvopt.report.frontier_words import as_found, in_words
+    from kvopt.report.frontier_words import KEPT_IN_WORDS, as_found, in_words
     from kvopt.run.frontier import Question, make_frontier
 
     if max_kl is not None and (tokens or keep is not None):
@@ -244,7 +242,7 @@ def frontier(
         if found:
             limit = f"a forward KL of at most {max_kl:g}" if max_kl is not None else f"{keep:.1%} kept"
             print(as_found(board, found, limit))
-        elif sentence := in_words(board, KEPT if keep is None else keep):
+        elif sentence := in_words(board, KEPT_IN_WORDS if keep is None else keep):
             print(sentence)
         next_of_board(board, folder)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from kvopt.config.contexts import ContextConfig
 from kvopt.config.section import NAME
-from kvopt.config.shortening import ShorteningConfig
+from kvopt.config.shortening import Lengths, ShorteningConfig
 
 FrontierKind = Literal["text", "soft", "kv"]
 FRONTIER_KINDS: tuple[FrontierKind, ...] = get_args(FrontierKind)
@@ -26,16 +26,9 @@ class FrontierConfig(ShorteningConfig):
 
     kind: Literal["frontier"]
     name: str = Field("frontier", pattern=NAME, description="only used to find this item, as in --set")
-    tokens: tuple[int, ...] = Field(min_length=1, description="the lengths to compare at")
+    tokens: Lengths = Field(min_length=1, description="the lengths to compare at")
     kinds: tuple[FrontierKind, ...] = Field(FRONTIER_KINDS, min_length=1, description="which kinds to compare")
     steps: int = Field(40, ge=0, description="optimizer steps of each soft prompt and KV cache")
-
-    @field_validator("tokens")
-    @classmethod
-    def _falling(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if min(value) < 1:
-            raise ValueError("a length must be at least 1")
-        return tuple(sorted(set(value), reverse=True))
 
     @property
     def texts(self) -> dict[str, int]:

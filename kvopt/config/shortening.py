@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from kvopt.config.section import FrozenSection
+
+
+def _falling(value: tuple[int, ...]) -> tuple[int, ...]:
+    if value and min(value) < 1:
+        raise ValueError("a length must be at least 1")
+    return tuple(sorted(set(value), reverse=True))
+
+
+Lengths = Annotated[tuple[int, ...], AfterValidator(_falling)]
+"""Lengths in tokens, longest first, each once."""
 
 
 class ShorteningConfig(FrozenSection):
@@ -39,11 +49,4 @@ class ExtractGenerator(ShorteningConfig):
     """The template itself, shortened: what matters least to the gold outputs is cut, by the exact KL."""
 
     kind: Literal["extract"]
-    tokens: tuple[int, ...] = Field(min_length=1, description="the lengths that are wanted, each at most in tokens")
-
-    @field_validator("tokens")
-    @classmethod
-    def _falling(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if min(value) < 1:
-            raise ValueError("a length must be at least 1")
-        return tuple(sorted(set(value), reverse=True))
+    tokens: Lengths = Field(min_length=1, description="the lengths that are wanted, each at most in tokens")

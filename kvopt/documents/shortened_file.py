@@ -9,6 +9,9 @@ from pydantic import Field
 from kvopt.documents.leaderboard_file import StoredTemplate
 from kvopt.documents.part import DocumentPart
 
+SHORTENED = "shortened"
+"""The folder of these files, and the stage of ``ledger.jsonl`` that makes them."""
+
 
 class LostLiteral(DocumentPart):
     """A literal of the template that the shorter text no longer has whole."""

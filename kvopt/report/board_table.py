@@ -17,7 +17,7 @@ from kvopt.console.tables import has_width, plain_table
 from kvopt.documents.leaderboard_file import LeaderboardDocument, LeaderboardRow
 from kvopt.documents.part import Estimate
 from kvopt.errors import counted
-from kvopt.report.choice import advice, share_kept
+from kvopt.report.choice import recommended, share_kept
 
 RECOMMENDED = " *"
 NEVER_LEFT_OUT = 3  # columns: name, tokens, forward KL
@@ -28,13 +28,6 @@ GAP = 2  # between two columns, and of both edges together
 def board_table(board: LeaderboardDocument) -> BoardTable:
     """The leaderboard for a terminal of any width; ``board.complete`` may be false."""
     return BoardTable(board)
-
-
-def recommended(board: LeaderboardDocument) -> str | None:
-    """The context to take: the best shorter one, or else the closest; None without any to choose from."""
-    chosen = advice(board)
-    name: str | None = chosen["shorter"] or chosen["closest"]
-    return name
 
 
 def board_lines(board: LeaderboardDocument) -> dict[str, str]:

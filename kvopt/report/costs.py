@@ -9,11 +9,10 @@ from typing import Any
 
 from kvopt.documents.leaderboard_file import LeaderboardRow
 from kvopt.documents.ledger import LedgerEntry
+from kvopt.documents.shortened_file import SHORTENED
 from kvopt.report.choice import is_shortened
 from kvopt.report.reading import RunFiles
 
-SHORTENED = "shortened"
-"""The stage of ``ledger.jsonl`` in which texts are shortened."""
 COUNTS = ("seconds", "tokens_in", "tokens_back", "tokens_out", "model_calls")
 
 

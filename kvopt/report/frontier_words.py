@@ -9,6 +9,8 @@ from kvopt.documents.leaderboard_file import LeaderboardDocument, LeaderboardRow
 from kvopt.errors import counted
 from kvopt.report.choice import number, rivals, share_kept
 
+KEPT_IN_WORDS = 0.97
+"""The share of the template's effect that is asked for where nobody says another."""
 KINDS = ("kv", "soft", "text")
 LENGTHS = {"text": ("token of text", "tokens of text"), "soft": ("soft slot", None), "kv": ("KV slot", None)}
 

@@ -14,7 +14,7 @@ from kvopt.documents.leaderboard_file import LeaderboardRow
 from kvopt.report.answers_view import AnswersView, Wording, answers_view, wordings
 from kvopt.report.cards import Card, cards
 from kvopt.report.choice import is_mutation, rivals, shown_interval
-from kvopt.report.frontier_words import in_words
+from kvopt.report.frontier_words import KEPT_IN_WORDS, in_words
 from kvopt.report.pictures import distance_picture, kept_picture, learning_curve, length_picture, rank_picture
 from kvopt.report.pictures.curves import curve_values
 from kvopt.report.pictures.drawing import Scale, log_scale
@@ -24,8 +24,6 @@ from kvopt.report.students import StudentsView, students_view
 from kvopt.report.study_view import StudyView, study_view
 from kvopt.report.worddiff import Piece, template_diff
 
-KEPT_IN_WORDS = 0.97
-"""The share of the template's effect that the sentence above the first chart asks for."""
 DIFFS = 40  # mutations whose text is shown
 FEW = 3  # mutations on the board that are not folded
 REJECTED = 3  # rejected candidates of each reason whose text is shown

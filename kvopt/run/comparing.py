@@ -38,11 +38,13 @@ def compare(board: LeaderboardDocument, task: EncodedTask, at: Workspace) -> Non
         found = [_difference(rows, row.name, to, seed, resamples) for row in others]
         return others, found, holm([one.p if one is not None else None for one in found])
 
-    for row, _, p in zip(*differences(chosen.closest.name), strict=True):
+    closest, recommended = chosen.closest.name, chosen.recommended or ""
+    to = {name: differences(name) for name in {closest, recommended}}
+    for row, _, p in zip(*to[closest], strict=True):
         row.separable_from_best = None if p is None else p <= LEVEL
-    for row, found, p in zip(*differences(chosen.recommended or ""), strict=True):
+    for row, found, p in zip(*to[recommended], strict=True):
         if found is not None:
-            row.difference = Difference(to=chosen.recommended or "", mean=found.mean, ci95=found.ci95, p=p)
+            row.difference = Difference(to=recommended, mean=found.mean, ci95=found.ci95, p=p)
     picked = [rows[row.name] for row in rivals if row.name in rows and row.name not in BUILT_IN]
     if len(picked) > 1 and all(np.array_equal(counts, picked[0][1]) for _, counts in picked):
         board.picking = optimism(np.stack([sums for sums, _ in picked]), picked[0][1], seed=seed, resamples=resamples)

@@ -13,7 +13,7 @@ import yaml
 from kvopt.config.shortening import ShorteningConfig, ShortText
 from kvopt.contexts.context import TextContext
 from kvopt.documents.leaderboard_file import MutationLineage, StoredTemplate
-from kvopt.documents.shortened_file import LostLiteral, ShortenedDocument
+from kvopt.documents.shortened_file import SHORTENED, LostLiteral, ShortenedDocument
 from kvopt.errors import InputError, counted
 from kvopt.measure.reference import Reference
 from kvopt.measure.score import score_prefix
@@ -28,7 +28,6 @@ from kvopt.shorten.trials import TRIALS_VERSION, Trials, spread_order
 from kvopt.storage.files import key_of, sha256_json, write_json, write_text
 from kvopt.task.template import Template
 
-FOLDER = STAGE = "shortened"
 JOURNAL = ".trials.jsonl"
 ATTENTION_ROWS = 32
 SHOWN = 5
@@ -88,7 +87,7 @@ class Shortener:
             self._examples,
             gold,
             reference,
-            journal=at.directory / FOLDER / JOURNAL,
+            journal=at.directory / SHORTENED / JOURNAL,
             key=key[:12],
         )
         self._estimates = self._differentiated = 0
@@ -197,7 +196,7 @@ class Shortener:
         """While a search runs, its best text so far is told."""
         search, last = self.search, self.search.current.tokens
         rows, tokens, back = self._trials.rows_run, self._trials.tokens_run, self._differentiated
-        with self._at.directory.ledger(STAGE) as entry, self._at.progress.bar(title, total, "token") as bar:
+        with self._at.directory.ledger(SHORTENED) as entry, self._at.progress.bar(title, total, "token") as bar:
 
             def tell(tokens: int, kl: float) -> None:
                 nonlocal last
@@ -326,8 +325,8 @@ def write_shortened(found: Shortened, at: Workspace) -> Path:
     """Write ``shortened/NAME.json`` (the record) and ``shortened/NAME.yaml`` (the template, for ``contexts.text`` or
     ``template``); returns the latter's path.
     """
-    folder, name = at.directory / FOLDER, found.document.name
-    at.directory.begin(f"{FOLDER}/{name}", found.key, f"{FOLDER}/{name}.json", f"{FOLDER}/{name}.yaml")
+    folder, name = at.directory / SHORTENED, found.document.name
+    at.directory.begin(f"{SHORTENED}/{name}", found.key, f"{SHORTENED}/{name}.json", f"{SHORTENED}/{name}.yaml")
     write_json(folder / f"{found.document.name}.json", found.document.to_json())
     path = folder / f"{found.document.name}.yaml"
     write_text(path, yaml.safe_dump(found.template.to_json(), sort_keys=False, allow_unicode=True, width=10_000))

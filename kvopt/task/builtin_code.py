@@ -9,16 +9,13 @@ docstrings (:mod:`kvopt.task.builtin_data`): nothing for validation comes from a
 from __future__ import annotations
 
 import ast
-import sysconfig
 import textwrap
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from kvopt.errors import InputError
-from kvopt.task.builtin_data import in_validation, sources, stable_hash
+from kvopt.task.builtin_data import mixed, of_part, parsed
 
 CODE_NAME = "stdlib-code"
 SHORTEST, LONGEST = 3_300, 12_000
@@ -47,38 +44,16 @@ def stdlib_code(part: str, root: Path | None = None) -> list[StdlibCode]:
     Raises:
         InputError: when this Python keeps no readable sources.
     """
-    root = root or Path(sysconfig.get_path("stdlib"))
-    found = [one for is_validation, one in _chosen(root) if is_validation == (part == "validation")]
-    if not found:
-        raise InputError("this Python has no library sources", where=str(root), fix="use data files of your own")
-    return found
+    return of_part(part, _chosen, root)
 
 
 @lru_cache(maxsize=2)
 def _chosen(root: Path) -> tuple[tuple[bool, StdlibCode], ...]:
-    chosen: list[tuple[str, bool, StdlibCode]] = []
-    for path in sources(root):
-        name = path.relative_to(root).as_posix()
-        found = sorted(_found(path, name), key=lambda one: stable_hash(one.code))[:MAX_PER_MODULE]
-        chosen += [(stable_hash("order", name, one.code), in_validation(name), one) for one in found]
-    seen: set[str] = set()
-    result = []
-    for _, is_validation, one in sorted(chosen, key=lambda item: item[0]):
-        if one.code not in seen:
-            seen.add(one.code)
-            result.append((is_validation, one))
-    return tuple(result)
+    return mixed(root, _found, MAX_PER_MODULE, lambda one: [("code", one.code)])
 
 
 def _found(path: Path, name: str) -> Iterator[StdlibCode]:
-    try:
-        text = path.read_text("utf-8")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(text)
-    except (OSError, UnicodeDecodeError, SyntaxError, ValueError):
-        return
-    lines = text.split("\n")
+    tree, lines = parsed(path)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node):
             one = _parted(node, lines, f"{name}:{node.lineno}")

@@ -13,10 +13,11 @@ import re
 import sysconfig
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from kvopt.errors import InputError
 from kvopt.storage.files import sha256_bytes
@@ -71,30 +72,66 @@ def stdlib_docstrings(part: str, root: Path | None = None) -> list[StdlibFunctio
     Raises:
         InputError: when this Python keeps no readable sources.
     """
-    root = root or Path(sysconfig.get_path("stdlib"))
-    functions = [f for is_validation, f in _chosen(root) if is_validation == (part == "validation")]
-    if not functions:
-        raise InputError("this Python has no library sources", where=str(root), fix="use data files of your own")
-    return functions
+    return of_part(part, _chosen, root)
 
 
 @lru_cache(maxsize=2)
 def _chosen(root: Path) -> tuple[tuple[bool, StdlibFunction], ...]:
     """The functions of both parts with whether they are for validation: no code and no docstring comes twice."""
-    chosen: list[tuple[str, str, StdlibFunction]] = []
+    return mixed(root, _functions, MAX_PER_MODULE, _what_must_differ)
+
+
+def _what_must_differ(function: StdlibFunction) -> list[tuple[str, str]]:
+    return [("code", function.code), ("docstring", function.docstring)]
+
+
+class HasCode(Protocol):
+    """An example with the code that its place in the order follows from."""
+
+    @property
+    def code(self) -> str: ...
+
+
+Found = TypeVar("Found", bound=HasCode)
+
+
+def of_part(
+    part: str, chosen: Callable[[Path], tuple[tuple[bool, Found], ...]], root: Path | None = None
+) -> list[Found]:
+    """The examples of one part, ``"train"`` or ``"validation"``, of those that ``chosen`` finds in the library's
+    folder. Raises InputError when this Python keeps no readable sources.
+    """
+    root = root or Path(sysconfig.get_path("stdlib"))
+    examples = [one for is_validation, one in chosen(root) if is_validation == (part == "validation")]
+    if not examples:
+        raise InputError("this Python has no library sources", where=str(root), fix="use data files of your own")
+    return examples
+
+
+def mixed(
+    root: Path,
+    found: Callable[[Path, str], Iterator[Found]],
+    most: int,
+    distinct: Callable[[Found], Collection[tuple[str, str]]],
+) -> tuple[tuple[bool, Found], ...]:
+    """Examples of all modules with whether they are for validation, in an order that mixes modules and never changes.
+
+    Args:
+        found: those of one file, given its path and its name in ``root``.
+        most: of one module.
+        distinct: what must not come twice.
+    """
+    chosen: list[tuple[str, str, Found]] = []
     for path in sources(root):
         name = path.relative_to(root).as_posix()
-        functions = sorted(_functions(path, name), key=lambda f: stable_hash(f.code))
-        chosen += [(stable_hash("order", name, f.code), name, f) for f in functions[:MAX_PER_MODULE]]
-    codes: set[str] = set()
-    docstrings: set[str] = set()
+        examples = sorted(found(path, name), key=lambda one: stable_hash(one.code))
+        chosen += [(stable_hash("order", name, one.code), name, one) for one in examples[:most]]
+    seen: set[tuple[str, str]] = set()
     result = []
-    for _, name, function in sorted(chosen, key=lambda item: item[:2]):
-        if function.code in codes or function.docstring in docstrings:
-            continue
-        codes.add(function.code)
-        docstrings.add(function.docstring)
-        result.append((in_validation(name), function))
+    for _, name, one in sorted(chosen, key=lambda item: item[:2]):
+        if seen.isdisjoint(distinct(one)):
+            seen.update(distinct(one))
+            result.append((_in_validation(name), one))
     return tuple(result)
 
 
@@ -103,8 +140,7 @@ def stable_hash(*parts: str) -> str:
     return sha256_bytes("\0".join(parts).encode("utf-8", "surrogatepass"))
 
 
-def in_validation(module: str) -> bool:
-    """Whether a module's functions are for validation."""
+def _in_validation(module: str) -> bool:
     return int(stable_hash("validation", module)[:8], 16) / 2**32 < VALIDATION_SHARE
 
 
@@ -121,16 +157,20 @@ def sources(root: Path) -> list[Path]:
     return sorted(paths)
 
 
-def _functions(path: Path, name: str) -> Iterator[StdlibFunction]:
-    """The usable functions of one file: at module level and in its classes."""
+def parsed(path: Path) -> tuple[ast.Module, list[str]]:
+    """A source's tree and lines; an empty tree where it cannot be read."""
     try:
         text = path.read_text("utf-8")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tree = ast.parse(text)
+            return ast.parse(text), text.split("\n")
     except (OSError, UnicodeDecodeError, SyntaxError, ValueError):
-        return
-    lines = text.split("\n")
+        return ast.Module([], []), []
+
+
+def _functions(path: Path, name: str) -> Iterator[StdlibFunction]:
+    """The usable functions of one file: at module level and in its classes."""
+    tree, lines = parsed(path)
     for node in definitions(tree):
         summary = _summary(node)
         code = _code_without_docstring(node, lines) if summary else None

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from kvopt.documents.leaderboard_file import LeaderboardDocument
-from kvopt.report.board_table import board_lines, board_table, recommended
+from kvopt.report.board_table import board_lines, board_table
+from kvopt.report.choice import recommended
 
 LONG = "a-context-whose-name-is-longer-than-anybody-would-choose"
 
