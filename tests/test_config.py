@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kvopt.config.contexts import ContextConfig
 from kvopt.config.document import Config, load_config
 from kvopt.errors import InputError
 from kvopt.task.template import Template
@@ -217,3 +218,13 @@ def test_half_of_a_surrogate_pair_in_a_template_file_is_one_line(tmp_path: Path)
     (tmp_path / "t.json").write_text('{"text": "Say \\ud800 {{x}}"}', "utf-8")
     with pytest.raises(InputError, match=r"t\.json: holds half of a surrogate pair"):
         template_from_file(tmp_path / "t.json", Template.from_text("Say {{x}}"))
+
+
+def test_the_start_of_a_context_is_by_default_the_nearest_of_its_kind() -> None:
+    defaults = {"kv": "matched", "soft": "salient"}
+    for kind, start in defaults.items():
+        assert ContextConfig.model_validate({"name": "a", "kind": kind, "tokens": 8}).start.kind == start
+        assert ContextConfig.model_validate({"name": "a", "kind": kind}).start.kind == "template"
+        named = ContextConfig.model_validate({"name": "a", "kind": kind, "tokens": 8, "init": "strided"})
+        assert named.start.kind == "strided"
+    assert ContextConfig.model_validate({"name": "a", "tokens": 8}).start.kind == "matched"

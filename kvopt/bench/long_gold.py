@@ -52,13 +52,25 @@ class LongPoint:
     seconds: float
     extra_bytes: int
 
+    @property
+    def microseconds_per_token(self) -> float:
+        """Of gold."""
+        return 1e6 * self.seconds / self.gold_tokens
+
 
 def bench_long(
-    config: Config, base_dir: Path, *, tokens: Sequence[int] = TOKENS, seconds: float | None = None
+    config: Config,
+    base_dir: Path,
+    *,
+    tokens: Sequence[int] = TOKENS,
+    seconds: float | None = None,
+    measured: Callable[[LongPoint], object] = lambda point: None,
 ) -> list[LongPoint]:
     """The three stages at each number of gold tokens, the smallest first.
 
-    ``seconds``: no larger number is begun once so long has passed, or would with twice as many tokens.
+    Args:
+        seconds: no larger number is begun once so long has passed, or would with twice as many tokens.
+        measured: called with every point as soon as its number of tokens is done.
     """
     points: list[LongPoint] = []
     began = time.monotonic()
@@ -68,7 +80,10 @@ def bench_long(
         if points and seconds is not None and time.monotonic() - began + growth * last > seconds:
             break
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            points += pool.apply(_measured, (config, base_dir, count))
+            new = pool.apply(_measured, (config, base_dir, count))
+        for point in new:
+            measured(point)
+        points += new
     return points
 
 
@@ -132,7 +147,7 @@ def as_document(points: Sequence[LongPoint]) -> dict[str, Any]:
     rows = [
         asdict(point)
         | {
-            "microseconds_per_token": 1e6 * point.seconds / point.gold_tokens,
+            "microseconds_per_token": point.microseconds_per_token,
             "extra_bytes_per_token": point.extra_bytes / point.gold_tokens,
         }
         for point in points

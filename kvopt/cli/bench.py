@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,20 +117,24 @@ def bench_long(
     as_json: Json = False,
 ) -> None:
     """Measure a reference, a score and a step from short to very long gold outputs: time and memory per token."""
-    from kvopt.bench.long_gold import TOKENS, as_document
+    from kvopt.bench.long_gold import TOKENS, LongPoint, as_document
     from kvopt.bench.long_gold import bench_long as measure
     from kvopt.config.document import load_config
 
     settings, base_dir = load_config(config, sets or ())
-    result = as_document(measure(settings, base_dir, tokens=tokens or TOKENS, seconds=seconds or None))
+
+    def show(point: LongPoint) -> None:
+        print(
+            f"{point.stage:10s} {point.gold_tokens:7,d} gold tokens ({point.row_tokens:,} a row)"
+            f" {point.microseconds_per_token:9.0f} us/token  {point.extra_bytes / 2**20:8.0f} MiB beyond the model",
+            file=sys.stderr if as_json else sys.stdout,
+            flush=True,
+        )
+
+    result = as_document(measure(settings, base_dir, tokens=tokens or TOKENS, seconds=seconds or None, measured=show))
     if as_json:
         print_json(result)
         return
-    for row in result["points"]:
-        print(
-            f"{row['stage']:10s} {row['gold_tokens']:7,d} gold tokens ({row['row_tokens']:,} a row)"
-            f" {row['microseconds_per_token']:9.0f} us/token  {row['extra_bytes'] / 2**20:8.0f} MiB beyond the model"
-        )
     for stage, grown in result["growth"].items():
         print(
             f"{stage}: with {grown['tokens']:g} times the tokens, {grown['seconds_per_token']:.2f} times the time per"

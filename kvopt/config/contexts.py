@@ -129,7 +129,8 @@ class ContextConfig(Section):
     )
     init: str | dict[str, Any] = Field(
         "template",
-        description="where it starts: template (its first tokens), strided (tokens spread evenly over it), matched"
+        description="where it starts; default: with tokens, matched for kv and salient for soft, else template."
+        " template (its first tokens), strided (tokens spread evenly over it), matched"
         " (fitted to its attention; kv only), salient (the tokens that rows look at most), extract:N (the template"
         " shortened to N tokens), random-text, random, text:FILE, mutation:NAME, best-mutation, or context:NAME; or a"
         " mapping with kind and options",
@@ -160,6 +161,14 @@ class ContextConfig(Section):
     seed: int | None = Field(
         None, description="decides the order of rows and random starts; default: the config's seed"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nearest_start(cls, tree: Any) -> Any:
+        """The start that was measured to be the nearest of its kind that takes seconds, where none is named."""
+        if isinstance(tree, dict) and tree.get("tokens") is not None and "init" not in tree:
+            return {**tree, "init": "salient" if tree.get("kind") == "soft" else "matched"}
+        return tree
 
     @field_validator("init")
     @classmethod
