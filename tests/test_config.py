@@ -79,6 +79,7 @@ def test_a_misspelt_key_goes_before_the_key_that_is_missing_for_it(load):
         ),
         ({"contexts": [{"name": "a", "init": "templat"}]}, "contexts.0.init: unknown init 'templat'"),
         ({"contexts": [{"name": "a", "init": "text"}]}, "contexts.0.init: init 'text': text:… needs a file"),
+        ({"contexts": [{"name": "a", "tokens": 1}]}, "frozen: 1 of 1 slots leaves nothing to train; lower frozen"),
         ({"contexts": [{"name": "a"}, {"name": "a"}]}, "two contexts are named 'a'"),
         ({"contexts": [{"name": "none"}]}, "'none' is the name of a built-in context"),
         (

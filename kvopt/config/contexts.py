@@ -187,6 +187,12 @@ class ContextConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _something_is_trained(self) -> ContextConfig:
+        if self.steps and self.tokens is not None and self.frozen >= self.tokens:
+            raise ValueError(f"frozen: {self.frozen} of {self.tokens} slots leaves nothing to train; lower frozen")
+        return self
+
+    @model_validator(mode="after")
     def _muon_is_for_matrices(self) -> ContextConfig:
         if self.kind == "kv" and self.optimizer == "muon":
             raise ValueError("optimizer: muon is for soft prompts; KV caches take adamw")

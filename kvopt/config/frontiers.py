@@ -56,5 +56,6 @@ def learned_context(
         batch_size=BATCH,
         optimizer="adamw" if kind == "kv" else "muon",
         learning_rate=RATES[kind],
+        frozen=min(1, tokens - 1),
         eval_every=EVERY,
     )

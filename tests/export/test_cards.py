@@ -275,7 +275,7 @@ def test_data_that_are_not_found_are_asked_for(run: Path, tmp_path: Path) -> Non
     ("to", "kind", "able"),
     [
         ("prompt-embeds", "kv", "peft, hf-cache, vllm"),
-        ("text", "soft", "peft, prompt-embeds, hf-cache, vllm"),
+        ("text", "kv", "peft, hf-cache, vllm"),
         ("peft", "text", "text, trl-dataset"),
     ],
 )

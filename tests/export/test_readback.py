@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from transformers import AutoModelForCausalLM
 from kvopt.base.generate import stop_ids
 from kvopt.base.loading import Base
 from kvopt.contexts import load_context, save_context
+from kvopt.contexts.context import SoftContext
 from kvopt.contexts.folder import TensorContext
 from kvopt.contexts.moving import joined, moved
+from kvopt.errors import InputError
 from kvopt.export.writing import export
 from tests.adapters import CONFIGS, trained
 from tests.export.readers import (
@@ -154,6 +157,28 @@ def test_embedded_prompts_answer_as_we_do(task: Task, tmp_path: Path) -> None:
     context = saved(task, "soft", tmp_path / "c")
     export(tmp_path / "c", "prompt-embeds", tmp_path / "out")
     check_prompt_embeds(task.base, context, tmp_path / "out")
+
+
+def test_a_soft_prompt_of_real_tokens_is_exported_as_their_text(task: Task, tmp_path: Path) -> None:
+    """Also where the model scales its embeddings (Gemma): the slots are in the space after the scale."""
+    ids = list(task.encoded.prefix[:6])
+    context = SoftContext("words", task.base.embed(torch.tensor(ids)).float())
+    rounded = SoftContext("rounded", context.embeddings.bfloat16().float())
+    scale = getattr(task.base.model.get_input_embeddings(), "embed_scale", None)
+    if scale is not None:
+        assert float(scale) != 1
+    for soft in (context, rounded):
+        save_context(soft, tmp_path / soft.name, task.base)
+        place = tmp_path / f"out-{soft.name}"
+        export(tmp_path / soft.name, "text", place)
+        assert json.loads((place / "ids.json").read_text()) == ids
+        assert (place / "prompt.txt").read_text() == task.base.tokenizer.decode(ids)
+    one_moved = context.embeddings.clone()
+    one_moved[3] *= 1.1
+    save_context(SoftContext("trained", one_moved), tmp_path / "trained", task.base)
+    with pytest.raises(InputError, match="1 of 6 slots are not the embedding of a token"):
+        export(tmp_path / "trained", "text", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_moved_context_is_exported_at_position_0(task: Task, tmp_path: Path) -> None:
