@@ -55,6 +55,7 @@ class Proposal:
         detail: how it was made.
         operators: what the lineage says was done; default: the generator's name.
         cut: text was only cut, and what must stay is there: literals and messages may be fewer.
+        written: the whole wording was written anew, with a layout of its own.
     """
 
     template: Template | None = None
@@ -62,6 +63,7 @@ class Proposal:
     detail: str = ""
     operators: tuple[str, ...] = ()
     cut: bool = False
+    written: bool = False
 
 
 class Generator(Protocol):

@@ -169,12 +169,14 @@ class Search:
             return self._judged(number, seed, family, None, names, (), why)
         candidate = proposal.template
         plain = self.generator.limit is not None or not self.chosen or rng.random() < 0.5
-        rejection = self.checker.check(candidate, cut=proposal.cut)
+        rejection = self.checker.check(candidate, cut=proposal.cut, written=proposal.written)
         if rejection is None and not plain:
             depth = rng.randint(1, self.config.max_depth)
             candidate, more = compose(candidate, self.chosen, None, depth, self.scope, self.protect, rng)
             names = (*names, *more)
-        return self._judged(number, seed, family, candidate, names, (), None, proposal.detail, cut=proposal.cut)
+        return self._judged(
+            number, seed, family, candidate, names, (), None, proposal.detail, proposal.cut, proposal.written
+        )
 
     def _proposed(self, number: int, among: Sequence[int]) -> Proposal:
         """The generator's proposal for an attempt; when it likes batches, it is asked for several of those ``among`` at
@@ -202,11 +204,12 @@ class Search:
         rejection: Rejection | None,
         note: str = "",
         cut: bool = False,
+        written: bool = False,
     ) -> Mutation:
         if candidate is None:
             rejection = rejection or Rejection("not-applicable", "no operator found anything to change")
         else:
-            rejection = rejection or self.checker.check(candidate, cut=cut)
+            rejection = rejection or self.checker.check(candidate, cut=cut, written=written)
         identity = candidate.sha256 if candidate else sha256_json([self.seed, number])
         return Mutation(
             id=identity[:12],

@@ -9,7 +9,7 @@ repaired.
 | ``empty`` | a field, or the whole static text, is blank |
 | ``lost-slot``, ``duplicated-slot``, ``invented-slot``, ``renamed-slot``, ``slot-order`` | not its slots in order |
 | ``changed-outside-scope`` | text after the first slot changed under ``scope: leading`` |
-| ``changed-literal`` | a protected literal was lost, changed, repeated or invented |
+| ``changed-literal`` | a protected literal was lost, changed, repeated or invented (:mod:`kvopt.mutate.literals`) |
 | ``rendering`` | rendered with probe values, a value is not there exactly as often as before |
 | ``equal-to-original``, ``duplicate``, ``duplicate-tokens`` | nothing new, in text or in token ids |
 | ``over-window`` | longer than the model's window |
@@ -27,6 +27,7 @@ from functools import cached_property
 from typing import Literal
 
 from kvopt.errors import InputError, counted
+from kvopt.mutate.literals import invented_literal, lost_literal
 from kvopt.mutate.spans import find_spans, numbering
 from kvopt.task.template import SLOT, Slot, Template, parse
 
@@ -131,11 +132,12 @@ class Checker:
     def _original_tokens(self) -> tuple[int, ...] | None:
         return self.token_ids(self.original) if self.token_ids else None
 
-    def check(self, candidate: Template, *, cut: bool = False) -> Rejection | None:
+    def check(self, candidate: Template, *, cut: bool = False, written: bool = False) -> Rejection | None:
         """None when the candidate is fine, else the first reason against it.
 
         Args:
             cut: text was only cut from it, and literals and messages may be fewer.
+            written: somebody wrote the whole wording, and laid it out anew (:mod:`kvopt.mutate.literals`).
         """
         if cut:
             if candidate.slot_sequence != self.original.slot_sequence:
@@ -145,7 +147,8 @@ class Checker:
             return Rejection("changed-outside-scope", "another number of messages")
         if [m.role for m in candidate.messages] != [m.role for m in self.original.messages]:
             return Rejection("changed-outside-scope", "other roles")
-        for step in (self._empty, self._slots, self._outside, self._literals, self._rendered, self._new):
+        literals = self._written_literals if written else self._literals
+        for step in (self._empty, self._slots, self._outside, literals, self._rendered, self._new):
             if rejection := step(candidate):
                 return rejection
         return None
@@ -201,6 +204,10 @@ class Checker:
                         f"{character!r} is there {after.count(character)} times instead of {before.count(character)}",
                     )
         return None
+
+    def _written_literals(self, candidate: Template) -> Rejection | None:
+        fault = lost_literal(self.original, candidate, self.protect) or invented_literal(self.original, candidate)
+        return Rejection("changed-literal", fault) if fault else None
 
     def _rendered(self, candidate: Template) -> Rejection | None:
         values = probes(self.original.slots)

@@ -8,6 +8,8 @@ from typing import Any
 from kvopt.base.loading import choose_device, load_tokenizer
 from kvopt.config.contexts import ContextConfig
 from kvopt.errors import InputError, counted
+from kvopt.mutate.literals import needed_literals
+from kvopt.mutate.spans import compile_protect
 from kvopt.run.inputs import Inputs
 from kvopt.task.prompt_check import nothing_to_learn, prompt_warnings, start_ids
 from kvopt.task.seam import Encoded, Encoder
@@ -56,6 +58,7 @@ def check(inputs: Inputs) -> dict[str, Any]:
         "context_ends_with": tokenizer.decode(encoded.prefix[-8:]),
         "first_body": tokenizer.decode(encoded.rows[0].body),
         "first_gold": tokenizer.decode(encoded.rows[0].gold),
+        "literals": [literal.text for literal in needed_literals(template, compile_protect(config.mutations.protect))],
         "warnings": warnings,
     }
 
@@ -82,6 +85,7 @@ def report_text(report: dict[str, Any]) -> str:
         f"context ends with {_quoted(report['context_ends_with'])}",
         f"first body: {_quoted(report['first_body'])}",
         f"first gold: {_quoted(report['first_gold'])}",
+        f"literals that other wordings must keep: {', '.join(map(_quoted, report['literals'])) or 'none'}",
         "OK",
     ]
     return "\n".join(lines)

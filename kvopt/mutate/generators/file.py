@@ -15,6 +15,8 @@ from kvopt.task.foreign import refuse_foreign_file
 from kvopt.task.template import SLOT, Template
 from kvopt.task.template_files import is_structured, structured
 
+CHECKED_AS = "written"
+"""Part of the variants' hash: other checks accept other variants."""
 BETWEEN = re.compile(r"^---[ \t]*(?:\r?\n|\Z)", re.M)
 
 
@@ -41,7 +43,7 @@ class FileVariants:
 
     def sha256(self) -> str:
         """Hash of the variants: the file may change while its name does not."""
-        return sha256_json([sources for _, sources in self._variants])
+        return sha256_json([CHECKED_AS, *(sources for _, sources in self._variants)])
 
     def propose(self, requests: Sequence[Request]) -> list[Proposal]:
         return [self._one(request.turn) for request in requests]
@@ -50,7 +52,7 @@ class FileVariants:
         if turn >= len(self._variants):
             return Proposal(rejection=Rejection("generation-failed", "no more variants in the file"))
         where, sources = self._variants[turn]
-        return Proposal(self._original.with_fields(sources), detail=where)
+        return Proposal(self._original.with_fields(sources), detail=where, written=True)
 
     def _sources(self, variant: Any, where: str) -> list[str]:
         if isinstance(variant, dict) and isinstance(variant.get("template"), dict | str):
