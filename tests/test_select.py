@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvopt.config.names import ORDERS, ContextName
+from kvopt.config.names import ContextName, NestedOrder
 from kvopt.errors import InputError
-from kvopt.mutate.orders import diverse_order, first_mutations, text_distance, word_pairs
+from kvopt.mutate.orders import diverse_order, first_mutations, spread_order, text_distance, word_pairs
 from kvopt.task.template import Template
 
 ORIGINAL = Template.from_text("Name the intent of the request: {{text}}")
@@ -68,7 +69,7 @@ def test_diverse_takes_the_farthest_of_the_better_half_from_all_that_is_chosen()
     assert diverse_order(ORIGINAL, ranked, 8)[4:] == ["m004", "m005", "m006", "m007"], "the others by rank"
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", get_args(NestedOrder))
 def test_the_first_k_are_a_part_of_the_first_k_plus_one(order):
     accepted = mutations(*(f"wording {i} of {i * i % 7} words {'and more ' * (i % 3)}" for i in range(9)))
     ranked = list(accepted)[::-1]
@@ -85,6 +86,29 @@ def test_best_is_by_rank_and_diverse_and_random_leave_out_what_is_taken():
     for order in ("diverse", "random"):
         found = first_mutations(order, 3, accepted, lambda: ranked, ORIGINAL, seed=0, taken={"m002"}, where="t")
         assert sorted(found) == ["m000", "m001", "m003"]
+
+
+def test_spread_takes_the_middle_of_equal_parts():
+    assert spread_order(range(12), 3) == [2, 6, 10]
+    assert spread_order(range(12), 1) == [6]
+    assert spread_order(range(5), 4) == [0, 1, 3, 4]
+    assert spread_order(range(3), 7) == [0, 1, 2]
+    accepted = mutations(*(f"wording {i}" for i in range(8)))
+    ranked = list(accepted)[::-1]
+    found = first_mutations("spread", 2, accepted, lambda: ranked, ORIGINAL, seed=0, where="t")
+    assert found == [ranked[2], ranked[6]]
+    left = first_mutations("spread", 2, accepted, lambda: ranked, ORIGINAL, seed=0, taken={ranked[2]}, where="t")
+    assert ranked[2] not in left
+
+
+def test_diverse_looks_at_all_that_are_ranked_where_it_should():
+    near, mid, far = "Name the intent of a request:", "Name the intent of the request:", "Which of the seven is it"
+    accepted = mutations(near, mid, far)
+    ranked = list(accepted)
+    half = first_mutations("diverse", 1, accepted, lambda: ranked, ORIGINAL, seed=0, where="t")
+    whole = first_mutations("diverse", 1, accepted, lambda: ranked, ORIGINAL, seed=0, where="t", whole=True)
+    assert half != ["m002"]
+    assert whole == ["m002"]
 
 
 def test_random_needs_no_ranks():

@@ -1,6 +1,6 @@
 """How contexts are named: one grammar for the config, the command line and Python.
 
-``original``, ``none``; ``best-mutations:K`` (also diverse, random); ``text:FILE``; ``mutations:FILE``;
+``original``, ``none``; ``best-mutations:K`` (also diverse, spread, random); ``text:FILE``; ``mutations:FILE``;
 ``mutation:NAME``; ``context:NAME``; ``RUN#NAME``; and plain names: a mutation (``m031``), a learned context, a folder.
 """
 
@@ -13,8 +13,10 @@ from typing import Literal, get_args
 
 from kvopt.errors import InputError
 
-Order = Literal["best", "diverse", "random"]
+NestedOrder = Literal["best", "diverse", "random"]
 """In what order mutations are taken: lowest KL first, different wordings first, or by chance."""
+Order = Literal["best", "diverse", "spread", "random"]
+"""Those, and evenly over all from the lowest KL to the highest, where the first K are no part of the first K + 1."""
 ORDERS: tuple[Order, ...] = get_args(Order)
 SUFFIX = "-mutations"
 MUTATION = re.compile(r"m\d{3,}")

@@ -79,6 +79,13 @@ class ScoreConfig(Section):
         " lowest forward KL), gold_nll (the lowest), or a metric of evaluate.metrics by its name (the highest; ties go"
         " to the lower KL)",
     )
+    max_kl: float | None = Field(
+        None,
+        gt=0,
+        description="mutations above this forward KL on the selection rows are not taken by best-, diverse- and"
+        " spread-mutations:K, and diverse looks at all below it; default: no limit, and diverse looks at the better"
+        " half",
+    )
     best: int = Field(
         5, ge=0, description="how many of the best mutations are scored on the validation rows and reported"
     )

@@ -17,8 +17,8 @@ class ContextChoice(Shorthand):
 
     context: str = Field(
         min_length=1,
-        description="original, none, best-mutations:K, diverse-mutations:K, random-mutations:K, text:FILE, a learned "
-        "context, a mutation's name, or a context folder",
+        description="original, none, best-mutations:K, diverse-mutations:K, spread-mutations:K, "
+        "random-mutations:K, text:FILE, a learned context, a mutation's name, or a context folder",
     )
     weight: float = Field(1, gt=0, description="how often each of these contexts is drawn; expand takes whole numbers")
 

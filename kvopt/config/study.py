@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from kvopt.config.evaluation import EvaluateConfig
-from kvopt.config.names import Order
+from kvopt.config.names import NestedOrder
 from kvopt.config.section import FrozenSection
 
 
@@ -15,7 +15,7 @@ class CurveConfig(FrozenSection):
     """How much the n-th mutation helps: students on the original and n mutations; each set contains the one before."""
 
     counts: tuple[int, ...] = Field((0, 1, 2, 4, 8), min_length=2, description="numbers of mutations")
-    context_order: Order = Field(
+    context_order: NestedOrder = Field(
         "best",
         description="which mutations come first: best: lowest forward KL; diverse: from the better half, the most"
         " different texts; random: an order drawn with the seed",

@@ -96,15 +96,17 @@ def _named(inputs: Inputs, run: Path, spec: str, seed: int, taken: set[str]) -> 
         raise InputError("a learned context has no text", where=spec, fix=fix)
     mutations = _mutations(inputs, run)
     if name.form == "counted":
+        limit = inputs.config.score.max_kl
         names = first_mutations(
             name.order,
             name.count,
             mutations,
-            lambda: _ranked(run, mutations),
+            lambda: _ranked(run, mutations, limit),
             inputs.template,
             seed=seed,
             taken=taken,
             where=spec,
+            whole=limit is not None,
         )
         return [(key, mutations[key]) for key in names]
     if name.argument in mutations:
@@ -119,8 +121,10 @@ def _mutations(inputs: Inputs, run: Path) -> dict[str, Template]:
     return {m.name: m.template for m in accepted if m.name is not None and m.template is not None}
 
 
-def _ranked(run: Path, known: Collection[str]) -> list[str]:
-    """Names of mutations by forward KL on the selection rows, lowest first, as the run wrote them down."""
+def _ranked(run: Path, known: Collection[str], limit: float | None) -> list[str]:
+    """Names of mutations by forward KL on the selection rows, lowest first and up to ``limit``, as the run wrote them
+    down.
+    """
     path = run / "scores.jsonl"
     try:
         rows = [ScoreLine.model_validate_json(line) for line in path.read_text("utf-8").splitlines()]
@@ -136,7 +140,7 @@ def _ranked(run: Path, known: Collection[str]) -> list[str]:
     except (OSError, ValueError) as error:
         raise InputError(f"is damaged: {reason_of(error)}", where=str(path), fix="run kvopt run again") from None
     scored = sorted((row.kl_forward.mean, row.context) for row in rows if row.split == "selection")
-    return [name for _, name in scored if name in known]
+    return [name for kl, name in scored if name in known and (limit is None or kl <= limit)]
 
 
 def _check_same_task(inputs: Inputs, run: Path) -> None:

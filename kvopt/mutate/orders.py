@@ -1,9 +1,10 @@
-"""Orders of mutations, whose first K are chosen: ``best-mutations:K``, ``diverse-mutations:K``, ``random-mutations:K``.
+"""Orders of mutations, whose first K are chosen: ``best-mutations:K``, ``diverse-mutations:K``, ``random-mutations:K``;
+and ``spread-mutations:K``, evenly over all from the lowest KL to the highest.
 
 The mutations of lowest KL are often those that changed least, and students of near-copies of one wording learn that
 wording. *diverse* therefore looks among the better half by KL for the mutation whose text is farthest from the original
 and from all that stand before it, again and again: greedy k-center (Gonzalez, 1985), at most twice the covering radius
-of the best K of that half. Every order gives nested sets: the first K are a part of the first K + 1.
+of the best K of that half. Every order but *spread* gives nested sets: the first K are a part of the first K + 1.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def first_mutations(
     seed: int,
     taken: Collection[str] = (),
     where: str,
+    whole: bool = False,
 ) -> list[str]:
     """Names of the first ``count`` mutations of an order.
 
@@ -41,7 +43,8 @@ def first_mutations(
         ranked: gives their names by forward KL, lowest first; called where the order needs it.
         original: the template that they are mutations of.
         seed: of the order *random*.
-        taken: what *diverse* and *random* leave out.
+        taken: what *diverse*, *spread* and *random* leave out.
+        whole: *diverse* looks at all that are ranked, not at the better half.
 
     Raises:
         InputError: there are fewer.
@@ -49,7 +52,10 @@ def first_mutations(
     if order == "random":
         names = in_seeded_order([name for name in accepted if name not in taken], seed)
     elif order == "diverse":
-        names = diverse_order(original, [(name, accepted[name]) for name in ranked() if name not in taken], count)
+        free = [(name, accepted[name]) for name in ranked() if name not in taken]
+        names = diverse_order(original, free, count, len(free) if whole else None)
+    elif order == "spread":
+        names = spread_order([name for name in ranked() if name not in taken], count)
     else:
         names = list(ranked())
     if len(names) < count:
@@ -65,14 +71,24 @@ def in_seeded_order(items: Sequence[T], seed: int) -> list[T]:
     return [items[i] for i in order.tolist()]
 
 
-def diverse_order(original: Template, ranked: Sequence[tuple[str, Template]], count: int) -> list[str]:
-    """The first ``count`` names of a greedy k-center order over the better half of ``ranked``, the original being the
-    first center; then, where ``count`` is larger than that half, the others in the order of ``ranked``.
+def spread_order(ranked: Sequence[T], count: int) -> list[T]:
+    """One from the middle of each of ``count`` equal parts of ``ranked``, or all where there are fewer."""
+    if count >= len(ranked):
+        return list(ranked)
+    return [ranked[(2 * i + 1) * len(ranked) // (2 * count)] for i in range(count)]
+
+
+def diverse_order(
+    original: Template, ranked: Sequence[tuple[str, Template]], count: int, among: int | None = None
+) -> list[str]:
+    """The first ``count`` names of a greedy k-center order over the first ``among`` of ``ranked``, the original being
+    the first center; then, where ``count`` is larger than that, the others in the order of ``ranked``.
 
     Args:
         ranked: (name, template) by forward KL, lowest first; of equal distances the earlier one is taken.
+        among: default: the better half.
     """
-    better = ranked[: (len(ranked) + 1) // 2]
+    better = ranked[: (len(ranked) + 1) // 2 if among is None else among]
     pairs, first = [word_pairs(template) for _, template in better], word_pairs(original)
     nearest = [text_distance(own, first) for own in pairs]  # to the original or what is chosen
     chosen: list[int] = []

@@ -27,10 +27,12 @@ class Catalogue:
     Attributes:
         task: what they are contexts of.
         mutations: the accepted mutations, as contexts.
-        ranked: their names by forward KL on the selection rows, lowest first; empty where they are not scored.
+        ranked: their names by forward KL on the selection rows, lowest first, those up to ``score.max_kl``; empty where
+            they are not scored.
         learned: the config's contexts that are learned.
         written: wordings of the user's own: those of the config, and those that were scored onto the board.
         say: gets a line where a context's base cannot be checked.
+        whole: diverse-mutations looks at all that are ranked, not at the better half.
     """
 
     task: EncodedTask
@@ -39,6 +41,7 @@ class Catalogue:
     learned: Mapping[str, TensorContext] = field(default_factory=dict)
     written: Mapping[str, TextContext] = field(default_factory=dict)
     say: Callable[[str], None] = field(default=lambda line: None)
+    whole: bool = False
 
     def named(
         self,
@@ -88,6 +91,7 @@ class Catalogue:
             seed=seed,
             taken=taken,
             where=f"{where} {name.spec}",
+            whole=self.whole,
         )
         return [self.mutations[key] for key in names]
 

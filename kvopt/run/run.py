@@ -293,15 +293,17 @@ class Run:
         names = list(names)
         mutated = any(name.form in ("counted", "mutation") for name in names) and self.config.mutations.count > 0
         ranked = any(name.form == "counted" and name.order != "random" for name in names)
+        limit = math.inf if self.config.score.max_kl is None else self.config.score.max_kl
         wanted = [name.argument for name in names if name.argument in self.inputs.context_names]
         learned = {name: self.learned([name])[0] for name in dict.fromkeys(wanted)}
         return Catalogue(
             self.task(),
             self.mutation_contexts() if mutated else {},
-            tuple(context.name for context, _ in self.ranked_mutations()) if ranked else (),
+            tuple(c.name for c, score in self.ranked_mutations() if score.kl_forward.mean <= limit) if ranked else (),
             learned,
             self.written(),
             self.at.say,
+            whole=self.config.score.max_kl is not None,
         )
 
     def stored_contexts(self, spec: str) -> list[Context]:
