@@ -49,7 +49,7 @@ class TrainingPlan:
 
 def make_plan(config: StudentConfig, pool: Pool, seed: int) -> TrainingPlan:
     """The plan of a config: ``steps`` as given, or as many as the epochs or tokens take, up to a whole step."""
-    stream = Stream(config.schedule, pool.rows, tuple(pool.weights), seed)
+    stream = Stream(config.schedule, pool.rows, tuple(pool.weights), seed, config.batch_size)
     if config.steps is not None:
         steps = config.steps
     elif config.tokens is not None:

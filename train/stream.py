@@ -24,12 +24,14 @@ class Stream:
         rows: how many.
         weights: of the contexts.
         seed: of orders and draws.
+        batch_size: items in a step.
     """
 
     schedule: Schedule
     rows: int
     weights: tuple[float, ...]
     seed: int
+    batch_size: int = 1
 
     @property
     def per_epoch(self) -> int:
@@ -60,6 +62,10 @@ class Stream:
         weights = tuple(self.weights[context] for context in among)
         drawn = draws(self.rows, weights, self.seed, position // self.rows)
         return among[drawn[self.shuffled_row(position)]]
+
+    def context_of_steps(self, position: int, every: int) -> int:
+        """One context, drawn by weight, for all items of ``every`` steps."""
+        return draws(1, self.weights, self.seed, -1 - position // self.batch_size // every)[0]
 
 
 def generator(*key: object) -> torch.Generator:

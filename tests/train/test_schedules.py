@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,6 +45,22 @@ def test_resample_shows_every_row_once_an_epoch_and_draws_by_weight() -> None:
     assert share == pytest.approx(0.75, abs=0.03)
     first, second = dict(drawn[:50]), dict(drawn[50:100])
     assert first != second
+
+
+def test_resample_every_holds_a_context_for_so_many_steps() -> None:
+    """PAFT: all items of K steps meet one wording, drawn by weight."""
+    one = schedule({"kind": "resample", "every": 5}, 8, (1, 1, 2))
+    of = replace(one, batch_size=4)
+    drawn = items(of, 0, 20 * 400)
+    blocks = [{context for _, context in drawn[20 * i : 20 * (i + 1)]} for i in range(400)]
+    assert all(len(block) == 1 for block in blocks)
+    shares = Counter(next(iter(block)) for block in blocks)
+    assert shares[2] / 400 == pytest.approx(0.5, abs=0.08)
+    assert shares[0] / 400 == pytest.approx(0.25, abs=0.08)
+    assert sorted(row for row, _ in drawn[:8]) == list(range(8)), "rows come once an epoch as ever"
+    assert items(of, 4000, 4100) == drawn[4000:4100], "a resumed run meets the same"
+    assert one.schedule.model_dump() == {"kind": "resample", "every": 5}
+    assert schedule("resample", 8, (1, 1)).schedule.model_dump() == {"kind": "resample"}
 
 
 @pytest.mark.parametrize("kind", ["expand", "resample"])
