@@ -31,7 +31,14 @@ class ArmDifference(DocumentPart):
     """One number of an arm against the reference arm."""
 
     difference: OverSeeds = Field(description="arm − reference, seed by seed")
-    separable: bool | None = Field(None, description="whether the intervals over seeds lie apart; null for one seed")
+    p: float | None = Field(
+        None, description="of the paired test over rows and seeds, two-sided; null for one seed, and in old files"
+    )
+    separable: bool | None = Field(
+        None,
+        description="whether p, corrected for all arms that are compared with the reference by this number (Holm), is"
+        " at most 0.05; null for one seed. Old files: whether the intervals over seeds lie apart",
+    )
 
 
 class ArmRun(DocumentPart):

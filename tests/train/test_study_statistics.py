@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from kvopt.train.evaluation.results import Measured
 from kvopt.train.study.curve import explained, fit_curve, power_law
-from kvopt.train.study.seeds import compared, over_rows_and_seeds, over_seeds
+from kvopt.train.study.seeds import compared, over_rows_and_seeds, over_seeds, paired_p
 from kvopt.train.study.values import draws_by_path
 
 
@@ -24,19 +25,42 @@ def test_one_seed_has_no_interval_and_a_missing_value_no_mean():
     assert over_seeds([0.5, None]).to_json()["mean"] is None
 
 
-def test_arms_are_separable_when_their_intervals_do_not_overlap():
-    low, high, wide = over_seeds([1.0, 1.1, 0.9]), over_seeds([2.0, 2.1, 1.9]), over_seeds([1.0, 2.0, 3.0])
-    assert compared(low, high).to_json()["separable"] is True
-    assert compared(low, wide).to_json()["separable"] is False
-    assert compared(high, low).to_json()["difference"]["mean"] == pytest.approx(1.0)
-    assert compared(over_seeds([1.0]), over_seeds([2.0])).to_json()["separable"] is None
+def test_the_paired_test_is_students_over_seeds_where_rows_are_many():
+    """scipy's one-sample t test, where rows add nothing; Welch's where both add."""
+    differences = [0.3, 0.1, 0.45]
+    assert paired_p(differences, 0.0, 100) == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
+    rows = np.random.default_rng(0).normal(0.2, 1.0, 30)
+    welch = stats.ttest_ind(differences, rows - rows.mean(), equal_var=False).pvalue
+    assert paired_p(differences, float(rows.var(ddof=1) / 30), 30) == pytest.approx(welch)
+
+
+def test_the_same_differences_are_no_evidence_where_rows_or_seeds_differ_as_much():
+    assert paired_p([0.25, 0.25, 0.25], 0.0, 10) == 0.0
+    assert paired_p([0.0, 0.0, 0.0], 0.0, 10) == 1.0
+    assert paired_p([0.2, 0.2, 0.2], 0.04, 10) > 0.3, "one standard error of rows"
+    assert paired_p([0.2], 0.01, 10) is None, "one seed says nothing of other seeds"
+    assert paired_p([0.2, 0.3], 0.01, 1) is None
+
+
+def test_equal_arms_are_told_apart_in_five_studies_of_a_hundred():
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(1000):
+        rows, of_seeds = rng.normal(size=40), rng.normal(size=(4, 1)) * 0.15
+        differences = rows + of_seeds + rng.normal(size=(4, 40)) * 0.5
+        over_rows = differences.mean(0).var(ddof=1) / 40
+        found += paired_p(list(differences.mean(1)), over_rows, 40) <= 0.05
+    assert 0.03 <= found / 1000 <= 0.07
 
 
 def test_a_paired_difference_takes_each_seeds_own():
     a, b = over_seeds([1.0, 5.0, 9.0]), over_seeds([0.5, 4.5, 8.5])
-    found = compared(a, b).to_json()
-    assert found["difference"]["ci95"] == pytest.approx([0.5, 0.5])
-    assert found["separable"] is False
+    draws = [np.array([0.4, 0.5, 0.6, 0.5])] * 3
+    found = compared(a, b, draws, rows=4)
+    assert found.difference.ci95 == pytest.approx([0.5, 0.5])
+    assert found.p == pytest.approx(paired_p([0.5] * 3, float(np.var(draws[0])) * 4 / 3, 4))
+    assert found.p < 0.01
+    assert compared(a, b).p is None, "without draws of rows there is no test"
+    assert compared(over_seeds([1.0]), over_seeds([2.0]), draws[:1], rows=4).p is None
 
 
 def test_the_bootstrap_over_rows_and_seeds_holds_the_variance_of_both():

@@ -25,13 +25,14 @@ from kvopt.documents.study_file import (
     StudyDocument,
 )
 from kvopt.errors import InputError
+from kvopt.measure.paired import LEVEL, holm
 from kvopt.train.arms import EQUAL_SECONDS, Arm, settings_of
 from kvopt.train.study.curve import explained, fit_curve
 from kvopt.train.study.seeds import compared, over_rows_and_seeds, over_seeds
 from kvopt.train.study.values import by_path
 
 FORMAT_VERSION = 1
-INTERVAL = "95 % Student t over seeds; arms are separable when intervals do not overlap"
+INTERVAL = "95 % Student t over seeds; what is separable is decided by a paired test over rows and seeds, with Holm"
 BOOTSTRAP = "95 % percentile bootstrap over rows and seeds (of one seed: over rows), the same rows for all arms"
 CURVE_GROUPS = ("original", "held-out", "templates")
 
@@ -69,6 +70,7 @@ def build_document(
         if first is not None and i != first:
             pairs = list(zip(of_arm, trained[first][1], strict=False))  # in an unfinished study seeds may be missing
             row.against_reference = _against(row, rows[first], pairs, config.seed)
+    _correct(rows)
     return StudyDocument(
         format_version=FORMAT_VERSION,
         name=config.name,
@@ -143,9 +145,32 @@ def _against(
     intervals = over_rows_and_seeds(differences, seed=seed)
     against = {}
     for path in (path for path in row.values if path in reference.values):
-        against[path] = compared(row.values[path], reference.values[path])
+        known = intervals.get(path) is not None
+        draws = [one[path] for one in differences] if known else None
+        drawn = _rows_behind(path, pairs[0][0].evaluation) if pairs else 0
+        against[path] = compared(row.values[path], reference.values[path], draws, drawn)
         against[path].difference.ci95_bootstrap = intervals.get(path)
     return against
+
+
+def _rows_behind(path: str, evaluation: EvaluationDocument) -> int:
+    """How many rows a number is the mean over."""
+    group, _, quantity = path.partition("/")
+    if group == "forgetting":
+        return evaluation.forgetting.rows if evaluation.forgetting else 0
+    if group == "frozen_prompt":
+        return evaluation.frozen_prompt.rows if evaluation.frozen_prompt else 0
+    likelihood = quantity.split("/")[0] in (LIKELIHOOD, "kl_from_base", "top1_agreement")
+    return evaluation.rows.scored if likelihood else evaluation.rows.answered
+
+
+def _correct(rows: Sequence[ArmResult]) -> None:
+    """What is separable, corrected for the number of arms: the family is all arms by one number."""
+    compared_rows = [row.against_reference for row in rows if row.against_reference]
+    for path in dict.fromkeys(path for against in compared_rows for path in against):
+        family = [against[path] for against in compared_rows if path in against]
+        for one, p in zip(family, holm([one.p for one in family]), strict=True):
+            one.separable = None if p is None else p <= LEVEL
 
 
 def _curves(config: Config, rows: Sequence[ArmResult], headline: str) -> dict[str, CurveFit] | None:
