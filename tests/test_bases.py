@@ -306,12 +306,25 @@ def test_watched_and_gated_attention_is_the_bases_own(make: Callable[[Path], Pat
     torch.testing.assert_close(open_gates, plain, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("make", [gemma2, gpt_oss])
-def test_an_attention_that_the_base_cannot_do_is_one_line_with_the_mend(
+@pytest.mark.parametrize("make", [gemma2, gemma3, gpt_oss])
+def test_an_attention_that_the_base_cannot_do_is_one_line_with_the_mend_for_run_and_validate(
     make: Callable[[Path], Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=r"model\.attention sdpa: .*set model\.attention: eager"):
-        loaded(make(tmp_path), attention="sdpa")
+    folder = make(tmp_path)
+    for attention in ("sdpa", "spda"):
+        line = rf"model\.attention {attention}: .*set model\.attention: eager"
+        with pytest.raises(InputError, match=line):
+            loaded(folder, attention=attention)
+        with pytest.raises(InputError, match=line):
+            load_tokenizer(ModelConfig(base=str(folder), attention=attention))
+    load_tokenizer(ModelConfig(base=str(folder), attention="eager"))
+
+
+def test_an_attention_that_the_base_can_do_passes_both(tmp_path: Path) -> None:
+    folder = made(tmp_path, LlamaConfig(**SMALL))
+    for attention in ("sdpa", "eager", "flex_attention"):
+        load_tokenizer(ModelConfig(base=str(folder), attention=attention))
+    assert loaded(folder, attention="sdpa").model.config._attn_implementation == "sdpa"
 
 
 def test_a_whole_job_runs_on_gpt_oss(tmp_path: Path) -> None:
