@@ -81,6 +81,11 @@ def write_rows(path: Path, values: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(value) + "\n" for value in values), "utf-8")
 
 
+def entries(path: Path) -> dict[str, Any]:
+    """The entries of a document in a run directory, without the checksum of the file."""
+    return {name: value for name, value in json.loads(path.read_text("utf-8")).items() if name != "checksum"}
+
+
 def run_job(config: Path, out: Path, sets: tuple[str, ...] = ()) -> dict[str, Any]:
     """All stages in this process; returns the leaderboard."""
     loaded, base_dir = load_config(config, sets)

@@ -38,21 +38,12 @@ from kvopt.base.rope import angles
 from kvopt.config.model import ModelConfig
 from kvopt.errors import InputError
 from kvopt.task.seam import Row, make_batch
+from tests.gguf_file import write_gguf
 from tests.jobs import run_job, write_job
-from tests.tiny import CHATML, tiny_folder, tiny_model, tiny_tokenizer
+from tests.tiny import SMALL, tiny_folder, tiny_model, tiny_tokenizer
 
 Kvopt = Callable[..., tuple[int, str, str]]
 IDS = [90, 91, 140, 200, 77, 30, 31, 33, 90, 12]
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.25,
-    "pad_token_id": None,
-}
 
 
 def made(folder: Path, config: Any) -> Path:
@@ -117,56 +108,6 @@ def test_the_code_that_comes_with_a_model_is_part_of_its_identity(tmp_path: Path
 
 
 # ---- GGUF
-
-
-def write_gguf(path: Path, model: PreTrainedModel, extra: dict[str, np.ndarray]) -> None:
-    """A Llama as converters write it."""
-    from gguf import GGUFWriter
-
-    words, config = tiny_tokenizer("chatml"), model.config
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    names = [name for name, _ in sorted(words.get_vocab().items(), key=lambda pair: pair[1])]
-    merges = json.loads(words.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(names)
-    writer.add_token_types([3 if name.startswith("<|") else 1 for name in names])
-    writer.add_token_merges([" ".join(merge) for merge in merges])
-    writer.add_eos_token_id(words.eos_token_id)
-    writer.add_chat_template(CHATML)
-    state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-
-    def interleaved(tensor: np.ndarray, heads: int) -> np.ndarray:
-        return np.ascontiguousarray(tensor.reshape(heads, 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape))
-
-    writer.add_tensor("token_embd.weight", state["model.embed_tokens.weight"])
-    writer.add_tensor("output_norm.weight", state["model.norm.weight"])
-    parts = {"attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj"}
-    parts |= {"ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-    parts |= {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-    for i in range(config.num_hidden_layers):
-        ours, theirs = f"model.layers.{i}.", f"blk.{i}."
-        query, key = (state[f"{ours}self_attn.{name}_proj.weight"] for name in "qk")
-        writer.add_tensor(f"{theirs}attn_q.weight", interleaved(query, config.num_attention_heads))
-        writer.add_tensor(f"{theirs}attn_k.weight", interleaved(key, config.num_key_value_heads))
-        for name, part in parts.items():
-            writer.add_tensor(f"{theirs}{name}.weight", state[f"{ours}{part}.weight"])
-    for name, tensor in extra.items():
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -306,12 +247,25 @@ def test_watched_and_gated_attention_is_the_bases_own(make: Callable[[Path], Pat
     torch.testing.assert_close(open_gates, plain, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("make", [gemma2, gpt_oss])
-def test_an_attention_that_the_base_cannot_do_is_one_line_with_the_mend(
+@pytest.mark.parametrize("make", [gemma2, gemma3, gpt_oss])
+def test_an_attention_that_the_base_cannot_do_is_one_line_with_the_mend_for_run_and_validate(
     make: Callable[[Path], Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=r"model\.attention sdpa: .*set model\.attention: eager"):
-        loaded(make(tmp_path), attention="sdpa")
+    folder = make(tmp_path)
+    for attention in ("sdpa", "spda"):
+        line = rf"model\.attention {attention}: .*set model\.attention: eager"
+        with pytest.raises(InputError, match=line):
+            loaded(folder, attention=attention)
+        with pytest.raises(InputError, match=line):
+            load_tokenizer(ModelConfig(base=str(folder), attention=attention))
+    load_tokenizer(ModelConfig(base=str(folder), attention="eager"))
+
+
+def test_an_attention_that_the_base_can_do_passes_both(tmp_path: Path) -> None:
+    folder = made(tmp_path, LlamaConfig(**SMALL))
+    for attention in ("sdpa", "eager", "flex_attention"):
+        load_tokenizer(ModelConfig(base=str(folder), attention=attention))
+    assert loaded(folder, attention="sdpa").model.config._attn_implementation == "sdpa"
 
 
 def test_a_whole_job_runs_on_gpt_oss(tmp_path: Path) -> None:

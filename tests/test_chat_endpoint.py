@@ -1,8 +1,12 @@
-"""The client of a chat endpoint: how often it tries (its answers and failures: tests/mutate/test_generators.py)."""
+"""The client of a chat endpoint: how often it tries, and models without a system role (its answers and failures:
+tests/mutate/test_generators.py).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+from typing import Any
 
 import httpx
 import pytest
@@ -51,3 +55,66 @@ def test_a_server_that_is_back_is_given_all_tries_again():
 @pytest.mark.parametrize("status", [429, 500])
 def test_a_server_that_is_busy_is_given_all_tries_always(status: int):
     assert asked_of(Server(status), 5) == [3] * 5
+
+
+MESSAGES = [{"role": "system", "content": "Grade it."}, {"role": "user", "content": "An answer."}]
+MERGED = [{"role": "user", "content": "Grade it.\n\nAn answer."}]
+VLLM = "System role not supported"
+LLAMA_CPP = "Jinja Exception: Conversation roles must alternate user/assistant/user/assistant/..."
+GATEWAY = '{"error": {"message": "messages: Unexpected role \\"system\\"", "type": "invalid_request_error"}}'
+GOOGLE = "Developer instruction is not enabled: a system_instruction cannot be given"
+
+
+class Roles:
+    """A server whose model has some roles; for others it gives ``status`` and ``text``."""
+
+    def __init__(self, roles: tuple[str, ...], status: int, text: str):
+        self.roles, self.status, self.text = roles, status, text
+        self.asked: list[list[dict[str, Any]]] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        messages = json.loads(request.content)["messages"]
+        self.asked.append(messages)
+        if any(message["role"] not in self.roles for message in messages):
+            return httpx.Response(self.status, text=self.text)
+        return httpx.Response(200, json={"choices": [{"message": {"content": "4"}, "finish_reason": "stop"}]})
+
+
+def endpoint_of(server: Roles) -> tuple[ChatEndpoint, list[str]]:
+    said: list[str] = []
+    settings = EndpointSettings(base_url="http://localhost/v1", model="m", retries=1)
+    transport = httpx.MockTransport(server)
+    return ChatEndpoint(settings, "here", first_wait=0.001, transport=transport, say=said.append), said
+
+
+@pytest.mark.parametrize(("status", "text"), [(400, VLLM), (500, LLAMA_CPP), (422, GATEWAY), (400, GOOGLE)])
+def test_a_system_message_that_is_refused_goes_in_front_of_the_user_s_which_is_said_once(status: int, text: str):
+    server = Roles(("user", "assistant"), status, text)
+    endpoint, said = endpoint_of(server)
+    with endpoint.client() as client:
+        assert [endpoint.ask(client, MESSAGES, seed) for seed in range(3)] == ["4"] * 3
+    assert server.asked == [MESSAGES, MERGED, MERGED, MERGED], "refused once, and not tried again"
+    assert said == [
+        "warning: here: the endpoint refuses system messages; kvopt puts their text in front of the user's message"
+    ]
+
+
+def test_a_model_with_a_system_role_gets_the_message_in_it():
+    server = Roles(("system", "user"), 400, VLLM)
+    endpoint, said = endpoint_of(server)
+    with endpoint.client() as client:
+        endpoint.ask(client, MESSAGES, 0)
+    assert server.asked == [MESSAGES]
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("text", "requests"), [("no such model", 1), ("no model for your role", 2), ("a system error", 1)]
+)
+def test_a_refusal_for_another_reason_stays_the_failure_that_it_is(text: str, requests: int):
+    server = Roles((), 400, text)
+    endpoint, said = endpoint_of(server)
+    with endpoint.client() as client, pytest.raises(ChatFailure, match=f"status 400: {text}"):
+        endpoint.ask(client, MESSAGES, 0)
+    assert len(server.asked) == requests
+    assert said == []

@@ -18,12 +18,12 @@ from kvopt.base.completion import local_completion
 from kvopt.base.loading import load_base
 from kvopt.config.model import ModelConfig
 from kvopt.errors import InputError
-from kvopt.task.chat_check import check_chat
+from kvopt.task.chat_check import changed_output, check_chat
 from kvopt.task.chat_template import ChatTemplate, system_in_front
 from kvopt.task.examples import Example
 from kvopt.task.seam import Encoder, SeamError
 from kvopt.task.template import Template
-from tests.jobs import run_job, write_job
+from tests.jobs import entries, run_job, write_job
 from tests.tiny import save_tiny, tiny_tokenizer
 
 Kvopt = Callable[..., tuple[int, str, str]]
@@ -202,6 +202,66 @@ def test_a_prompt_that_merges_with_its_output_says_what_the_chat_template_puts_b
         Encoder(words).encode(chat, [example])
 
 
+# ---- what an output does to its turn
+
+ANSWER = "{% if m.role == 'assistant' %}{{ ANSWER }}{% else %}{{ m.content }}{% endif %}"
+
+
+def answers(expression: str) -> str:
+    """A chat template that writes an answer as this Jinja expression says."""
+    return PLAIN.replace("{{ m.content }}", ANSWER.replace("ANSWER", expression))
+
+
+QWEN_LIKE = PLAIN.replace(
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' and '</think>' not in m.content %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}",
+)
+NO_TOOLS = PLAIN.replace(
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' and 'tool' in m.content %}{{ raise_exception('tools go into tool_calls') }}"
+    "{% endif %}{{ m.content }}",
+)
+THOUGHT = "<think>\nIt is wet.\n</think>\n\nrain"
+
+
+@pytest.mark.parametrize(
+    ("template", "output", "said"),
+    [
+        (answers("m.content | trim"), "wet\n", "strips the white space around the output"),
+        (
+            answers("m.content.split('</think>')[-1].lstrip()"),
+            THOUGHT,
+            r"leaves '<think>\nIt is wet.\n</think>\n\n' out of the output",
+        ),
+        (answers("m.content | tojson"), '{"a": 1}', r"""changes the output '{"a": 1}' to '{\\"a\\": 1}'"""),
+        (QWEN_LIKE, THOUGHT, "renders the turn otherwise for the output: 'It is wet."),
+        (NO_TOOLS, '{"tool": 1}', "refuses the output: tools go into tool_calls"),
+    ],
+)
+def test_what_a_chat_template_does_to_an_output_is_named(template: str, output: str, said: str) -> None:
+    found = changed_output(ChatTemplate(tokenizer(template)), MESSAGES, output)
+    assert found is not None
+    assert found.startswith(said)
+    assert changed_output(ChatTemplate(tokenizer(template)), MESSAGES, "wet") is None
+    assert changed_output(ChatTemplate(tokenizer(PLAIN)), MESSAGES, output) is None
+
+
+def test_validate_and_run_name_the_rows_whose_outputs_the_chat_template_changes(kvopt: Kvopt, tmp_path: Path) -> None:
+    template = answers("m.content.split('</think>')[-1].lstrip()")
+    config = job_with(tmp_path, template, lambda c: c.update(mutations={"count": 0}, contexts=[]))
+    rows = [json.loads(line) for line in (config.parent / "train.jsonl").read_text().splitlines()]
+    for place in (0, 2):
+        rows[place]["output"] = "<think>hm</think>" + rows[place]["output"]
+    (config.parent / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = "train.jsonl:1, 3: in a finished conversation the base's chat template leaves '<think>hm</think>' out of"
+    code, out, _ = kvopt("validate", config, "--json")
+    assert code == 0
+    assert sum(line in warning for warning in json.loads(out)["warnings"]) == 1
+    code, _, err = kvopt("run", config, "--out", tmp_path / "out")
+    assert code == 0
+    assert err.count(line) == 1
+
+
 # ---- the clock
 
 DATED = (
@@ -230,7 +290,7 @@ def test_a_run_keeps_the_date_on_which_it_began(tmp_path: Path, monkeypatch: pyt
     config = job_with(tmp_path, DATED, lambda c: c.update(mutations={"count": 0}, contexts=c["contexts"][:1]))
     out = tmp_path / "run"
     run_job(config, out)
-    manifest = json.loads((out / "manifest.json").read_text())
+    manifest = entries(out / "manifest.json")
     assert manifest["prompt_time"][:10] == f"{datetime.now():%Y-%m-%d}"
     manifest["prompt_time"] = "2020-02-29T12:00:00"
     (out / "manifest.json").write_text(json.dumps(manifest))

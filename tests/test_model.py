@@ -42,20 +42,9 @@ from kvopt.base.probe import check_config, context_window, probe
 from kvopt.config.model import ModelConfig
 from kvopt.errors import InputError, KvoptError
 from kvopt.storage.files import sha256_file
-from tests.tiny import save_tiny, tiny_folder, tiny_model, tiny_tokenizer
+from tests.tiny import SMALL, save_tiny, tiny_folder, tiny_model, tiny_tokenizer
 
 IDS = [90, 91, 140, 200, 77]
-SMALL = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.25,
-    "pad_token_id": None,
-}
 
 
 def refusal(base: str, **settings: object) -> str:

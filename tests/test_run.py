@@ -12,7 +12,7 @@ from kvopt.errors import InputError
 from kvopt.measure.score import score_prefix, score_tokens
 from kvopt.mutate.mutation import read_mutations
 from kvopt.run.run import Run
-from tests.jobs import artefacts, run_job, stages_in, write_job, write_rows
+from tests.jobs import artefacts, entries, run_job, stages_in, write_job, write_rows
 
 SCORED = ("kv-8", "kv-best", "soft-6", "original", "none")
 
@@ -56,7 +56,7 @@ def test_a_run_leaves_every_artefact(finished):
     for name in ("kv-8", "kv-best", "soft-6"):
         files = {path.name for path in (out / "contexts" / name).iterdir()}
         assert files == {"adapter_config.json", "adapter_model.safetensors", "kvopt.json"}
-    assert json.loads((out / "leaderboard.json").read_text()) == board
+    assert entries(out / "leaderboard.json") == board
     accepted = [m for m in read_mutations(out / "mutations.jsonl") if m.accepted]
     assert len(accepted) == 3
     names = [row["name"] for row in board["contexts"]]

@@ -265,6 +265,7 @@ def test_an_index_of_0_1_0_which_says_how_many_rows_a_shard_has_is_read(
     task = make_task(llama, tmp_path)
     index = json.loads((tmp_path / "index.json").read_text())
     assert index.pop("shards") == [5, 5, 2]
+    assert index.pop("checksum")
     (tmp_path / "index.json").write_text(json.dumps(index | {"rows_per_shard": 5}))
     ids = [row.example_id for row in task.encoded.rows]
     assert torch.equal(open_reference(tmp_path, task.reference.key).hidden(ids), task.reference.hidden(ids))

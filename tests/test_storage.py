@@ -20,6 +20,7 @@ from kvopt.errors import InputError, KvoptError
 from kvopt.storage.files import (
     canonical_json,
     file_name,
+    fits_checksum,
     read_json,
     read_record_file,
     read_text,
@@ -28,13 +29,14 @@ from kvopt.storage.files import (
     sha256_bytes,
     sha256_file,
     sha256_json,
+    with_checksum,
     write_bytes,
     write_json,
     write_jsonl,
     write_text,
 )
 from kvopt.storage.locks import acquire_lock
-from kvopt.storage.tensors import read_tensors, stored_key, write_tensors
+from kvopt.storage.tensors import check_tensors, read_tensors, stored_key, write_tensors
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4),
@@ -197,6 +199,17 @@ def test_a_name_as_a_file_name() -> None:
     assert file_name("a/b c:ü") == "a_b_c_ü"
 
 
+def test_an_object_says_whether_its_entries_are_those_that_were_written() -> None:
+    whole = with_checksum({"b": [1, 2.5, None], "a": {"text": "雨"}})
+    assert list(whole) == ["b", "a", "checksum"]
+    assert fits_checksum(json.loads(json.dumps(whole, indent=2)))
+    assert with_checksum(whole) == whole
+    for changed in (whole | {"b": [1, 2.5]}, whole | {"c": 1}, whole | {"checksum": "x"}, {"checksum": None}):
+        assert not fits_checksum(changed)
+    assert not fits_checksum(whole | {"a": {"text": "\ud800"}})
+    assert fits_checksum({"b": 1}), "of a version without checksums"
+
+
 # ---- folders
 
 
@@ -256,6 +269,56 @@ def test_leftovers_go_but_not_what_another_process_writes(tmp_path: Path) -> Non
 
 
 # ---- tensors
+
+
+@pytest.fixture(params=["several", "one of one row", "none of it"])
+def stored(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    shape = {"several": (40, 7), "one of one row": (1, 1), "none of it": (0, 5)}[request.param]
+    tensors = {"hidden": torch.randn(shape).to(torch.bfloat16), "counts": torch.arange(shape[0])}
+    write_tensors(tmp_path / "t.safetensors", {k: t for k, t in tensors.items() if shape[0] > 1 or k == "hidden"}, "k")
+    return tmp_path / "t.safetensors"
+
+
+def refusal(path: Path) -> str | None:
+    """What reading says of a file; None for a good one."""
+    try:
+        read_tensors(path)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def test_a_flipped_bit_anywhere_in_a_file_of_tensors_is_found(stored: Path) -> None:
+    whole = stored.read_bytes()
+    check_tensors(stored)
+    assert (int.from_bytes(whole[:8], "little") + 8) % 8 == 0, "tensors begin where they can be read in place"
+    start, missed = 8 + int.from_bytes(whole[:8], "little"), []
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << place % 8
+        stored.write_bytes(changed)
+        if (line := refusal(stored)) is None:
+            missed.append(place)
+        else:
+            assert line.startswith(f"{stored}: is damaged")
+            assert "\n" not in line
+    key = whole[:start].index(b'"key":"k"')
+    assert set(missed) < set(range(key, key + 9)), "of another key: who reads compares it"
+
+
+def test_a_file_of_tensors_without_a_hash_is_read_as_an_older_version_s(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "t.safetensors", {"a": torch.arange(6.0)}
+    path.write_bytes(save(tensors, metadata={"key": "old"}))
+    assert stored_key(path) == "old"
+    assert torch.equal(read_tensors(path)["a"], tensors["a"])
+
+
+def test_a_header_of_any_length_is_damage_and_takes_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    for length in (0, 1, 2**31, 2**63, 2**64 - 1):
+        path.write_bytes(length.to_bytes(8, "little") + b"{}" * 9)
+        with pytest.raises(InputError, match="is damaged"):
+            read_tensors(path)
 
 
 def test_tensors_come_back_with_their_key_and_a_damaged_file_has_none(

@@ -38,6 +38,18 @@ TOKENIZERS = ("chatml", "llama2", "gemma", "plain")
 PARTNER = {"llama": "chatml", "qwen3": "plain", "gemma3": "gemma"}
 """The tokenizer that :func:`tiny_base` takes for a model unless told otherwise."""
 
+SMALL: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.25,
+    "pad_token_id": None,
+}
+"""Sizes of a tiny model of any architecture."""
 WINDOW = 512
 SLIDING = 8
 CORPUS = [

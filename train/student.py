@@ -29,9 +29,9 @@ from kvopt.base.hub import weight_files
 from kvopt.base.identity import check_base, weights_sha256
 from kvopt.base.loading import Base, quiet
 from kvopt.documents.student_record import StudentFacts, StudentRecord
-from kvopt.documents.validated import read_record_of
+from kvopt.documents.validated import read_record_of, write_document
 from kvopt.errors import InputError, KvoptError, counted
-from kvopt.storage.files import read_json, replacing_directory, sha256_json, write_json
+from kvopt.storage.files import read_json, replacing_directory, sha256_json
 from kvopt.version import VERSION
 
 FORMAT_VERSION = 1
@@ -176,7 +176,7 @@ def write_student_folder(
         )
         if method == "lora":
             whole.adapter_sha256 = adapter_sha256(place)
-        write_json(place / RECORD, whole.to_json())
+        write_document(place / RECORD, whole)
 
 
 def adapter_sha256(folder: Path) -> str:

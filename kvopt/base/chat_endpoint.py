@@ -5,19 +5,25 @@ reason. The key goes into a header and nowhere else.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from kvopt.config.mutations import EndpointSettings
 from kvopt.errors import InputError, missing_extra
+from kvopt.task.chat_template import system_in_front
 
 if TYPE_CHECKING:
     import httpx
     import tenacity
 
 LONGEST_WAIT = 60.0
+REFUSES_SYSTEM = re.compile(r"\broles?\b|\bsystem[ _-]*(message|prompt|instruction)", re.IGNORECASE)
+"""What an answer says that is no completion, where the model behind the endpoint may have no system role."""
 GIVEN_UP_AFTER = 3
 """After so many questions in a row that no try could bring to the endpoint, each of the next ones has one try: hundreds
 of them would else wait for a server that is not there.
@@ -59,14 +65,18 @@ class ChatEndpoint:
         where: the config key that error messages name.
         first_wait: seconds before the first repeat; doubles with each.
         transport: an httpx transport in the place of the network's.
+        say: gets a line where the model turns out to have no system role; default: stderr.
     """
 
     settings: EndpointSettings
     where: str
     first_wait: float = 1.0
     transport: httpx.BaseTransport | None = None
+    say: Callable[[str], None] = field(default=lambda line: print(line, file=sys.stderr, flush=True), repr=False)
     _key: str = field(init=False, repr=False)
     _not_reached: int = field(default=0, init=False, repr=False)
+    _no_system: bool = field(default=False, init=False, repr=False)
+    _lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Raises InputError without the extra ``endpoint`` (httpx, tenacity), or a key that is not set."""
@@ -88,7 +98,10 @@ class ChatEndpoint:
         return httpx.Client(timeout=self.settings.timeout, headers=headers, transport=self.transport)
 
     def ask(self, client: httpx.Client, messages: Sequence[dict[str, str]], seed: int) -> str:
-        """The text of the answer. Raises ChatFailure when there is none."""
+        """The text of the answer. Raises ChatFailure when there is none.
+
+        A system message that the endpoint refuses is sent in front of the user's instead, then and from then on.
+        """
         import tenacity
 
         tries = self.settings.retries + 1 if self._not_reached < GIVEN_UP_AFTER else 1
@@ -113,6 +126,25 @@ class ChatEndpoint:
         return min(LONGEST_WAIT, max(wait, error.after)) if isinstance(error, _Transient) and error.after else wait
 
     def _ask_once(self, client: httpx.Client, messages: Sequence[dict[str, str]], seed: int) -> str:
+        merges = bool(messages) and messages[0]["role"] == "system"
+        if merges and self._no_system:
+            return _content_or_failure(self._post(client, system_in_front(messages), seed))
+        response = self._post(client, messages, seed)
+        if merges and response.status_code not in (200, 429) and REFUSES_SYSTEM.search(response.text):
+            merged = self._post(client, system_in_front(messages), seed)
+            if merged.status_code == 200:
+                self._merge_from_now_on()
+                response = merged
+        return _content_or_failure(response)
+
+    def _merge_from_now_on(self) -> None:
+        with self._lock:
+            if not self._no_system:
+                self._no_system = True
+                what = "the endpoint refuses system messages; kvopt puts their text in front of the user's message"
+                self.say(f"warning: {self.where}: {what}")
+
+    def _post(self, client: httpx.Client, messages: Sequence[dict[str, str]], seed: int) -> httpx.Response:
         import httpx
 
         url = self.settings.base_url
@@ -124,16 +156,11 @@ class ChatEndpoint:
             "seed": seed,
         }
         try:
-            response = client.post(url, json=body)
+            return client.post(url, json=body)
         except httpx.TransportError as error:
             raise _Unreachable(f"{type(error).__name__}: {error}") from None
         except (httpx.RequestError, httpx.InvalidURL) as error:
             raise ChatFailure(f"{type(error).__name__}: {error}") from None
-        if response.status_code == 429 or response.status_code >= 500:
-            raise _Transient(f"status {response.status_code}", _seconds(response.headers.get("retry-after")))
-        if response.status_code != 200:
-            raise ChatFailure(f"status {response.status_code}: {response.text[:200]}")
-        return _content(response)
 
     def _without_key(self, message: str) -> str:
         return message.replace(self._key, "***") if self._key else message
@@ -144,6 +171,14 @@ def _seconds(value: str | None) -> float | None:
         return max(0.0, float(value)) if value else None
     except ValueError:
         return None
+
+
+def _content_or_failure(response: httpx.Response) -> str:
+    if response.status_code == 429 or response.status_code >= 500:
+        raise _Transient(f"status {response.status_code}", _seconds(response.headers.get("retry-after")))
+    if response.status_code != 200:
+        raise ChatFailure(f"status {response.status_code}: {response.text[:200]}")
+    return _content(response)
 
 
 def _content(response: httpx.Response) -> str:

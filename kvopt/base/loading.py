@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from kvopt.base import builtin, hub
 from kvopt.base.gguf import save_gguf_as_folder
 from kvopt.base.identity import chat_template_sha256, config_sha256, tokenizer_sha256, weights_sha256
+from kvopt.base.implementation import check_implementation, implementation, is_refusal, reason, refused
 from kvopt.base.probe import Capability, Geometry, check_config, context_window, probe, text_config
 from kvopt.base.rope import Rope
 from kvopt.config.model import BUILTIN_BASE, ModelConfig
@@ -138,8 +139,9 @@ def load_tokenizer(config: ModelConfig, *, say: Callable[[str], None] | None = N
         if config.base == BUILTIN_BASE:  # known to work, and the class of its config takes seconds to import
             window = json.loads((folder / "config.json").read_text("utf-8"))["max_position_embeddings"]
             return PreTrainedTokenizerFast.from_pretrained(str(folder)), int(window)
-        settings = text_config(_load_config(folder, config))
-        return _load_tokenizer(folder, config), context_window(settings)
+        settings = _load_config(folder, config)
+        check_implementation(config, settings)
+        return _load_tokenizer(folder, config), context_window(text_config(settings))
 
 
 def locate(base: str, revision: str | None, say: Callable[[str], None], *, weights: bool = True) -> Path:
@@ -281,38 +283,26 @@ def _load_tokenizer(folder: Path, config: ModelConfig) -> Any:
 def _load_model(folder: Path, config: ModelConfig, settings: Any, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM  # takes seconds, and a tokenizer alone does not need it
 
+    attention = implementation(config, settings)
     method = (getattr(settings, "quantization_config", None) or {}) if not isinstance(settings, dict) else {}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder),
             config=settings,
             dtype=dtype,
-            attn_implementation=_attention(config, settings),
+            attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )
     except Exception as error:  # a broken or unknown folder fails in as many ways as there are formats
-        if "attn_implementation" in str(error) and config.attention != "auto":
-            raise InputError(
-                f"{type(settings).__name__.removesuffix('Config')} cannot be computed with this attention",
-                where=f"model.attention {config.attention}",
-                fix="set model.attention: eager, or auto",
-            ) from error
+        if is_refusal(error) and config.attention not in ("auto", "eager"):
+            raise refused(config, settings, reason(error)) from error
         what = f"cannot be loaded as a causal LM{_quantisation(method)}"
         raise _fault(config, what, error) from error
     if missing := sorted(info["missing_keys"]):
         what = f"its weights lack {len(missing)} tensors of a {type(model).__name__}, first {missing[0]}"
         raise InputError(what, where=f"model.base {config.base}", fix="is it a causal LM, and complete?")
     return model
-
-
-def _attention(config: ModelConfig, settings: Any) -> str | None:
-    """What transformers is asked for; None leaves it the choice, which is sdpa for the models that can and eager for
-    those that cannot (attention sinks). A softcap of the attention's logits is in eager alone.
-    """
-    if config.attention != "auto":
-        return config.attention
-    return "eager" if getattr(text_config(settings), "attn_logit_softcapping", None) else None
 
 
 def _quantisation(method: Any) -> str:

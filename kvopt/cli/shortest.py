@@ -27,26 +27,49 @@ if TYPE_CHECKING:
     from kvopt.config.frontiers import FrontierKind
     from kvopt.run.shorter_texts import Shortened, Shortener
 
+Lengths = Annotated[
+    list[int] | None,
+    typer.Option("--tokens", metavar="N", min=1, help="A length in tokens, or slots; may be repeated."),
+]
+Keep = Annotated[
+    float | None,
+    typer.Option(
+        "--keep",
+        metavar="SHARE",
+        min=0,
+        max=1,
+        help="Find the shortest that keeps this share of the template's effect, such as 0.97 (1 - KL / KL of no"
+        " context).",
+    ),
+]
+MaxKL = Annotated[
+    float | None,
+    typer.Option(
+        "--max-kl",
+        metavar="KL",
+        min=0,
+        help="Find the shortest whose forward KL on the selection rows is at most this.",
+    ),
+]
+Rows = Annotated[int, typer.Option("--rows", metavar="N", min=1, help="Selection rows that decide of texts.")]
+Exchanges = Annotated[
+    int, typer.Option("--exchanges", metavar="N", min=0, help="Rounds of exchanges at each text's length, at most.")
+]
+OwnOut = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="The run directory (default: runs/NAME-COMMAND).")
+]
+
 
 def compact(
     config: ConfigPath,
-    tokens: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--tokens",
-            metavar="N",
-            min=1,
-            help="Slots of the KV cache; may be repeated. Default: a quarter of the template's tokens.",
-        ),
-    ] = None,
+    tokens: Lengths = None,
     sets: Sets = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="The run directory (default: runs/NAME-compact).")
-    ] = None,
+    out: OwnOut = None,
     as_json: Json = False,
 ) -> None:
     """Make the template a short KV cache at once, without training, and say what it costs.
 
+    Without --tokens it has a quarter of the template's length.
     The cache is fitted to what your rows attend to (init: matched, zero steps). This takes seconds, and is the quickest
     way to see how far a template can be shortened. Learned contexts, mutations and students of the config are left out;
     wordings of your own are scored beside it.
@@ -68,35 +91,17 @@ def compact(
 
 def shorten(
     config: ConfigPath,
-    tokens: Annotated[
-        list[int] | None,
-        typer.Option("--tokens", metavar="N", min=1, help="A text of at most N tokens; may be repeated."),
-    ] = None,
-    keep: Annotated[
-        float | None,
-        typer.Option(
-            "--keep",
-            metavar="SHARE",
-            min=0,
-            max=1,
-            help="The shortest text that keeps this share of the template's effect, such as 0.97 (1 - KL / KL of no"
-            " context).",
-        ),
-    ] = None,
-    max_kl: Annotated[
-        float | None,
-        typer.Option("--max-kl", metavar="KL", min=0, help="The shortest text whose forward KL is at most this."),
-    ] = None,
+    tokens: Lengths = None,
+    keep: Keep = None,
+    max_kl: MaxKL = None,
     literals: Annotated[
         Literal["needed", "all"],
         typer.Option(
             help="Which of the template's literals (labels, keys, quoted text) stay: those in a gold output, or all."
         ),
     ] = "needed",
-    rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="Selection rows that decide.")] = 16,
-    exchanges: Annotated[
-        int, typer.Option("--exchanges", metavar="N", min=0, help="Rounds of exchanges at each length, at most.")
-    ] = 6,
+    rows: Rows = 16,
+    exchanges: Exchanges = 6,
     sets: Sets = None,
     out: Out = None,
     as_json: Json = False,
@@ -153,15 +158,7 @@ def shorten(
 
 def frontier(
     config: ConfigPath,
-    tokens: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--tokens",
-            metavar="N",
-            min=1,
-            help="A length to compare at; may be repeated. Default: a half, a quarter and an eighth of the template.",
-        ),
-    ] = None,
+    tokens: Lengths = None,
     kind: Annotated[
         list[str] | None,
         typer.Option("--kind", metavar="KIND", help="text, soft or kv; may be repeated. Default: all three."),
@@ -170,26 +167,8 @@ def frontier(
         int,
         typer.Option("--steps", metavar="N", min=0, help="Training steps of each soft prompt and KV cache, at most."),
     ] = 40,
-    keep: Annotated[
-        float | None,
-        typer.Option(
-            "--keep",
-            metavar="SHARE",
-            min=0,
-            max=1,
-            help="Find the shortest of each kind that keeps this share of the template's effect (1 - KL / KL of no"
-            " context). With --tokens, only what the summary asks for. Default there: 0.97.",
-        ),
-    ] = None,
-    max_kl: Annotated[
-        float | None,
-        typer.Option(
-            "--max-kl",
-            metavar="KL",
-            min=0,
-            help="Find the shortest of each kind whose forward KL on the selection rows is at most this.",
-        ),
-    ] = None,
+    keep: Keep = None,
+    max_kl: MaxKL = None,
     seconds: Annotated[
         float | None,
         typer.Option(
@@ -199,22 +178,20 @@ def frontier(
             help="About how long it may take: training steps are made fewer to fit. Texts come first, whole.",
         ),
     ] = None,
-    rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="Selection rows that decide of texts.")] = 16,
-    exchanges: Annotated[
-        int, typer.Option("--exchanges", metavar="N", min=0, help="Rounds of exchanges at each text's length, at most.")
-    ] = 6,
+    rows: Rows = 16,
+    exchanges: Exchanges = 6,
     sets: Sets = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="The run directory (default: runs/NAME-frontier).")
-    ] = None,
+    out: OwnOut = None,
     as_json: Json = False,
 ) -> None:
     """How short can the template get? Text, soft prompt and KV cache at the same lengths, on one board and page.
 
-    With --keep or --max-kl and no --tokens, the shortest context of each kind is looked for instead. Each text is cut
-    from the longer one (as kvopt shorten does), a soft prompt starts from the text of its length, and a KV cache from
-    attention matching. Learned contexts, mutations and students of the config are left out; wordings of
-    your own are scored beside them. After an interruption, give the same command again to continue.
+    Without --tokens these are a half, a quarter and an eighth of the template's length. With --keep or --max-kl and no
+    --tokens, the shortest context of each kind is looked for instead; with both, --keep (0.97 unless given) is only
+    what the summary asks for. Each text is cut from the longer one (as kvopt shorten does), a soft prompt starts from
+    the text of its length, and a KV cache from attention matching. Learned contexts, mutations and students of the
+    config are left out; wordings of your own are scored beside them. After an interruption, give the
+    same command again to continue.
     """
     from kvopt.config.document import load_config
     from kvopt.config.shortening import ShorteningConfig

@@ -33,8 +33,9 @@ from kvopt.contexts.adapter import (
 )
 from kvopt.contexts.context import KVContext, SoftContext
 from kvopt.documents.context_record import ContextFacts, ContextRecord, SlotPositions
+from kvopt.documents.validated import write_document
 from kvopt.errors import InputError
-from kvopt.storage.files import replacing_directory, write_json
+from kvopt.storage.files import replacing_directory
 from kvopt.version import VERSION
 
 __all__ = [
@@ -97,7 +98,7 @@ def save_context(
             base=base.document,
             **(record.given() if record else {}),
         )
-        write_json(place / RECORD, whole.to_json())
+        write_document(place / RECORD, whole)
 
 
 def write_adapter(place: Path, tensor: Tensor, fields: dict[str, Any]) -> None:

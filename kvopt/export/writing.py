@@ -8,11 +8,12 @@ from typing import Any
 
 from kvopt.documents.export_record import ExportRecord
 from kvopt.documents.part import BaseIdentity
+from kvopt.documents.validated import write_document
 from kvopt.errors import InputError
 from kvopt.export.card import card
 from kvopt.export.export_format import Written, chosen_format, refuse_kind
 from kvopt.export.source import Source, open_source
-from kvopt.storage.files import replacing_directory, write_json, write_text
+from kvopt.storage.files import replacing_directory, write_text
 from kvopt.version import VERSION
 
 RECORD = "kvopt-export.json"
@@ -55,7 +56,7 @@ def export(
     with replacing_directory(folder) as place:
         written = chosen.write(source, place)
         record = _record(source, to, written)
-        write_json(place / RECORD, record.to_json())
+        write_document(place / RECORD, record)
         write_text(place / "README.md", card(source, to, written))
     return {"folder": str(folder), **record.to_json()}
 

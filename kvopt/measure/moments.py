@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from kvopt.errors import InputError
 from kvopt.kernels import Head, Moments, moments_of
@@ -36,29 +37,31 @@ class StoredMoments:
         self._ids = list(example_ids)
         self._places = {example_id: place for place, example_id in enumerate(self._ids)}
         self._files: dict[int, list[Moments]] = {}
+        self._head: Head | None = None
+        self._say: Callable[[str], None] | None = None
 
     def build(
         self,
         head: Head,
         progress: Callable[[int], None] | None = None,
         stored: Callable[[int], None] | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> int:
         """Computes the files that are missing, and returns how many; files of an earlier, longer build go. ``progress``
-        is called with the number of rows finished, ``stored`` with that of rows that were there already.
+        is called with the number of rows finished, ``stored`` with that of rows that were there already, and ``say``
+        with a line for a file that is found damaged when it is read, and made again.
 
         Raises InputError for a head whose logits have no moments.
         """
         check_head(head)
+        self._head, self._say = head, say
         computed, groups = 0, self._groups()
         drop_moments(self.reference.folder, len(groups))
         for number, ids in enumerate(groups):
-            path = self._path(number)
-            there = stored_key(path) == self.key
+            there = stored_key(self._path(number)) == self.key
             if not there:
                 computed += 1
-                moments = moments_of(self.reference.hidden(ids).to(head.weight.device), head)
-                tensors = {"mean_weight": moments.mean_weight, "mean_bias": moments.mean_bias}
-                write_tensors(path, {**tensors, "entropy": moments.entropy}, self.key)
+                self._make(number, head)
             if report := stored if there else progress:
                 report(len(ids))
         return computed
@@ -71,6 +74,11 @@ class StoredMoments:
             torch.cat([moments.mean_bias for moments in per_example]).to(device),
             torch.cat([moments.entropy for moments in per_example]).to(device),
         )
+
+    def _make(self, number: int, head: Head) -> None:
+        moments = moments_of(self.reference.hidden(self._groups()[number]).to(head.weight.device), head)
+        tensors = {"mean_weight": moments.mean_weight, "mean_bias": moments.mean_bias, "entropy": moments.entropy}
+        write_tensors(self._path(number), tensors, self.key)
 
     def _groups(self) -> list[list[str]]:
         return [self._ids[start : start + ROWS_PER_FILE] for start in range(0, len(self._ids), ROWS_PER_FILE)]
@@ -87,10 +95,21 @@ class StoredMoments:
                     where=str(self._path(number)),
                     fix="kvopt run makes them again",
                 )
-            moments = Moments(**read_tensors(self._path(number)))
+            moments = Moments(**self._read(number))
             ends = torch.tensor([0, *self.reference.counts(self._groups()[number])]).cumsum(0).tolist()
             self._files[number] = [moments[start:end] for start, end in pairwise(ends)]
         return self._files[number][inside]
+
+    def _read(self, number: int) -> dict[str, Tensor]:
+        try:
+            return read_tensors(self._path(number))
+        except InputError as damage:
+            if self._head is None:
+                raise
+            if self._say:
+                self._say(f"warning: {damage.where}: {damage.what}; it is made again")
+            self._make(number, self._head)
+            return read_tensors(self._path(number))
 
 
 def check_head(head: Head) -> None:

@@ -3,7 +3,9 @@ token.
 
 Kept as safetensors shards of some hundred examples, in the model's dtype, with the key of everything they depend on;
 read back row by row through a memory map. Rows are added when something first needs them, in shards of their own; what
-is stored never changes. Logits are never stored: the head is applied when they are needed (``kvopt.kernels``).
+is stored never changes: a shard's hash is checked when the first of its rows is read (a byte is hashed for V/2
+multiplications of the head, which reads it), and a damaged one is made again. Logits are never stored: the head is
+applied when they are needed (``kvopt.kernels``).
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from kvopt.base.loading import Base
 from kvopt.base.prefix import Prefix, gold_states
 from kvopt.errors import InputError, KvoptError
 from kvopt.kernels import Head, KLOptions, ReferenceFacts, reference_facts
-from kvopt.storage.files import key_of, parsed_json, write_json
-from kvopt.storage.tensors import stored_key, write_tensors
+from kvopt.storage.files import CHANGED, fits_checksum, key_of, parsed_json, with_checksum, write_json
+from kvopt.storage.tensors import check_tensors, stored_key, write_tensors
 from kvopt.task.seam import Encoded, Row
 
 REFERENCE_VERSION = 1
@@ -54,12 +56,14 @@ class Reference:
         folder, key: where it is stored, and the identity of all that it depends on.
         index: by example id: its shard, its first token there, and the end of its tokens.
         hidden_size: D.
+        make_again: makes a damaged shard again, which the error says is damaged; None: the error is raised.
     """
 
     folder: Path
     key: str
     index: dict[str, tuple[int, int, int]]
     hidden_size: int
+    make_again: Callable[[int, InputError], None] | None = None
 
     def __post_init__(self) -> None:
         self._files: dict[int, Any] = {}
@@ -77,6 +81,10 @@ class Reference:
         """This reference, with the facts that the same one had computed when it had fewer rows."""
         self._facts = earlier._facts
         return self
+
+    def rows_of(self, shard: int) -> list[str]:
+        """The examples of a shard, in order."""
+        return self._shards[shard]
 
     def hidden(self, example_ids: Sequence[str]) -> Tensor:
         """[G, D], the gold tokens of these examples one after the other."""
@@ -112,7 +120,14 @@ class Reference:
 
     def _slice(self, shard: int, first: int, end: int) -> Tensor:
         if shard not in self._files:
-            self._files[shard] = safe_open(str(self.folder / shard_name(shard)), framework="pt").__enter__()
+            path = self.folder / shard_name(shard)
+            try:
+                check_tensors(path)
+            except InputError as damage:
+                if self.make_again is None:
+                    raise
+                self.make_again(shard, damage)
+            self._files[shard] = safe_open(str(path), framework="pt").__enter__()
         return self._files[shard].get_slice("hidden")[first:end]
 
 
@@ -130,10 +145,12 @@ def build_reference(
     wanted: Collection[str] | None = None,
     progress: Progress | None = None,
     stored: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Reference:
     """Compute what is missing of the reference in ``folder`` and open it.
 
-    Shards with the right key are kept, so an interrupted build goes on where it stopped and ends in the same bytes.
+    Shards with the right key are kept, so an interrupted build goes on where it stopped and ends in the same bytes; one
+    that is missing, truncated or another's is made again of its own rows.
 
     Args:
         base, prefix, encoded: the base, the original template's prefix, and all rows under it.
@@ -142,9 +159,17 @@ def build_reference(
         wanted: ids of the examples that are needed now; default: all.
         progress: called with the number of rows finished.
         stored: called with the number of wanted rows that were there already.
+        say: gets a line for what is damaged.
     """
     key = reference_key(base, encoded, batch_size)
-    shards = _kept_shards(folder, key)
+    by_id = {row.example_id: row for row in encoded.rows}
+    shards = _stored_shards(folder, key, {i: len(row.gold) for i, row in by_id.items()}, say)
+    for number, shard in enumerate(shards):
+        if stored_key(path := folder / shard_name(number)) != key:
+            if say and path.is_file():
+                say(f"warning: {path}: is damaged; it is made again")
+            hidden = _hidden_of(base, prefix, [by_id[i] for i, _ in shard], batch_size, None)
+            write_tensors(path, {"hidden": hidden}, key)
     kept = {example_id for shard in shards for example_id, _ in shard}
     rows = [row for row in encoded.rows if wanted is None or row.example_id in wanted]
     missing = [row for row in rows if row.example_id not in kept]
@@ -155,33 +180,40 @@ def build_reference(
         hidden = _hidden_of(base, prefix, part, batch_size, progress)
         write_tensors(folder / shard_name(len(shards)), {"hidden": hidden}, key)
         shards.append([(row.example_id, len(row.gold)) for row in part])
-        write_json(
-            folder / INDEX,
-            {
-                "key": key,
-                "dtype": str(base.dtype).removeprefix("torch."),
-                "hidden_size": base.geometry.hidden_size,
-                "shards": [len(shard) for shard in shards],
-                "rows": [list(row) for shard in shards for row in shard],
-            },
-        )
+        index = {
+            "key": key,
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "hidden_size": base.geometry.hidden_size,
+            "shards": [len(shard) for shard in shards],
+            "rows": [list(row) for shard in shards for row in shard],
+        }
+        write_json(folder / INDEX, with_checksum(index))
     return open_reference(folder, key)
 
 
-def _kept_shards(folder: Path, key: str) -> list[list[tuple[str, int]]]:
-    """(example id, gold tokens) of the rows of each shard that is whole and has this key, up to the first that has
-    not.
+def make_shard(base: Base, prefix: Prefix, encoded: Encoded, reference: Reference, shard: int, batch_size: int) -> None:
+    """Compute one shard of a reference again, of the same rows: on the same machine it gets the same bytes."""
+    wanted = reference.rows_of(shard)
+    by_id = {row.example_id: row for row in encoded.rows}
+    hidden = _hidden_of(base, prefix, [by_id[i] for i in wanted], batch_size, None)
+    write_tensors(reference.folder / shard_name(shard), {"hidden": hidden}, reference.key)
+
+
+def _stored_shards(
+    folder: Path, key: str, gold: dict[str, int], say: Callable[[str], None] | None
+) -> list[list[tuple[str, int]]]:
+    """(example id, gold tokens) of the rows of each shard; none without an index of this key. ``gold``: the tokens of
+    every row that there can be.
     """
     try:
-        stored = _shards_of(_read_index(folder, key))
-    except InputError:
+        shards = _shards_of(_read_index(folder, key))
+        if any(gold.get(example_id) != count for shard in shards for example_id, count in shard):
+            raise InputError("names other rows", where=str(folder / INDEX))
+    except InputError as fault:
+        if say and (folder / INDEX).is_file():
+            say(f"warning: {fault.where}: {fault.what}; the reference is made again")
         return []
-    kept = []
-    for shard, rows in enumerate(stored):
-        if stored_key(folder / shard_name(shard)) != key:
-            break
-        kept.append(rows)
-    return kept
+    return shards
 
 
 def _read_index(folder: Path, key: str) -> dict[str, Any]:
@@ -193,6 +225,8 @@ def _read_index(folder: Path, key: str) -> dict[str, Any]:
         raise InputError(f"the reference cannot be read: {error}", where=str(path), fix="run kvopt run again") from None
     if not isinstance(stored, dict) or {"key", "rows", "hidden_size"} - stored.keys():
         raise InputError("is no index of a reference", where=str(path), fix="delete it and run kvopt run again")
+    if not fits_checksum(stored):
+        raise InputError(CHANGED, where=str(path), fix="run kvopt run again")
     if stored["key"] != key:
         raise InputError(
             "the reference belongs to another base, template or data set", where=str(folder), fix="run kvopt run again"

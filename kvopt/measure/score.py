@@ -21,6 +21,7 @@ from kvopt.base.loading import Base
 from kvopt.base.prefix import Prefix, gold_states
 from kvopt.contexts.context import Context
 from kvopt.documents.scores_file import ForwardKL, SplitScores
+from kvopt.errors import InputError
 from kvopt.kernels import Head, KLOptions, linear_scores
 from kvopt.measure.bootstrap import bounds, drawn_rows
 from kvopt.measure.reference import Reference
@@ -51,8 +52,11 @@ class TokenScores:
 
     @classmethod
     def read(cls, path: Path) -> TokenScores:
-        """The arrays of :meth:`write`."""
-        return cls(**read_tensors(path))
+        """The arrays of :meth:`write`. Raises InputError for a damaged file."""
+        tensors = read_tensors(path)
+        if tensors.keys() != {"kl", "nll", "agree", "counts"}:  # of a version without a checksum
+            raise InputError("is damaged: it holds other tensors", where=str(path))
+        return cls(**tensors)
 
     def by_example(self, values: Tensor) -> Tensor:
         """Sums of a per-token array over each row, [N] float64."""

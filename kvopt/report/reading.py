@@ -23,7 +23,7 @@ from kvopt.documents.ledger import LedgerEntry, read_ledger
 from kvopt.documents.part import DocumentPart, StandsOn
 from kvopt.documents.samples_file import SamplesDocument
 from kvopt.documents.study_file import StudyDocument
-from kvopt.documents.validated import RUN_AGAIN, json_value, read_document, read_leaderboard, reason_of
+from kvopt.documents.validated import RUN_AGAIN, check_unchanged, json_value, read_document, read_leaderboard, reason_of
 from kvopt.errors import InputError
 from kvopt.mutate.mutation import Mutation, read_mutations
 from kvopt.task.template import Template
@@ -230,6 +230,7 @@ def _mapping(path: Path) -> dict[str, Any]:
     value = json_value(path)
     if not isinstance(value, dict):
         raise InputError("is damaged: not a JSON object", where=str(path), fix=RUN_AGAIN)
+    check_unchanged(value, path, RUN_AGAIN)
     return value
 
 
@@ -242,4 +243,5 @@ def _yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot be read: {reason_of(error)}", where=str(path), fix=RUN_AGAIN) from None
     if not isinstance(value, dict):
         raise InputError("is damaged: not a mapping", where=str(path), fix=RUN_AGAIN)
+    check_unchanged(value, path, RUN_AGAIN)
     return value

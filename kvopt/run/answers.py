@@ -18,10 +18,11 @@ from kvopt.contexts.context import Context
 from kvopt.documents.answers_file import AnsweredExample, AnswersDocument, ContextAnswer
 from kvopt.documents.leaderboard_file import NamedContext
 from kvopt.documents.part import Estimate
+from kvopt.documents.validated import write_document
 from kvopt.measure.ratios import summarize
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
-from kvopt.storage.files import file_name, key_of, write_json
+from kvopt.storage.files import file_name, key_of
 from kvopt.storage.keyed_rows import write_rows
 from kvopt.task.examples import Example
 from kvopt.task.seam import Row
@@ -205,7 +206,7 @@ class TaskMetrics:
     def write(self, answered: Sequence[ContextAnswers]) -> None:
         """Write ``answers.json``, or remove one of an earlier config that had metrics."""
         if self and answered:
-            write_json(self.at.directory / ANSWERS, self.document(answered).to_json())
+            write_document(self.at.directory / ANSWERS, self.document(answered))
         else:
             (self.at.directory / ANSWERS).unlink(missing_ok=True)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kvopt.contexts.context import Context, TextContext
 from kvopt.documents.answers_file import AnswersDocument
 from kvopt.documents.leaderboard_file import LeaderboardDocument, LeaderboardRow, NoiseFloor
-from kvopt.documents.validated import read_document
+from kvopt.documents.validated import read_document, write_document
 from kvopt.errors import InputError
 from kvopt.measure.score import Score
 from kvopt.mutate.mutation import search_of
@@ -16,7 +16,6 @@ from kvopt.run.answers import ANSWERS, ContextAnswers, TaskMetrics
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.run.leaderboard import Entry, build_leaderboard, in_order, stored_board, write_leaderboard
-from kvopt.storage.files import write_json
 from kvopt.task.template import Template
 
 
@@ -163,4 +162,4 @@ def _put_answers(metrics: TaskMetrics, answered: Sequence[ContextAnswers], at: W
     added = {example.id: example.answers for example in new.examples}
     for example in stored.examples:
         example.answers |= added[example.id]
-    write_json(at.directory / ANSWERS, stored.to_json())
+    write_document(at.directory / ANSWERS, stored)

@@ -22,20 +22,21 @@ from pydantic import ValidationError
 from kvopt.console.progress import Progress
 from kvopt.documents.ledger import LedgerEntry
 from kvopt.documents.manifest import RunManifest
-from kvopt.documents.validated import first_fault
+from kvopt.documents.validated import first_fault, unchecked, write_document
 from kvopt.errors import InputError, KvoptError
 from kvopt.kernels.memory import peak_resident
 from kvopt.run.put_aside import UNNAMED, Kept
 from kvopt.storage.files import (
+    CHANGED,
     append_line,
     canonical_json,
+    fits_checksum,
     mend_last_line,
     parsed_json,
     remove_partials,
     write_error,
-    write_json,
 )
-from kvopt.storage.keyed_rows import key_of_rows, stored_rows
+from kvopt.storage.keyed_rows import are_damaged, key_of_rows, stored_rows
 from kvopt.storage.locks import LockHeld, acquire_lock
 from kvopt.version import VERSION
 
@@ -101,9 +102,11 @@ class RunDirectory:
                 "was not written by this version of kvopt", where=str(path), fix="choose another --out folder"
             )
         try:
-            self.manifest = RunManifest.model_validate(manifest)
+            self.manifest = RunManifest.model_validate(unchecked(manifest))
         except ValidationError as error:
             raise _damaged(path, ": ".join(first_fault(error))) from None
+        if not fits_checksum(manifest):
+            raise _damaged(path, CHANGED.removeprefix("is damaged: "))
 
     def describe(self, manifest: RunManifest) -> None:
         """Record what the run stands on: hashes, seed and device as given, and the versions; the stages stay."""
@@ -116,7 +119,7 @@ class RunDirectory:
         self.write_manifest()
 
     def write_manifest(self) -> None:
-        write_json(self / "manifest.json", self.manifest.to_json())
+        write_document(self / "manifest.json", self.manifest)
 
     @cached_property
     def kept(self) -> Kept:
@@ -164,6 +167,8 @@ class RunDirectory:
         """
         rows = stored_rows(path, key, count)
         if rows is None:
+            if are_damaged(path):
+                self.say(f"warning: {path}: is damaged; it is made again")
             name = path.relative_to(self.path).as_posix()
             self.kept.exchange(name, key, key_of_rows(path) or key, [name])  # what has no key is damaged
             rows = stored_rows(path, key, count)

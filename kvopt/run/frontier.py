@@ -20,7 +20,7 @@ from kvopt.config.frontiers import BATCH, EVERY, FRONTIER_KINDS, LEARNED, Fronti
 from kvopt.config.shortening import ShorteningConfig
 from kvopt.documents.frontier_file import FrontierDocument
 from kvopt.documents.leaderboard_file import LeaderboardDocument
-from kvopt.documents.validated import read_document
+from kvopt.documents.validated import read_document, write_document
 from kvopt.errors import InputError
 from kvopt.learn.descent import context_loss
 from kvopt.learn.start_task import StartTask
@@ -28,7 +28,6 @@ from kvopt.run.compact import bare
 from kvopt.run.run import Run
 from kvopt.run.shorter_texts import write_shortened
 from kvopt.run.validate import check_length
-from kvopt.storage.files import write_json
 
 FILE = "frontier.json"
 SHARES = (2, 4, 8)
@@ -240,4 +239,4 @@ class _Frontier:
     def _decide(self, name: str, steps: int) -> None:
         self._decided.steps = self._decided.steps | {name: steps}
         seconds = self._decided.seconds + time.monotonic() - self._began
-        write_json(self._out / FILE, self._decided.model_copy(update={"seconds": seconds}).to_json())
+        write_document(self._out / FILE, self._decided.model_copy(update={"seconds": seconds}))

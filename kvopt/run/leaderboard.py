@@ -21,13 +21,13 @@ from kvopt.documents.leaderboard_file import (
 )
 from kvopt.documents.part import ContextKind, Estimate
 from kvopt.documents.scores_file import ScoreLine, SplitScores
-from kvopt.documents.validated import read_leaderboard
+from kvopt.documents.validated import read_leaderboard, write_document
 from kvopt.errors import InputError
 from kvopt.measure.score import Score
 from kvopt.run.comparing import compare
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
-from kvopt.storage.files import sha256_json, write_json, write_jsonl, write_text
+from kvopt.storage.files import sha256_json, write_jsonl, write_text
 
 BOARD = "leaderboard.json"
 SPLITS = ("train", "selection", "validation")
@@ -148,7 +148,7 @@ def write_leaderboard(task: EncodedTask, board: LeaderboardDocument, at: Workspa
     board.template = StoredTemplate.model_validate(task.template.to_json())
     board.rows_sha256 = rows_sha256(task)
     board.stands_on = task.stands_on
-    write_json(at.directory / BOARD, board.to_json())
+    write_document(at.directory / BOARD, board)
     write_text(at.directory / "leaderboard.csv", _as_csv([*board.contexts, *board.other_mutations], board.headlines))
     rows: list[LeaderboardRow | UnreportedMutation] = [*board.contexts, *board.other_mutations]
     lines = [line.to_json() for row in rows for line in _score_lines(row)]

@@ -9,7 +9,7 @@ from kvopt.console.progress import advance
 from kvopt.contexts.context import Context, TextContext
 from kvopt.contexts.folder import TensorContext
 from kvopt.documents.samples_file import SamplesDocument
-from kvopt.documents.validated import read_document
+from kvopt.documents.validated import read_document, write_document
 from kvopt.errors import InputError
 from kvopt.measure.reference import Reference
 from kvopt.measure.samples import GOLD_LIMIT, SAMPLES_VERSION, SampleLimits, Shown, collect
@@ -17,7 +17,7 @@ from kvopt.measure.score import TokenScores
 from kvopt.run.answers import TaskMetrics
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
-from kvopt.storage.files import key_of, sha256_json, write_json
+from kvopt.storage.files import key_of, sha256_json
 
 SAMPLES = "samples.json"
 
@@ -79,5 +79,5 @@ def make_samples(
         fed = [s.context.tokens + sum(map(len, s.bodies.rows)) // len(s.bodies.rows) for s in (original, *others)]
         entry.tokens_in, entry.contexts = sum(fed) * len(document.examples), len(fed)
     document.key, document.stands_on = key, task.stands_on
-    write_json(at.directory / SAMPLES, document.to_json())
+    write_document(at.directory / SAMPLES, document)
     return document

@@ -7,6 +7,7 @@ from pathlib import Path
 from kvopt.console.progress import advance
 from kvopt.contexts.context import Context
 from kvopt.documents.leaderboard_file import NoiseFloor
+from kvopt.errors import InputError
 from kvopt.measure.reference import Reference
 from kvopt.measure.score import SCORES_VERSION, Score, TokenScores, own_scores, score_tokens, summarize
 from kvopt.run.directory import Workspace
@@ -25,7 +26,10 @@ def token_scores(
     key = f"{reference.key}:{key_of(SCORES_VERSION, [context.sha256(), rows.sha256(), batch_size])}"
     name, path = file_name(context.name), _path(context.name, split, batch_size, at)
     if stored_key(path) == key:
-        return TokenScores.read(path)
+        try:
+            return TokenScores.read(path)
+        except InputError as damage:
+            at.say(f"warning: {damage.where}: {damage.what}; it is measured again")
     with (
         at.directory.ledger(f"scores/{name}.{split}") as entry,
         at.progress.bar(f"scoring {context.name}", len(rows.rows)) as bar,
@@ -44,9 +48,15 @@ def _path(name: str, split: str, batch_size: int, at: Workspace) -> Path:
 
 
 def stored_scores(name: str, split: str, at: Workspace, batch_size: int) -> TokenScores | None:
-    """What :func:`token_scores` left of a context, whatever it was measured against; None where there is nothing."""
+    """What :func:`token_scores` left of a context, whatever it was measured against; None where there is nothing,
+    or a damaged file, which is told.
+    """
     path = _path(name, split, batch_size, at)
-    return TokenScores.read(path) if stored_key(path) else None
+    try:
+        return TokenScores.read(path) if stored_key(path) else None
+    except InputError as damage:
+        at.say(f"warning: {damage.where}: {damage.what}; pairs with {name} are not compared")
+        return None
 
 
 def score(task: EncodedTask, reference: Reference, context: Context, split: str, at: Workspace) -> Score:

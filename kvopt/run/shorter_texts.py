@@ -14,6 +14,7 @@ from kvopt.config.shortening import ShorteningConfig, ShortText
 from kvopt.contexts.context import TextContext
 from kvopt.documents.leaderboard_file import MutationLineage, StoredTemplate
 from kvopt.documents.shortened_file import SHORTENED, LostLiteral, ShortenedDocument
+from kvopt.documents.validated import write_document
 from kvopt.errors import InputError, counted
 from kvopt.measure.reference import Reference
 from kvopt.measure.score import score_prefix
@@ -25,7 +26,7 @@ from kvopt.shorten.cutting import CutSearch, Shorter
 from kvopt.shorten.importance import Sensitivity, largest_attention, sensitivity
 from kvopt.shorten.pieces import Pieces, take_apart
 from kvopt.shorten.trials import TRIALS_VERSION, Trials, spread_order
-from kvopt.storage.files import key_of, sha256_json, write_json, write_text
+from kvopt.storage.files import key_of, sha256_json, write_text
 from kvopt.task.template import Template
 
 JOURNAL = ".trials.jsonl"
@@ -327,7 +328,7 @@ def write_shortened(found: Shortened, at: Workspace) -> Path:
     """
     folder, name = at.directory / SHORTENED, found.document.name
     at.directory.begin(f"{SHORTENED}/{name}", found.key, f"{SHORTENED}/{name}.json", f"{SHORTENED}/{name}.yaml")
-    write_json(folder / f"{found.document.name}.json", found.document.to_json())
+    write_document(folder / f"{found.document.name}.json", found.document)
     path = folder / f"{found.document.name}.yaml"
     write_text(path, yaml.safe_dump(found.template.to_json(), sort_keys=False, allow_unicode=True, width=10_000))
     return path

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from itertools import count
+from pathlib import Path
 
 from kvopt.base.completion import local_completion
 from kvopt.base.prefix import Prefix
@@ -23,7 +24,7 @@ from kvopt.errors import InputError, counted
 from kvopt.learn.descent import DESCENT_VERSION, batch_at, optimize
 from kvopt.learn.start_task import StartTask, initial_tensor
 from kvopt.measure.moments import StoredMoments, check_head, drop_moments
-from kvopt.measure.reference import Reference, build_reference, open_reference, reference_key
+from kvopt.measure.reference import Reference, build_reference, make_shard, open_reference, reference_key
 from kvopt.measure.score import TokenScores
 from kvopt.mutate.generators import build_generator
 from kvopt.mutate.generators.file import FileVariants
@@ -35,6 +36,7 @@ from kvopt.run.encoded_task import EncodedTask
 from kvopt.run.scoring import drop_other_scores
 from kvopt.run.shorter_texts import ShorterTexts
 from kvopt.storage.files import key_of
+from kvopt.storage.tensors import check_tensors
 from kvopt.task.template import Template
 
 MATCHING_ROWS = 64
@@ -64,7 +66,7 @@ def make_reference(task: EncodedTask, at: Workspace, wanted: Collection[str] | N
     at.directory.begin("reference", key, "scores", remade=["reference"])
     stored: set[str] = set()
     with suppress(InputError):  # not there or not whole: what is missing is computed now
-        reference = read_reference(task, at)
+        reference = _mended(task, read_reference(task, at), at)
         stored = set(reference.index)
     asked = [row for row in task.encoded.rows if wanted is None or row.example_id in wanted]
     rows = [row for row in asked if row.example_id not in stored]
@@ -81,9 +83,22 @@ def make_reference(task: EncodedTask, at: Workspace, wanted: Collection[str] | N
             wanted=wanted,
             progress=advance(bar),
             stored=bar.take_over,
+            say=at.say,
         )
         entry.tokens_in = len(task.encoded.prefix) + sum(map(len, rows))
         entry.gold_tokens = sum(len(row.gold) for row in rows)
+    return _mended(task, reference, at)
+
+
+def _mended(task: EncodedTask, reference: Reference, at: Workspace) -> Reference:
+    """The reference, which makes a damaged shard again when it is read."""
+
+    def make_again(shard: int, damage: InputError) -> None:
+        at.say(f"warning: {damage.where}: {damage.what}; it is made again")
+        prefix = task.original.prefix(task.base)
+        make_shard(task.base, prefix, task.encoded, reference, shard, task.config.reference.batch_size)
+
+    reference.make_again = make_again
     return reference
 
 
@@ -98,7 +113,7 @@ def make_moments(task: EncodedTask, reference: Reference, at: Workspace) -> Stor
         at.progress.bar("moments", len(rows)) as bar,
     ):
         entry.rows = len(rows)
-        if not moments.build(task.base.head, advance(bar), bar.take_over):
+        if not moments.build(task.base.head, advance(bar), bar.take_over, at.say):
             entry.leave_out()
     return moments
 
@@ -124,6 +139,7 @@ def make_mutations(task: EncodedTask, at: Workspace, shorter: ShorterTexts) -> l
         complete=local_completion(task.encoder.renderer.chat, base, usage),
         shorten=lengths_of(section.generator, shorter),
         folder=task.inputs.base_dir,
+        say=at.say,
     )
     key = key_of(
         RULES_VERSION,
@@ -274,6 +290,7 @@ def make_learned(
     if record is not None and record.key == key:
         checkpoint.unlink(missing_ok=True)
         return load_context(folder, task.base)
+    _drop_damaged(checkpoint, at)
     start = StartTask(task.base, config.name, config.kind, tokens, ids, train.rows[:MATCHING_ROWS], source, seed)
     with (
         at.directory.ledger(f"contexts/{config.name}") as entry,
@@ -316,6 +333,16 @@ def make_learned(
     save_context(context, folder, task.base, frozen=min(config.frozen, tokens), record=facts)
     checkpoint.unlink(missing_ok=True)
     return context
+
+
+def _drop_damaged(checkpoint: Path, at: Workspace) -> None:
+    """Remove the state of a descent that is not as it was written: it begins anew."""
+    try:
+        if checkpoint.is_file():
+            check_tensors(checkpoint)
+    except InputError as damage:
+        at.say(f"warning: {damage.where}: {damage.what}; the descent begins anew")
+        checkpoint.unlink()
 
 
 def context_paths(name: str) -> tuple[str, str]:

@@ -128,7 +128,7 @@ class CutSearch:
         counts = self._message_counts(frozenset(left))
         for level in ("messages", "message", "token"):
             for unit in self.pieces.at(level):
-                gone = [i for i in unit.pieces if i in left]
+                gone = [i for i in unit if i in left]
                 if gone and self._may_go(left, gone, counts):
                     self._remove(gone, left, counts)
         tokens = self.trials.tokens(left)
@@ -159,7 +159,7 @@ class CutSearch:
         """
         left, counts = set(kept), self._message_counts(kept)
         for step in dict.fromkeys((level, "token")):
-            present = [[i for i in unit.pieces if i in kept] for unit in self.pieces.at(step)]
+            present = [[i for i in unit if i in kept] for unit in self.pieces.at(step)]
             for _, gone in sorted((float(score[gone].mean()), gone) for gone in present if gone):
                 if self._over(left, aim) <= 0:
                     break
@@ -198,12 +198,9 @@ class CutSearch:
 
     def _may_go(self, left: set[int], gone: Sequence[int], counts: dict[int, int]) -> bool:
         """Whether these pieces may be cut from the ones left."""
-        if any(i in self.pieces.held for i in gone):
-            return False
         remaining = left.difference(gone)
-        for literal in {number for i in gone for number in self.pieces.needed_by.get(i, ())}:
-            if not any(remaining.issuperset(span) for span in self.pieces.needed[literal].occurrences):
-                return False
+        if not self.pieces.allowed(remaining, gone):
+            return False
         fields = {self.pieces.pieces[i].field for i in gone}
         return all(counts[f] > sum(self.pieces.pieces[i].field == f for i in gone) for f in fields) or (
             self.pieces.whole_messages(remaining)
@@ -265,7 +262,7 @@ class CutSearch:
         gone = [i for i in sorted(gone, key=lambda i: float(gain[i])) if gain[i] < 0]
         fills: list[Swap] = [(gone[:count], ()) for count in (1, 2, 4, 8, 16, 32, 64) if count <= min(room, len(gone))]
         for level in ("word", "phrase", "sentence", "message", "messages"):
-            units = [[i for i in unit.pieces if i not in now] for unit in self.pieces.at(level)]
+            units = [[i for i in unit if i not in now] for unit in self.pieces.at(level)]
             fit = [unit for unit in units if unit and sum(len(self.pieces.tokens[i]) for i in unit) <= room]
             fills += [(unit, ()) for unit in sorted(fit, key=lambda unit: float(gain[unit].mean()))[:2]]
         return fills

@@ -37,14 +37,6 @@ class TextPiece:
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Pieces (their places, in order) that are cut together."""
-
-    level: str
-    pieces: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Literal:
     """A literal of the template, such as a label or a JSON key, with the pieces that hold its occurrences.
 
@@ -108,14 +100,17 @@ class Pieces:
                 result[piece] = (*result.get(piece, ()), number)
         return result
 
-    def allowed(self, kept: Collection[int]) -> bool:
+    def allowed(self, kept: Collection[int], gone: Collection[int] | None = None) -> bool:
         """Whether these pieces make a text that may stand for the template: every marked piece is among them, and one
-        whole occurrence of every needed literal.
+        whole occurrence of every needed literal. Where the text that they were cut from was allowed, ``gone`` are the
+        pieces that went, and only what these are part of is looked at.
         """
         kept = kept if isinstance(kept, set | frozenset) else set(kept)
-        if not self.held <= kept:
-            return False
-        return all(any(kept.issuperset(span) for span in literal.occurrences) for literal in self.needed)
+        if gone is None:
+            whole, touched = self.held <= kept, set(range(len(self.needed)))
+        else:
+            whole, touched = self.held.isdisjoint(gone), {n for i in gone for n in self.needed_by.get(i, ())}
+        return whole and all(any(map(kept.issuperset, self.needed[number].occurrences)) for number in touched)
 
     def broken(self, kept: Collection[int]) -> list[tuple[str, str]]:
         """Literals that these pieces no longer hold whole, each with "cut" (gone) or "broken" (a part is left)."""
@@ -148,14 +143,14 @@ class Pieces:
         messages = zip(self.template.messages, fields, strict=True)
         return Template(messages=tuple(Message(m.role, text) for m, text in messages if text or not m.content))
 
-    def at(self, level: str) -> tuple[Unit, ...]:
-        """The units of a level, in reading order."""
+    def at(self, level: str) -> tuple[tuple[int, ...], ...]:
+        """The pieces (their places, in order) that are cut together at a level, in reading order."""
         if level not in self._units:
-            self._units[level] = tuple(Unit(level, pieces) for pieces in self._at(level) if pieces)
+            self._units[level] = tuple(pieces for pieces in self._at(level) if pieces)
         return self._units[level]
 
     @cached_property
-    def _units(self) -> dict[str, tuple[Unit, ...]]:
+    def _units(self) -> dict[str, tuple[tuple[int, ...], ...]]:
         return {}
 
     def _at(self, level: str) -> Iterator[tuple[int, ...]]:

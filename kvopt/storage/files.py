@@ -300,8 +300,28 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """Hex SHA-256 of the canonical JSON of ``value``."""
-    return sha256_bytes(canonical_json(value).encode("utf-8"))
+    """Hex SHA-256 of the canonical JSON of ``value``; damaged text, such as half of a surrogate pair, has one too."""
+    return sha256_bytes(canonical_json(value).encode("utf-8", "surrogatepass"))
+
+
+CHECKSUM = "checksum"
+"""The entry of a JSON object that is a hash of all others."""
+
+CHANGED = "is damaged: its content is not what was written"
+"""What is said of a file that does not fit its hash."""
+
+
+def with_checksum(value: dict[str, Any]) -> dict[str, Any]:
+    """The object, with a hash of its entries as the last one."""
+    rest = {name: entry for name, entry in value.items() if name != CHECKSUM}
+    return rest | {CHECKSUM: sha256_json(rest)}
+
+
+def fits_checksum(value: dict[str, Any]) -> bool:
+    """Whether an object's entries are those that :func:`with_checksum` saw. One without a hash, which older versions
+    wrote, is taken as it is.
+    """
+    return CHECKSUM not in value or with_checksum(value)[CHECKSUM] == value[CHECKSUM]
 
 
 def key_of(version: int, parts: Sequence[Any]) -> str:

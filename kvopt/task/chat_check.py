@@ -1,5 +1,5 @@
 """Tests of a base's chat template, by rendering: does it keep every message, and is a whole conversation the prompt,
-then the answer, then the end of the turn?
+then the answer, then the end of the turn? Does it leave the user's own outputs as they are?
 
 Chat templates come with the base and do as they like: they drop roles that they do not know, merge messages, write
 today's date, or put an empty thinking block in front of an answer. What would make a result wrong is an error; what
@@ -156,6 +156,32 @@ def _turn(chat: ChatTemplate, messages: Messages, **kwargs: Any) -> tuple[str, s
     return (before, after) if found else None
 
 
+def changed_output(chat: ChatTemplate, messages: Messages, output: str) -> str | None:
+    """What the chat template does to an output of the user's in a finished conversation: white space that it strips,
+    thinking that it removes, JSON that it writes in its own way. None where the output stands there as it is, or where
+    no answer may stand at all.
+    """
+    turn = _turn(chat, messages)
+    if turn is None:
+        return None
+    before, after = turn
+    try:
+        whole = chat.render([*messages, {"role": "assistant", "content": output}], prompt=False)
+    except InputError as error:
+        return f"refuses the output: {error.__cause__}"
+    if whole == (plain := before + output + after):
+        return None
+    at = _parting(whole, plain)
+    if at < len(before) or not whole.endswith(after):
+        return f"renders the turn otherwise for the output: {_shown(whole[at:])} in place of {_shown(plain[at:])}"
+    found = whole[len(before) : len(whole) - len(after)]
+    if found == output.strip():
+        return "strips the white space around the output"
+    if found and output.rstrip().endswith(found.strip()):
+        return f"leaves {_shown(output[: len(output.rstrip()) - len(found.strip())])} out of the output"
+    return f"changes the output {_shown(output)} to {_shown(found)}"
+
+
 def _described(prompt: str, before: str, between: str | None) -> str:
     if between is not None:
         return f"the base's chat template puts {_shown(between)} between the prompt and the answer"
@@ -164,11 +190,17 @@ def _described(prompt: str, before: str, between: str | None) -> str:
             f"the base's chat template ends the prompt with {_shown(prompt[len(before) :])}, which stands before no"
             " finished answer"
         )
-    at = next(i for i, (a, b) in enumerate(zip(prompt, before, strict=False)) if a != b)
+    at = _parting(prompt, before)
     return (
         "the base's chat template renders a whole conversation otherwise than the prompt:"
         f" {_shown(before[at:])} in place of {_shown(prompt[at:])}"
     )
+
+
+def _parting(one: str, other: str) -> int:
+    """The first place where two texts differ."""
+    shorter = min(len(one), len(other))
+    return next((i for i in range(shorter) if one[i] != other[i]), shorter)
 
 
 def _mend(chat: ChatTemplate, messages: Messages, between: str | None) -> str:

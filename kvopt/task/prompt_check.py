@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from kvopt.errors import InputError, counted
+from kvopt.task.chat_check import changed_output
 from kvopt.task.examples import Example, places
 from kvopt.task.plain_tokens import control_tokens
 from kvopt.task.render import Rendered
@@ -14,6 +15,7 @@ from kvopt.task.template import Template
 
 SHOWN_IDS = 12  # token ids in a message
 SHOWN_TEXT = 60  # characters of an output in a message
+CHECKED_OUTPUTS = 32  # first rows whose outputs are rendered as the answers of finished conversations
 
 
 def prompt_warnings(
@@ -35,6 +37,7 @@ def prompt_warnings(
     warnings += _another_end(encoder, template, examples[0])
     warnings += _other_than_production(encoder, template, examples)
     warnings += _outputs(encoder, template, examples, encoded)
+    warnings += _changed_by_the_chat_template(encoder, template, examples)
     return tuple(warnings)
 
 
@@ -162,6 +165,21 @@ def _outputs(encoder: Encoder, template: Template, examples: Sequence[Example], 
         what = f"the tokenizer changes the output {_cut(example.output)} to {_cut(text)}"
         warnings.append(f"{places([e.source for e, _ in changed])}: {what}, and answers are compared with that")
     return warnings
+
+
+def _changed_by_the_chat_template(encoder: Encoder, template: Template, examples: Sequence[Example]) -> list[str]:
+    """Outputs that the chat template writes otherwise into a finished conversation: one line for each way."""
+    if not template.is_chat:
+        return []
+    found: dict[str, list[tuple[str, str]]] = {}
+    for example in examples[:CHECKED_OUTPUTS]:
+        messages = template.fill(example.values)
+        assert not isinstance(messages, str)
+        if what := changed_output(encoder.renderer.chat, messages, example.output):
+            found.setdefault(what.partition(" ")[0], []).append((example.source, what))
+    fix = "kvopt learns outputs as they are: write them as the base is to say them"
+    which = "in a finished conversation the base's chat template"
+    return [f"{places([source for source, _ in rows])}: {which} {rows[0][1]} ({fix})" for rows in found.values()]
 
 
 def _cut(text: str) -> str:

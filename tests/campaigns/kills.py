@@ -19,8 +19,9 @@ import sys
 import tempfile
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -87,13 +88,13 @@ def _without_times(path: Path) -> bytes:
 class Campaign:
     """Commands with what each began on and ended in; ``faults`` are what must not be."""
 
-    def __init__(self, place: Path, names: list[str], seed: int) -> None:
+    def __init__(self, place: Path, names: list[str], seed: int, write: Callable[[Path], None] | None = None) -> None:
         self.place, self.names, self.chance = place, names, random.Random(seed)
         self.faults: list[str] = []
         self.table: Counter[tuple[str, str]] = Counter()
         self.calls: dict[str, list[str]] = {}
         self.wanted: dict[str, dict[str, bytes]] = {}
-        write_campaign_job(place / "work")
+        (write or write_campaign_job)(place / "work")
         for name in names:
             self.before(name).parent.mkdir(exist_ok=True)
             shutil.copytree(place / "work", self.before(name))
@@ -127,6 +128,19 @@ class Campaign:
         if outcome.code != 0:
             self.fault(f"{name}, {what}: given again it failed: {outcome.said[-400:]}")
         self.check(name, what, folder)
+
+    def tell(self, *, as_json: bool) -> NoReturn:
+        """Print the table and the faults; exit code 1 with any."""
+        if as_json:
+            print(json.dumps({"table": [[*key, count] for key, count in self.table.items()], "faults": self.faults}))
+        else:
+            columns = sorted({what for _, what in self.table})
+            print(f"{'command':16s}" + "".join(f"{what:>24s}" for what in columns))
+            for name in self.names:
+                print(f"{name:16s}" + "".join(f"{self.table[name, what]:24d}" for what in columns))
+            print(f"{len(self.faults)} faults")
+            print("\n".join(self.faults))
+        sys.exit(1 if self.faults else 0)
 
     # ---- stops
 
@@ -237,16 +251,7 @@ def main() -> None:
         done = campaign(
             Path(folder), kills=given.kills, full=given.full, pairs=given.pairs, short=given.short, seed=given.seed
         )
-    columns = sorted({what for _, what in done.table})
-    if given.json:
-        print(json.dumps({"table": [[*key, count] for key, count in done.table.items()], "faults": done.faults}))
-    else:
-        print(f"{'command':16s}" + "".join(f"{what:>24s}" for what in columns))
-        for name in done.names:
-            print(f"{name:16s}" + "".join(f"{done.table[name, what]:24d}" for what in columns))
-        print(f"{len(done.faults)} faults")
-        print("\n".join(done.faults))
-    sys.exit(1 if done.faults else 0)
+    done.tell(as_json=given.json)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ Python's own handling, is the error of a disk that is full.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -32,16 +34,19 @@ class Stop:
     """Where a command is stopped.
 
     Attributes:
-        how: before a call on a file; inside the writes that follow it; after some seconds; or with the disk full there.
+        how: before a call on a file; inside the writes that follow it; after some seconds; with the disk full there; or
+            not at all, but a folder vanishes there.
         at: the number of the call, from 1.
         bytes: of inside and full: how much longer the files that it writes may get.
         seconds: of after.
+        folder: of vanish.
     """
 
-    how: Literal["before", "inside", "after", "full"]
+    how: Literal["before", "inside", "after", "full", "vanish"]
     at: int = 0
     bytes: int = 0
     seconds: float = 0.0
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,14 @@ class Outcome:
         return self.code in (-signal.SIGKILL, -signal.SIGXFSZ)
 
 
-def run(arguments: list[str], folder: Path, stop: Stop | None = None) -> Outcome:
-    """One command of kvopt in ``folder``, to its end or to where it is stopped."""
+def run(arguments: list[str], folder: Path, stop: Stop | None = None, *, ordinary: bool = False) -> Outcome:
+    """One command of kvopt in ``folder``, to its end or to where it is stopped; ``ordinary``: root may do no more than
+    what the modes of files allow.
+    """
     calls, said = os.pipe(), os.pipe()  # no files: the limit on the size of files must not stop what is said
     child = os.fork()
     if child == 0:
-        _in_child(arguments, folder, stop, calls[1], said[1])
+        _in_child(arguments, folder, stop, calls[1], said[1], ordinary)
     os.close(calls[1])
     os.close(said[1])
     with ThreadPoolExecutor(2) as readers:
@@ -91,9 +98,11 @@ def _read(descriptor: int) -> str:
         return pipe.read()
 
 
-def _in_child(arguments: list[str], folder: Path, stop: Stop | None, report: int, said: int) -> None:
+def _in_child(arguments: list[str], folder: Path, stop: Stop | None, report: int, said: int, ordinary: bool) -> None:
     code = 3
     try:
+        if ordinary:
+            _give_up_capabilities()
         os.chdir(folder)
         for stream in (1, 2):
             os.dup2(said, stream)
@@ -119,11 +128,18 @@ def _in_child(arguments: list[str], folder: Path, stop: Stop | None, report: int
         os._exit(code)
 
 
+def _give_up_capabilities() -> None:
+    """Let modes of files bind root, too (capset, Linux)."""
+    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    if os.geteuid() == 0 and ctypes.CDLL(None, use_errno=True).capset(header, none):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
 def _hook(folder: str, report: int, stop: Stop | None) -> Callable[[str, tuple[object, ...]], None]:
-    count = 0
+    count, vanishing = 0, False
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
-        nonlocal count
+        nonlocal count, vanishing
         if event not in CHANGING or not isinstance(arguments[0], str | bytes | os.PathLike):
             return
         path = os.path.abspath(os.fsdecode(arguments[0]))
@@ -131,12 +147,20 @@ def _hook(folder: str, report: int, stop: Stop | None) -> Callable[[str, tuple[o
             return
         if event == "open" and not int(str(arguments[2] or 0)) & (os.O_WRONLY | os.O_RDWR):
             return
+        if vanishing:
+            return
         count += 1
         os.write(report, f"{event} {path.removeprefix(folder)}\n".encode())
         if stop is None or stop.how == "after" or count != stop.at:
             return
         if stop.how == "before":
             os.kill(os.getpid(), signal.SIGKILL)
+        if stop.how == "vanish":
+            assert stop.folder is not None
+            vanishing = True
+            shutil.rmtree(stop.folder, ignore_errors=True)
+            vanishing = False
+            return
         there = os.path.getsize(path) if os.path.isfile(path) else 0
         resource.setrlimit(resource.RLIMIT_FSIZE, (there + stop.bytes, resource.RLIM_INFINITY))
 

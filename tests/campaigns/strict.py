@@ -233,6 +233,18 @@ def csv_rows(data: bytes) -> list[tuple[str, str]] | None:
     return rows if rows and all(output.strip() for _, output in rows) else None
 
 
+def without_checksum(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "checksum"}
+
+
+def lost_checksum(path: Path) -> bool:
+    """Whether the damage took the checksum away: what is left is read as an older version's."""
+    try:
+        return "checksum" not in json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return True
+
+
 def counts_fit(rows: list[tuple[str, str]] | None) -> Check:
     """Whether ``kvopt validate --json`` took every different row, and none that a strict reader refuses."""
 
@@ -435,16 +447,19 @@ def cases_of(good: Folders) -> dict[str, Kind]:
         file = damaged(chance, good.run / "contexts" / name, folder / name)
 
         def load(folder: Path) -> Any:
+            from kvopt.contexts.adapter import read_record
             from kvopt.contexts.folder import load_context
 
-            return load_context(folder / name, good.loaded).sha256()
+            record = read_record(folder / name)
+            facts = record.to_json() if record else None
+            return [load_context(folder / name, good.loaded).sha256(), facts]
 
         def check(out: str) -> str | None:
-            same = (
-                json.loads(out)
-                == json.loads((good.run / "contexts" / name / "kvopt.json").read_text())["content_sha256"]
-            )
-            return None if same or file == "kvopt.json" else f"another tensor, after damage to {file}"
+            digest, facts = json.loads(out)
+            wanted = json.loads((good.run / "contexts" / name / "kvopt.json").read_text())
+            same = digest == wanted["content_sha256"] and facts == without_checksum(wanted)
+            unchecked = file == "kvopt.json" and lost_checksum(folder / name / file)
+            return None if same or unchecked else f"another context, after damage to {file}"
 
         return call(load), check
 
@@ -494,10 +509,22 @@ def cases_of(good: Folders) -> dict[str, Kind]:
         return command("compare", "run", "--out", "page.html"), check
 
     def run_again(chance: Random, folder: Path) -> tuple[Run, Check]:
+        return again(chance, folder, chance.choice((".json", ".jsonl")))
+
+    def stored(chance: Random, folder: Path) -> tuple[Run, Check]:
+        return again(chance, folder, ".safetensors", chance.choice(("scores", "scores", "reference")))
+
+    def again(chance: Random, folder: Path, ending: str, part: str = "") -> tuple[Run, Check]:
         shutil.copytree(good.job.parent, folder / "job")
         out = folder / "job" / "runs" / "job"
-        shutil.rmtree(out)
-        damaged(chance, good.run, out, chance.choice((".json", ".jsonl")))
+        if part:
+            shutil.rmtree(out / part)
+            damaged(chance, good.run / part, out / part, ending)
+            if part == "reference":
+                shutil.rmtree(out / "scores")  # which are all that reads it
+        else:
+            shutil.rmtree(out)
+            damaged(chance, good.run, out, ending)
         wanted = json.loads((good.run / "leaderboard.json").read_text())
 
         def check(printed: str) -> str | None:
@@ -510,5 +537,5 @@ def cases_of(good: Folders) -> dict[str, Kind]:
         "template": template, "template bytes": template_bytes, "jsonl": jsonl, "csv": table, "config": config,
         "config text": config_text, "config bomb": config_bomb, "--set": assignment, "variants": variants,
         "mutations": journal, "context": context, "student": student, "inspect": inspected, "page": page,
-        "run again": run_again,
+        "run again": run_again, "stored": stored,
     }  # fmt: skip

@@ -13,6 +13,7 @@ from kvopt.errors import InputError
 from kvopt.export.inspection import describe
 from kvopt.export.writing import export
 from tests.export.readers import saved
+from tests.jobs import entries
 from tests.tasks import make_task
 from tests.tiny import tiny_base
 
@@ -25,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
+    path.write_text(json.dumps(entries(path) | changes), "utf-8")
 
 
 def refused_everywhere(folder: Path, message: str) -> None:

@@ -115,6 +115,25 @@ def test_endpoint_waits_and_asks_again_after_429_and_500(serve: Any) -> None:
     assert len(calls) == 3
 
 
+def test_an_endpoint_without_a_system_role_is_asked_in_the_user_s_message_alone(serve: Any) -> None:
+    def only_user(n: int, body: dict[str, Any]) -> Answer:
+        if body["messages"][0]["role"] == "system":
+            return 400, {}, b'{"object": "error", "message": "System role not supported"}'
+        instructions, way, text = body["messages"][0]["content"].split("\n\n", 2)
+        assert instructions.startswith("You rewrite the instructions")
+        assert way.startswith("Rewrite it")
+        return chat(text.replace("Read the note", "Look at the note"))
+
+    url, calls = serve(only_user)
+    said: list[str] = []
+    settings = EndpointGenerator(kind="endpoint", base_url=url, model="m", retries=2, timeout=5, concurrency=1)
+    proposals = EndpointParaphraser(settings, first_wait=0.01, say=said.append).propose([request(0), request(1)])
+    assert all(proposal.template is not None for proposal in proposals)
+    assert len(calls) == 3, "a system message was tried once"
+    [line] = said
+    assert line.startswith("warning: mutations.generator: the endpoint refuses system messages")
+
+
 def test_an_endpoint_that_always_fails_is_a_failure_not_a_candidate(serve: Any, tmp_path: Path) -> None:
     url, calls = serve(lambda n, body: (500, {}, b"oops"))
     generator = endpoint(url)

@@ -22,7 +22,7 @@ from kvopt.errors import InputError
 from kvopt.learn.descent import batch_at
 from kvopt.measure.paired import holm, optimism, sign_flip_p
 from kvopt.run.run import Run
-from tests.jobs import rows, run_job, stages_in, write_job
+from tests.jobs import entries, rows, run_job, stages_in, write_job
 
 SHORT = "Sort the message: weather, music or book."
 METRICS = ["exact-match", {"kind": "regex", "name": "a-word", "pattern": "[a-z]"}]
@@ -57,7 +57,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Leade
 
     def keep(board: LeaderboardDocument) -> None:
         shown.append(board)
-        stored.append(LeaderboardDocument.model_validate(json.loads((place / "out/leaderboard.json").read_text())))
+        stored.append(LeaderboardDocument.model_validate(entries(place / "out/leaderboard.json")))
 
     with open_job(job(place), place / "out").opened() as run:
         board = run.run(keep)

@@ -41,7 +41,7 @@ def open_run(folder: Path, lines: list[str] | None = None) -> Run:
 def document(path: Path) -> dict[str, Any]:
     """A JSON file without what names the place of the base, and without what results stand on, which is newer."""
     value = json.loads(path.read_text("utf-8"))
-    for name in ("base", "stands_on", "search"):
+    for name in ("base", "stands_on", "search", "checksum"):
         value.pop(name, None)
     return value
 

@@ -16,7 +16,7 @@ from kvopt.report import report_of, write_report
 from kvopt.report.reading import read_run
 from kvopt.run.run import Run
 from kvopt.train.commands import evaluate_all, train_students
-from tests.jobs import stages_in, write_job
+from tests.jobs import entries, stages_in, write_job
 from tests.report.made import change, write_run
 from tests.tiny import save_tiny
 from tests.train.evaluated import open_evaluated, student
@@ -142,9 +142,9 @@ Change = Callable[[Path], None]
 )
 def test_each_file_of_other_data_is_left_out_and_named(measured: Any, tmp_path: Path, name: str, what: str) -> None:
     out = Path(shutil.copytree(measured[1], tmp_path / "out"))
-    document = json.loads((out / name).read_text())
-    (document if "kvopt.json" in name else document["stands_on"])["data_sha256"] = "other"
-    (out / name).write_text(json.dumps(document))
+    found = entries(out / name)
+    (found if "kvopt.json" in name else found["stands_on"])["data_sha256"] = "other"
+    (out / name).write_text(json.dumps(found))
     assert left_out(out) == [what]
     run = read_run(out)
     shown = {"samples": run.samples, "answers": run.answers, "evaluations": run.evaluations, "contexts": run.learned}

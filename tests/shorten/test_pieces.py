@@ -82,14 +82,14 @@ def test_a_cut_text_is_the_template_without_the_pieces(data: st.DataObject) -> N
 @pytest.mark.parametrize("level", ["paragraph", "sentence", "phrase", "word", "token"])
 def test_units_of_a_level_hold_every_piece_once(llama: Base, level: str) -> None:
     pieces = apart(llama, chat(ENGLISH))
-    assert [i for unit in pieces.at(level) for i in unit.pieces] == list(range(len(pieces)))
+    assert [i for unit in pieces.at(level) for i in unit] == list(range(len(pieces)))
 
 
 def test_units_are_what_a_reader_would_call_so(llama: Base) -> None:
     pieces = apart(llama, chat(ENGLISH))
 
     def texts(level: str) -> list[str]:
-        return ["".join(map(pieces.text, unit.pieces)).strip() for unit in pieces.at(level)]
+        return ["".join(map(pieces.text, unit)).strip() for unit in pieces.at(level)]
 
     assert {"Sort the message.", "- music: a song", "Answer with JSON."} <= set(texts("sentence"))
     assert {"rain,", "snow", "(or wind)"} <= set(texts("phrase"))
@@ -99,14 +99,14 @@ def test_units_are_what_a_reader_would_call_so(llama: Base) -> None:
 def test_pairs_of_messages_go_together(llama: Base) -> None:
     pieces = apart(llama, chat("Sort.", "It rains.", "weather", "A song.", "music"))
     [first, second] = pieces.at("messages")
-    assert "".join(map(pieces.text, first.pieces)) == "It rains.weather"
+    assert "".join(map(pieces.text, first)) == "It rains.weather"
     everything = set(range(len(pieces)))
-    without_first = everything - set(first.pieces)
+    without_first = everything - set(first)
     assert [m.role for m in pieces.written(without_first).messages] == ["system", "user", "assistant", "user"]
     assert pieces.whole_messages(without_first)
-    answer = [i for i in first.pieces if pieces.pieces[i].field == 2]
+    answer = [i for i in first if pieces.pieces[i].field == 2]
     assert not pieces.whole_messages(everything - set(answer))  # a question without its answer
-    assert [m.role for m in pieces.written(set(second.pieces)).messages] == ["user", "assistant", "user"]
+    assert [m.role for m in pieces.written(set(second)).messages] == ["user", "assistant", "user"]
 
 
 def test_marked_and_needed_literals_stay(llama: Base) -> None:

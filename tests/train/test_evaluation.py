@@ -24,7 +24,7 @@ from kvopt.train.evaluation.models import subject
 from kvopt.train.evaluation.tables import further_quantities, tables
 from kvopt.train.metrics.judge import Judge
 from kvopt.train.training import chosen
-from tests.jobs import artefacts, stages_in, write_rows
+from tests.jobs import artefacts, entries, stages_in, write_rows
 from tests.train.evaluated import WORDS, open_evaluated, student, write_evaluated
 
 
@@ -314,7 +314,7 @@ def test_slots_that_no_gold_output_has_are_one_warning(copied):
 
 def test_another_student_of_the_same_name_is_measured_anew(copied):
     config, out = copied
-    record = json.loads((out / "students" / "s1" / "kvopt-student.json").read_text())
+    record = entries(out / "students" / "s1" / "kvopt-student.json")
     record["weights_sha256"] = "0" * 64
     write_json(out / "students" / "s1" / "kvopt-student.json", record)
     with pytest.raises(InputError, match="weights are not those"):  # nothing stored is taken for it
@@ -446,8 +446,7 @@ def test_a_probe_row_without_the_column_is_named(copied):
 def test_a_student_of_another_template_is_told(copied):
     config, out = copied
     path = out / "students" / "s1" / "kvopt-student.json"
-    record = json.loads(path.read_text("utf-8"))
-    write_json(path, record | {"template_sha256": "0" * 64})
+    write_json(path, entries(path) | {"template_sha256": "0" * 64})
     _, run = again(config, out, ["s1"], ["original"])
     assert "warning: student s1 was trained for another template than the config's" in run.lines
 

@@ -243,6 +243,22 @@ def test_an_endpoint_that_fails_is_recorded_for_each_answer():
     assert all(v.note.startswith("failed: status 400") for v in verdicts)
 
 
+def test_a_judge_without_a_system_role_is_told_in_the_user_s_message(capsys):
+    seen: list = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        seen.append(json.loads(request.content)["messages"])
+        if any(message["role"] == "system" for message in seen[-1]):
+            return httpx.Response(400, json={"error": {"message": "System role not supported"}})
+        return httpx.Response(200, json={"choices": [{"message": {"content": "4"}, "finish_reason": "stop"}]})
+
+    verdicts = judge("").through(httpx.MockTransport(handle)).verdicts([item("a"), item("b")])
+    assert [verdict.note for verdict in verdicts] == ["4", "4"]
+    assert seen[-1][0]["content"].startswith("You grade the answer")
+    assert seen[-1][0]["content"].endswith("</answer>")
+    assert capsys.readouterr().err.count("metrics.judge: the endpoint refuses system messages") == 1
+
+
 def test_an_address_that_is_none_is_a_failure_and_no_traceback():
     settings = {"kind": "judge", "base_url": "http://judge:port/v1", "model": "m", "retries": 0}
     verdict = TypeAdapter(MetricConfig).validate_python(settings).verdict(item("a"))

@@ -27,7 +27,7 @@ from kvopt.train.study import values
 from kvopt.train.study.summary import Result
 from kvopt.train.study.tables import tables
 from kvopt.train.training import contexts_of
-from tests.jobs import artefacts, stages_in
+from tests.jobs import artefacts, entries, stages_in
 from tests.tiny import tiny_folder
 from tests.train.evaluated import open_evaluated, student, write_evaluated
 
@@ -170,7 +170,7 @@ def test_an_arm_that_cannot_be_trained_is_named_before_any_work(tmp_path, settin
 def test_every_arm_is_trained_with_every_seed_and_evaluated(finished):
     _, out, document = finished
     assert document["complete"]
-    assert json.loads((out / "study.json").read_text("utf-8")) == document
+    assert entries(out / "study.json") == document
     assert [(row["name"], row["budget"], len(row["runs"])) for row in document["arms"]] == [
         ("plain", "steps", 2), ("kv", "steps", 2), ("curve-1", "steps", 2), ("kv", "seconds", 2),
     ]  # fmt: skip

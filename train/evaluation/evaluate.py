@@ -16,8 +16,9 @@ from kvopt.config.metrics import Item, Metric, Verdict
 from kvopt.config.mutations import EndpointSettings
 from kvopt.console.progress import Bar, advance
 from kvopt.documents.evaluation_file import EvaluationDocument
+from kvopt.documents.validated import write_document
 from kvopt.errors import counted
-from kvopt.storage.files import file_name, sha256_json, write_json
+from kvopt.storage.files import file_name, sha256_json
 from kvopt.storage.keyed_rows import write_rows
 from kvopt.train.evaluation.conditions import Condition
 from kvopt.train.evaluation.evaluation_plan import EvaluationPlan
@@ -69,7 +70,7 @@ class Evaluator(EvaluationPlan):
         """The document of what was measured, which is written unless conditions were chosen."""
         document = build_document(self, model, results)
         if self.whole:
-            write_json(model.folder / "evaluation.json", document.to_json())
+            write_document(model.folder / "evaluation.json", document)
         return document
 
     def answers(self, model: Subject, condition: Condition, bar: Bar) -> list[dict[str, Any]]:

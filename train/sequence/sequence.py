@@ -20,7 +20,7 @@ from kvopt.console.progress import Bar
 from kvopt.documents.evaluation_file import EvaluationDocument
 from kvopt.documents.sequence_file import SequenceArm, SequenceDocument, SequenceStage, TransferMeans
 from kvopt.documents.student_record import StudentRecord
-from kvopt.storage.files import write_json
+from kvopt.documents.validated import write_document
 from kvopt.train.commands import evaluator_of, train_chosen
 from kvopt.train.evaluation.conditions import Condition
 from kvopt.train.evaluation.evaluate import Evaluator
@@ -87,7 +87,7 @@ def conduct(config: SequenceConfig, tasks: Sequence[SequenceTask], out: Path) ->
         quantities=names,
         arms=arms,
     )
-    write_json(out / "sequence.json", document.to_json())
+    write_document(out / "sequence.json", document)
     return document
 
 

@@ -18,6 +18,7 @@ from kvopt.contexts.context import Context
 from kvopt.documents.evaluation_file import EvaluationDocument
 from kvopt.documents.ledger import read_ledger
 from kvopt.documents.study_file import StudyDocument
+from kvopt.documents.validated import write_document
 from kvopt.errors import KvoptError
 from kvopt.measure.reference import Reference
 from kvopt.measure.score import Score
@@ -104,7 +105,7 @@ class StudyRunner:
 
     def _written(self, base: EvaluationDocument, results: Sequence[Result], complete: bool) -> StudyDocument:
         document = build_document(self.config, self.arms, self.reference_arm, base, results, complete)
-        write_json(self.at.directory / "study.json", document.to_json())
+        write_document(self.at.directory / "study.json", document)
         return document
 
     def _result(self, arm: Arm, seed: int, done: dict[str, Result]) -> Result:

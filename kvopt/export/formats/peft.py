@@ -59,7 +59,7 @@ class PeftFormat(ExportFormat):
         from kvopt.contexts.adapter import FORMAT_VERSION, KV_TYPES, RECORD
         from kvopt.contexts.context import KVContext, SoftContext
         from kvopt.contexts.folder import write_adapter
-        from kvopt.storage.files import write_json
+        from kvopt.documents.validated import write_document
 
         possible = KV_TYPES if source.kind == "kv" else ("PROMPT_TUNING",)
         peft_type = self.peft_type or possible[0]
@@ -87,7 +87,7 @@ class PeftFormat(ExportFormat):
             digest = (context or SoftContext(source.name, tensor)).sha256()
             positions = SlotPositions(first=0, body=source.tokens)
             changed = {"format_version": FORMAT_VERSION, "content_sha256": digest, "positions": positions}
-            write_json(place / RECORD, source.record.model_copy(update=changed).to_json())
+            write_document(place / RECORD, source.record.model_copy(update=changed))
         return Written(
             summary=f"A PEFT {peft_type} adapter: {source.tokens} {'KV slots' if context else 'input embeddings'}.",
             snippet=SNIPPET.format(base=base_lines(source.base_name), ids=ids_lines(source)),

@@ -25,6 +25,7 @@ def build_generator(
     complete: Complete | None = None,
     shorten: Callable[[int], Template] | None = None,
     folder: Path = Path(),
+    say: Callable[[str], None] | None = None,
 ) -> Generator | None:
     """The generator that the config names, None for ``kind: none``.
 
@@ -33,6 +34,7 @@ def build_generator(
         complete: the local model, needed for ``kind: local``.
         shorten: the template at most so many tokens long, needed for ``kind: extract``.
         folder: what a relative ``path`` is relative to.
+        say: gets a line where an endpoint has no system role; None: stderr does.
     """
     match config:
         case LocalGenerator():
@@ -40,7 +42,7 @@ def build_generator(
                 raise InputError("kind: local needs a base model", where="mutations.generator")
             return LocalParaphraser(complete, config.samples, config.temperature)
         case EndpointGenerator():
-            return EndpointParaphraser(config)
+            return EndpointParaphraser(config, say=say)
         case FileGenerator():
             return FileVariants(folder / config.path, template)
         case ExtractGenerator():

@@ -5,7 +5,7 @@ the next search asks for it again.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from random import Random
@@ -49,18 +49,21 @@ class EndpointParaphraser:
         config: address, model, retries, concurrency.
         first_wait: seconds before the first repeat; doubles with each.
         transport: an httpx transport in the place of the network's.
+        say: gets a line where the model has no system role; None: stderr does.
     """
 
     config: EndpointGenerator
     first_wait: float = 1.0
     transport: httpx.BaseTransport | None = None
+    say: Callable[[str], None] | None = None
     name: str = "endpoint"
     family: str = "paraphrase"
     limit: int | None = None
 
     def __post_init__(self) -> None:
         self.batch = self.config.concurrency
-        self._chat = ChatEndpoint(self.config, "mutations.generator", self.first_wait, self.transport)
+        said = {"say": self.say} if self.say else {}
+        self._chat = ChatEndpoint(self.config, "mutations.generator", self.first_wait, self.transport, **said)
 
     def propose(self, requests: Sequence[Request]) -> list[Proposal]:
         with self._chat.client() as client, ThreadPoolExecutor(self.config.concurrency) as pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -33,7 +34,8 @@ class Scale:
         """Round values inside: powers of ten (with 2 and 5 where there is room), or multiples of 1, 2 or 5."""
         if not self.log:
             return _linear_ticks(self.low, self.high, most)
-        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        highest = min(math.ceil(math.log10(self.high)), sys.float_info.max_10_exp)
+        powers = range(math.floor(math.log10(self.low)), highest + 1)
         for steps in ((1, 2, 5), (1, 3), (1,)):
             ticks = [
                 s * 10.0**p for p in powers for s in steps if self.low <= s * 10.0**p * 1.0000001 <= self.high * 1.01
@@ -45,7 +47,7 @@ class Scale:
 
 def _linear_ticks(low: float, high: float, most: int) -> list[float]:
     """Multiples of the smallest 1, 2 or 5 times a power of ten that gives at most ``most`` of them."""
-    if high <= low:
+    if high <= low or math.isinf(high - low):
         return [low]
     power = math.floor(math.log10((high - low) / most))
     for step in (factor * 10.0**exponent for exponent in (power, power + 1, power + 2) for factor in (1, 2, 5)):
@@ -58,7 +60,7 @@ def _linear_ticks(low: float, high: float, most: int) -> list[float]:
 def log_scale(values: Sequence[float], start: float, end: float) -> Scale:
     """A logarithmic scale with some room around the positive ``values`` (a decade where there is none)."""
     positive = [v for v in values if v > 0] or [1e-3, 1.0]
-    low, high = min(positive) / 1.35, max(positive) * 1.35
+    low, high = min(positive) / 1.35, min(max(positive) * 1.35, sys.float_info.max)
     if high / low < 4:
         middle = math.sqrt(low * high)
         low, high = middle / 2, middle * 2
