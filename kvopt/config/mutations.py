@@ -72,6 +72,16 @@ class EndpointGenerator(EndpointSettings):
     kind: Literal["endpoint"]
 
 
+class MeaningCheck(EndpointSettings):
+    """A judge at an OpenAI-compatible endpoint says whether a paraphrase demands the same as the template."""
+
+    kind: Literal["judge"]
+    temperature: float = Field(0.0, ge=0, le=2, description="of the judge's sampling")
+    faults: Literal["reject", "flag"] = Field(
+        "reject", description="what becomes of a wording that it finds different: refused, or accepted with its verdict"
+    )
+
+
 class FileGenerator(FrozenSection):
     """Hand-written variants: a JSONL file, a text file with ``---`` between variants, or a folder of .txt files."""
 
@@ -106,6 +116,11 @@ class MutationsConfig(FrozenSection):
         LocalGenerator(),
         description="what writes paraphrases, or with extract, what shortens the template; used if operators"
         " contains paraphrase",
+    )
+    check: MeaningCheck | None = Field(
+        None,
+        exclude_if=lambda check: check is None,  # mutations were stored before there was a check
+        description="a second eye on paraphrases: a judge says whether they demand the same as the template",
     )
     protect: tuple[str, ...] = Field(
         (),
@@ -156,6 +171,8 @@ class MutationsConfig(FrozenSection):
         settings = self.model_dump(mode="json", exclude={"count", "max_attempts"})
         if isinstance(self.generator, EndpointGenerator):
             settings["generator"] = self.generator.identity()
+        if self.check is not None:
+            settings["check"] = self.check.identity()
         return settings
 
     @property

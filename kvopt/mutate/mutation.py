@@ -34,6 +34,7 @@ class Mutation:
         reason: why not, a stable name (:mod:`kvopt.mutate.validity`).
         detail: more about the reason, or about how a paraphrase was made.
         search: hash of what the search depends on (template, operators, seed, …).
+        check: what a judge said of its meaning, ``{"same", "reason"}``; None where none was asked.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Mutation:
     reason: str | None = None
     detail: str | None = None
     search: str = ""
+    check: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -63,7 +65,7 @@ class Mutation:
             "seed": self.seed,
             "template": self.template.to_json() if self.template else None,
             "search": self.search,
-        }
+        } | ({"check": self.check} if self.check is not None else {})
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], *, where: str = "mutation") -> Mutation:
@@ -87,6 +89,7 @@ class Mutation:
                 reason=record["reason"],
                 detail=record["detail"],
                 search=record["search"],
+                check=record.get("check"),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"not a mutation: {error!r}", where=where) from None

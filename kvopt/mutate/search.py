@@ -13,6 +13,7 @@ from random import Random
 from kvopt.config.mutations import FAMILIES, MutationsConfig
 from kvopt.errors import KvoptError, counted
 from kvopt.mutate.generators.rules import compose
+from kvopt.mutate.meaning import Opinion
 from kvopt.mutate.mutation import Journal, Mutation, counts_by_reason
 from kvopt.mutate.operator import RULE_FAMILIES, Operator, operators
 from kvopt.mutate.proposals import Generator, Proposal, Request
@@ -41,6 +42,7 @@ class Search:
     checker: Checker
     generator: Generator | None
     chosen: list[Operator]
+    meaning: Callable[[Template, Template], Opinion] | None = None
     attempts: list[Mutation] = field(default_factory=list)
     accepted: list[Mutation] = field(default_factory=list)
     _ahead: dict[int, Proposal] = field(default_factory=dict)
@@ -107,8 +109,9 @@ class Search:
         if dead and len(self.accepted) < self.config.count:
             self.failed = True
             last = next(m for m in reversed(self.attempts) if m.reason == REQUEST_FAILED)
+            where = "generator" if self.generator is not None and self.generator.name == "endpoint" else "check"
             raise KvoptError(
-                f"mutations.generator: the endpoint answered none of the last {counted(self._unanswered, 'request')}:"
+                f"mutations.{where}: the endpoint answered none of the last {counted(self._unanswered, 'request')}:"
                 f" {last.detail}; {counted(len(self.accepted), 'accepted mutation')} of {self.config.count} are kept,"
                 " and the same command asks again"
             )
@@ -210,6 +213,10 @@ class Search:
             rejection = rejection or Rejection("not-applicable", "no operator found anything to change")
         else:
             rejection = rejection or self.checker.check(candidate, cut=cut, written=written)
+        opinion = None
+        if candidate is not None and rejection is None and family == "paraphrase" and self.meaning is not None:
+            opinion = self.meaning(self.template, candidate)
+            rejection = self._rejection_of(opinion)
         identity = candidate.sha256 if candidate else sha256_json([self.seed, number])
         return Mutation(
             id=identity[:12],
@@ -224,7 +231,16 @@ class Search:
             reason=rejection.reason if rejection else None,
             detail=(rejection.detail if rejection else note) or None,
             search=identity_of(self.template, self.config, self.scope, self.seed, self.generator),
+            check=opinion.to_json() if opinion and opinion.asked else None,
         )
+
+    def _rejection_of(self, opinion: Opinion) -> Rejection | None:
+        if not opinion.asked:
+            return Rejection(REQUEST_FAILED, opinion.reason)
+        if opinion.same is None:
+            return Rejection("meaning-unread", opinion.reason)
+        flags = self.config.check is not None and self.config.check.faults == "flag"
+        return None if opinion.same or flags else Rejection("meaning", opinion.reason or "the judge finds a difference")
 
     def _next_name(self) -> str:
         """After the last name that was given: an attempt that was made again stands before later ones."""
@@ -259,6 +275,7 @@ def mutate(
     token_ids: TokenIds | None = None,
     window: int | None = None,
     generator: Generator | None = None,
+    meaning: Callable[[Template, Template], Opinion] | None = None,
     journal: Path,
     progress: Callable[[Mutation], None] | None = None,
 ) -> list[Mutation]:
@@ -273,6 +290,7 @@ def mutate(
         window: the most of them.
         generator: the paraphraser (:func:`kvopt.mutate.generators.build_generator`); None leaves the paraphrase family
             out.
+        meaning: says whether a paraphrase demands the same as the template (:mod:`kvopt.mutate.meaning`).
         journal: ``mutations.jsonl``; attempts in it are taken over when they belong to the same search.
         progress: called with each attempt, those taken over too.
 
@@ -285,7 +303,7 @@ def mutate(
     if "paraphrase" not in config.operators:
         generator = None
     checker = Checker(template, scope, compile_protect(config.protect), token_ids, window)
-    search = Search(template, config, scope, seed, checker, generator, chosen_operators(config.operators))
+    search = Search(template, config, scope, seed, checker, generator, chosen_operators(config.operators), meaning)
     with Journal(journal, identity_of(template, config, scope, seed, generator)) as file:
         for mutation in _attempts(search, file):
             if progress:
@@ -341,6 +359,8 @@ def summary(mutations: Sequence[Mutation], config: MutationsConfig) -> str:
     line = f"{counted(done, 'mutation')} accepted, {len(mutations) - done} rejected" + (
         f" ({reasons})" if reasons else ""
     )
+    if flagged := sum(m.accepted and m.check is not None and m.check["same"] is False for m in mutations):
+        line += f"; the judge finds that {flagged} of the accepted ask for something else (see mutations.jsonl)"
     if done >= config.count:
         return line
     used_up = len(mutations) >= config.attempts

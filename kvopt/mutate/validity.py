@@ -14,6 +14,7 @@ repaired.
 | ``equal-to-original``, ``duplicate``, ``duplicate-tokens`` | nothing new, in text or in token ids |
 | ``over-window`` | longer than the model's window |
 | ``seam`` | rendered with the base's chat template, the output's token ids would change, or the seam cannot be placed |
+| ``meaning``, ``meaning-unread`` | a judge finds that it asks for something else, or says nothing that can be read |
 | ``sanity-…`` | a paraphrase that a look tells to be bad (:mod:`kvopt.mutate.sanity`) |
 """
 

@@ -28,6 +28,7 @@ from kvopt.measure.reference import Reference, build_reference, make_shard, open
 from kvopt.measure.score import TokenScores
 from kvopt.mutate.generators import build_generator
 from kvopt.mutate.generators.file import FileVariants
+from kvopt.mutate.meaning import MeaningJudge
 from kvopt.mutate.mutation import REST, Mutation, read_mutations
 from kvopt.mutate.search import RULES_VERSION, mutate, summary
 from kvopt.mutate.validity import REQUEST_FAILED
@@ -164,6 +165,7 @@ def make_mutations(task: EncodedTask, at: Workspace, shorter: ShorterTexts) -> l
             token_ids=task.candidate_ids,
             window=base.geometry.window,
             generator=generator,
+            meaning=MeaningJudge(section.check, say=at.say) if section.check else None,
             journal=journal,
             progress=progress,
         )
