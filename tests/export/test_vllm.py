@@ -29,12 +29,11 @@ HEADS, WIDTH, SLOTS, BLOCK, BLOCKS = 4, 8, 32, 16, 9
 LAYOUTS = {
     "keys and values first": (2, BLOCKS, BLOCK, HEADS, WIDTH),
     "blocks first": (BLOCKS, 2, BLOCK, HEADS, WIDTH),
-    "heads, then packed": (BLOCKS, HEADS, BLOCK, 2 * WIDTH),
 }
 
 
 def empty_cache(layout: str, heads: int = HEADS, width: int = WIDTH, block: int = BLOCK) -> Tensor:
-    shape = {HEADS: heads, WIDTH: width, BLOCK: block, 2 * WIDTH: 2 * width}
+    shape = {HEADS: heads, WIDTH: width, BLOCK: block}
     return torch.full([shape.get(n, n) for n in LAYOUTS[layout]], torch.nan)
 
 
@@ -46,13 +45,9 @@ def gathered(cache: Tensor, layout: str, block_ids: list[int], count: int) -> tu
         if layout == "keys and values first":
             keys.append(cache[0, block, place])
             values.append(cache[1, block, place])
-        elif layout == "blocks first":
+        else:
             keys.append(cache[block, 0, place])
             values.append(cache[block, 1, place])
-        else:
-            half = cache.shape[-1] // 2
-            keys.append(cache[block, :, place, :half])
-            values.append(cache[block, :, place, half:])
     return torch.stack(keys, dim=1), torch.stack(values, dim=1)
 
 
@@ -96,7 +91,7 @@ def test_16_bit_caches_hold_rounded_values_and_others_are_refused() -> None:
         connector.paged_views(torch.zeros(LAYOUTS["blocks first"], dtype=torch.uint8), HEADS, WIDTH)
 
 
-@pytest.mark.parametrize("shape", [(9, 16, 4, 8), (9, 3, 16, 4, 8), (9, 2, 16, 4, 7), (2, 2, 16, 4, 8), (9, 4, 16, 8)])
+@pytest.mark.parametrize("shape", [(9, 16, 4, 8), (9, 3, 16, 4, 8), (9, 2, 16, 4, 7), (2, 2, 16, 4, 8), (9, 4, 16, 16)])
 def test_layouts_that_are_not_known_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="unknown layout"):
         connector.paged_views(torch.zeros(shape), HEADS, WIDTH)
@@ -220,7 +215,7 @@ def test_a_request_with_the_placeholders_gets_the_context_into_its_blocks(kind: 
     }
     worker.register_kv_caches(caches)
     worker.bind_connector_metadata(metadata)
-    worker.start_load_kv(None)
+    worker.start_load_kv(SimpleNamespace(no_compile_layers={}))
     prefix = context.prefix(base)
     for i, cache in enumerate(caches.values()):
         keys, values = gathered(cache, "keys and values first", [6, 1], SLOTS)
@@ -260,13 +255,66 @@ def test_workers_of_versions_that_register_no_caches_find_them_in_the_layers(tmp
     assert torch.equal(keys, context.prefix(base).keys[1])
 
 
+class PackedBackend:
+    """A backend that lays its cache out as no other does: values first, heads before slots, keys negated."""
+
+    def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
+        assert key.shape == value.shape == (len(slots), cache.shape[1], cache.shape[3] // 2)
+        assert key.is_contiguous()
+        assert key.dtype == cache.dtype
+        assert layer.impl is self
+        for n, slot in enumerate(slots.tolist()):
+            cache[slot // BLOCK, :, slot % BLOCK] = torch.cat([value[n], -key[n]], dim=-1)
+
+
+@pytest.mark.usefixtures("vllm")
+@pytest.mark.parametrize("registers", [True, False])
+def test_the_backends_own_writer_fills_the_cache(registers: bool, tmp_path: Path) -> None:
+    base = tiny_base("llama")
+    context, _ = exported(base, tmp_path / "out")
+    g = base.geometry
+    names = [f"model.layers.{i}.self_attn.attn" for i in range(g.layers)]
+    caches = {name: torch.zeros(BLOCKS, g.kv_heads, BLOCK, 2 * g.head_dim).bfloat16() for name in names}
+    layers = {name: SimpleNamespace(impl=PackedBackend(), kv_cache=cache) for name, cache in caches.items()}
+    config = settings(tmp_path / "out")
+    config.compilation_config = SimpleNamespace(static_forward_context=layers)
+    worker = connector.KvoptConnector(config, "worker")
+    if registers:
+        worker.register_kv_caches(caches)
+    worker.bind_connector_metadata(connector.KvoptMetadata([connector.Load(0, (3, 8), 0, SLOTS)]))
+    worker.start_load_kv(SimpleNamespace(no_compile_layers=layers, virtual_engine=0))
+    prefix = context.prefix(base)
+    for i, cache in enumerate(caches.values()):
+        found = torch.cat([cache[3], cache[8]], dim=1)
+        assert torch.equal(found[..., : g.head_dim], prefix.values[i].bfloat16())
+        assert torch.equal(-found[..., g.head_dim :], prefix.keys[i].bfloat16())
+
+
+@pytest.mark.usefixtures("vllm")
+def test_a_cache_that_nobody_can_fill_stops_the_server_at_its_start(tmp_path: Path) -> None:
+    base = tiny_base("llama")
+    exported(base, tmp_path / "out")
+    g = base.geometry
+    unknown = torch.zeros(BLOCKS, g.kv_heads, BLOCK, 2 * g.head_dim)
+    worker = connector.KvoptConnector(settings(tmp_path / "out"), "worker")
+    with pytest.raises(ValueError, match=r"layers\.0.*unknown layout.*has no do_kv_cache_update"):
+        worker.register_kv_caches({"model.layers.0.self_attn.attn": unknown})
+    written = {"model.layers.0.self_attn.attn": SimpleNamespace(impl=PackedBackend())}
+    config = settings(tmp_path / "out")
+    config.compilation_config = SimpleNamespace(static_forward_context=written)
+    worker = connector.KvoptConnector(config, "worker")
+    worker.register_kv_caches({"model.layers.0.self_attn.attn": unknown})
+    with pytest.raises(ValueError, match="int8"):
+        worker.register_kv_caches({"model.layers.0.self_attn.attn": unknown.to(torch.int8)})
+
+
 @pytest.mark.usefixtures("vllm")
 def test_each_rank_holds_its_own_heads(tmp_path: Path) -> None:
     base = tiny_base("llama")
     context, _ = exported(base, tmp_path / "out")
     server = connector.Server(settings(tmp_path / "out", ranks=2))
     cache = torch.zeros(2, BLOCKS, BLOCK, 1, base.geometry.head_dim)
-    server.write(connector.Load(0, (3, 8), 0, SLOTS), {"model.layers.2.attn": cache}, 1)
+    server.write(connector.Load(0, (3, 8), 0, SLOTS), {"model.layers.2.attn": cache}, {}, 1)
     keys, _ = gathered(cache, "keys and values first", [3, 8], SLOTS)
     assert torch.equal(keys, context.prefix(base).keys[2][1:2])
 
@@ -302,10 +350,11 @@ def test_slots_that_do_not_fill_blocks_are_refused_at_the_export(tmp_path: Path)
     task = make_task(tiny_base("llama"), tmp_path / "task", count=4)
     saved(task, "kv", tmp_path / "c", 20)
     with pytest.raises(InputError, match="shorten it to 16 slots"):
-        export(tmp_path / "c", "vllm", tmp_path / "out")
+        export(tmp_path / "c", "vllm", tmp_path / "out", options={"partial_block": False})
     assert not (tmp_path / "out").exists()
     export(tmp_path / "c", "vllm", tmp_path / "out", options={"block_size": 4})
-    export(tmp_path / "c", "vllm", tmp_path / "out", options={"partial_block": True})
+    export(tmp_path / "c", "vllm", tmp_path / "partial")
+    assert "in part (4), which vLLM loads from 0.32 on" in (tmp_path / "partial" / "README.md").read_text()
 
 
 def test_the_connector_asks_for_nothing_but_torch_safetensors_and_vllm(tmp_path: Path) -> None:
