@@ -73,8 +73,9 @@ def gemma3(folder: Path) -> Path:
 
 def gpt_oss(folder: Path) -> Path:
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    sizes = SMALL | {"intermediate_size": 48, "head_dim": 8, "sliding_window": 256}
     rope = {"rope_type": "default", "rope_theta": 10000.0}
-    return made(folder, GptOssConfig(**SMALL, head_dim=8, sliding_window=256, rope_parameters=rope, **experts))
+    return made(folder, GptOssConfig(**sizes, rope_parameters=rope, **experts))
 
 
 # ---- files

@@ -1,4 +1,6 @@
-"""The short forms of the campaigns: kills and a full disk anywhere, damaged and odd input of every kind."""
+"""The short forms of the campaigns: kills and a full disk anywhere, caches that are closed or gone, damaged and odd
+input of every kind.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +52,15 @@ def test_stopped_anywhere_the_same_command_ends_in_the_same_bytes_and_leaves_not
     assert counts["killed before"] >= 3
     assert counts["killed inside"] >= 5
     assert counts["disk full"] >= 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capset, which lets modes of files bind root, is Linux's")
+def test_a_cache_or_run_directory_that_cannot_be_written_or_vanishes_loses_nothing() -> None:
+    document = json.loads(campaign("caches", "--vanish", "5", "--json"))
+    assert document["faults"] == []
+    seen = {what for _, what, _ in document["table"]}
+    assert {"full cache closed: 0", "empty cache closed: 2", "run closed: 2", "compare of it: 0"} <= seen
+    assert any(what.startswith("cache gone: ") for what in seen)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no fork")

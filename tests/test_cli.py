@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from kvopt import cli
-from tests.jobs import artefacts, rows, run_job, write_job, write_rows
+from tests.jobs import artefacts, entries, rows, run_job, write_job, write_rows
 from tests.tiny import save_tiny, tiny_folder
 
 
@@ -249,7 +249,7 @@ def test_run_prints_one_json_document(kvopt, finished, tmp_path):
     shutil.copytree(finished[1], tmp_path / "out")
     code, out, err = kvopt("run", finished[0], "--out", "out", "--json")
     assert code == 0
-    assert json.loads(out) == json.loads((finished[1] / "leaderboard.json").read_text())
+    assert json.loads(out) == entries(finished[1] / "leaderboard.json")
     assert "base:" in err
 
 

@@ -27,7 +27,8 @@ import yaml
 
 from tests.campaigns.stopped import Outcome, Stop, partials, run
 
-SECONDS = re.compile(rb'"seconds": [0-9.e-]+')
+SECONDS = re.compile(rb'"seconds": [0-9.e-]+|"checksum": "[0-9a-f]+"')
+"""Times, and the checksum of a file that has some."""
 NOT_COMPARED = ("ledger.jsonl", ".lock", "report.html")
 COMMANDS: dict[str, list[str]] = {
     "mutate": ["mutate", "job.yaml"],

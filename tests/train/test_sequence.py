@@ -26,7 +26,7 @@ from kvopt.train.sequence.transfer import transfer
 from kvopt.train.stream import Stream
 from kvopt.train.student import load_student, read_student_record
 from kvopt.train.trainer import StudentTrainer
-from tests.jobs import write_job
+from tests.jobs import entries, write_job
 from tests.tiny import tiny_folder
 
 COMMON = {"steps": 4, "batch_size": 4, "learning_rate": 0.01, "report_to": [], "lora": {"rank": 4}}
@@ -101,7 +101,7 @@ def test_r_holds_the_gold_nll_of_every_task_after_every_stage(done: Any) -> None
 
 
 def test_the_file_is_valid_under_its_schema(done: Any) -> None:
-    document = json.loads((done[1] / "sequence.json").read_text("utf-8"))
+    document = entries(done[1] / "sequence.json")
     assert document == done[2]
     jsonschema.validate(document, schema_of("sequence"))
     document["arms"][0]["R"]["gold_nll"][0][0] = "low"
