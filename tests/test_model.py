@@ -37,7 +37,8 @@ from transformers import (
 )
 
 from kvopt.base import builtin, hub, identity
-from kvopt.base.loading import Base, automatic_dtype, load_base
+from kvopt.base.devices import automatic_dtype
+from kvopt.base.loading import Base, load_base
 from kvopt.base.probe import check_config, context_window, probe
 from kvopt.config.model import ModelConfig
 from kvopt.errors import InputError, KvoptError

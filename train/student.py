@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvopt.base.devices import seeded
 from kvopt.base.hub import weight_files
 from kvopt.base.identity import check_base, weights_sha256
 from kvopt.base.loading import Base, quiet
@@ -93,8 +94,7 @@ def lora_student(
     """
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]
     copied = twin(base, name)
-    with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(base.device, seed):
         try:
             peft = _injected(copied.model, config)
         except ValueError as error:
@@ -119,8 +119,11 @@ def _refuse_head(student: Base, where: str) -> None:
 
 
 def full_student(base: Base, name: str, dtype: torch.dtype = torch.float32) -> Student:
-    """A copy of all weights in ``dtype`` (the masters), each trainable; tied weights stay tied."""
-    model = copy.deepcopy(base.model).to(dtype).requires_grad_(True)
+    """A copy of all weights in ``dtype`` (the masters), each trainable; tied weights stay tied. Weights are copied one
+    by one into ``dtype``, so that no copy in the base's own stands beside them.
+    """
+    masters: dict[int, Any] = {id(p): nn.Parameter(p.detach().to(dtype, copy=True)) for p in base.model.parameters()}
+    model = copy.deepcopy(base.model, masters).to(dtype).requires_grad_(True)
     return Student(replace(base, model=model, name=name, dtype=dtype), "full")
 
 
@@ -313,7 +316,10 @@ def _load_full(folder: Path, base: Base, name: str) -> Base:
                 dtype=base.dtype,
                 attn_implementation=base.model.config._attn_implementation,
                 output_loading_info=True,
+                **({} if base.device.type == "cpu" else {"device_map": {"": str(base.device)}}),
             )
+    except (torch.OutOfMemoryError, MemoryError):
+        raise  # told with what helps
     except Exception as error:  # a damaged folder fails in as many ways as there are formats
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"cannot be loaded: {type(error).__name__}: {reason}", where=str(folder)) from error
@@ -322,7 +328,7 @@ def _load_full(folder: Path, base: Base, name: str) -> Base:
     for parameter_name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(f"{parameter_name} has values that are not finite", where=str(folder))
-    return replace(base, model=model.to(base.device), name=name)
+    return replace(base, model=model, name=name)
 
 
 def layer_of(name: str) -> int | None:

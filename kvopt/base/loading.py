@@ -21,13 +21,15 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from kvopt.base import builtin, hub
+from kvopt.base.devices import automatic_dtype, choose_device, dtype_warning
 from kvopt.base.gguf import save_gguf_as_folder
 from kvopt.base.identity import chat_template_sha256, config_sha256, tokenizer_sha256, weights_sha256
 from kvopt.base.probe import Capability, Geometry, check_config, context_window, probe, text_config
+from kvopt.base.quantization import identity_of, method_of, quantization_config
 from kvopt.base.rope import Rope
 from kvopt.config.model import BUILTIN_BASE, ModelConfig
 from kvopt.documents.part import BaseIdentity
-from kvopt.errors import InputError
+from kvopt.errors import InputError, counted
 from kvopt.storage.files import sha256_file
 
 if TYPE_CHECKING:
@@ -51,7 +53,8 @@ class Base:
         device, dtype: where and in what it runs.
         geometry: sizes and layer types.
         identity: sha256 of ``weights``, ``config``, ``tokenizer``, ``chat_template`` (None without one), and
-            ``source``, where the built-in or a converted base came from (None otherwise).
+            ``source``, where the built-in or a converted base came from (None otherwise), and for a base that was
+            quantized on loading, ``quantization``.
         capability: what running it showed (head scale, softcap, how keys rotate).
     """
 
@@ -93,6 +96,22 @@ class Base:
         """How keys rotate in each layer."""
         return self.capability.rope
 
+    @property
+    def quantized_by(self) -> str | None:
+        """The method that its weights are quantized with, None for plain ones."""
+        return method_of(self.model)
+
+    def check_gradients(self, what: str) -> None:
+        """Raises InputError where no gradients come through the base, for ``what`` needs them, such as a key of the
+        config.
+        """
+        if (reason := self.capability.no_gradient) is not None:
+            raise InputError(
+                f"needs gradients through the base {self.name}: {reason}",
+                where=what,
+                fix="set model.quantization to nf4 or int8, or use a base with 16-bit weights",
+            )
+
 
 def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) -> Base:
     """Load ``config.base``, check by running it that kvopt can work with it, and hash it.
@@ -104,13 +123,15 @@ def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) 
     Raises InputError, one line, for a base that does not exist, has no tokenizer or config, is no causal LM, needs
     code that was not trusted, or cannot be run; KvoptError when no source of the built-in base can be reached.
     """
-    device, dtype = choose_device(config.device), config.dtype
+    say, device, dtype = say or _to_stderr, choose_device(config.device), config.dtype
     torch_dtype = automatic_dtype(device) if dtype == "auto" else DTYPES[dtype]
+    if warning := dtype_warning(device, torch_dtype, dtype == "auto"):
+        say(f"warning: {warning}")
     with quiet():
-        folder = locate(config.base, config.revision, say or _to_stderr)
+        folder = locate(config.base, config.revision, say)
         settings = _load_config(folder, config)
         tokenizer = _load_tokenizer(folder, config)
-        model = _load_model(folder, config, settings, torch_dtype).to(device)
+        model = _load_model(folder, config, settings, torch_dtype, device)
     model.requires_grad_(False).eval()
     _check_vocabulary(model, tokenizer, config.base)
     capability = probe(model, _ordinary_ids(model, tokenizer), config.base)
@@ -123,6 +144,8 @@ def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) 
         "chat_template": chat_template_sha256(tokenizer),
         "source": _source(folder),
     }
+    if config.quantization is not None:
+        identity["quantization"] = identity_of(config.quantization)
     return Base(model, tokenizer, config.base, device, torch_dtype, capability.geometry, identity, capability)
 
 
@@ -171,6 +194,9 @@ def _checked_folder(folder: Path, where: str, *, weights: bool = True) -> Path:
         raise InputError("the base has no tokenizer", where=where, fix="save its tokenizer into the folder")
     if weights and not hub.weight_files(folder):
         raise InputError("the folder has no weights (*.safetensors or pytorch_model*.bin)", where=where)
+    if weights and (absent := hub.missing_weights(folder)):
+        what = f"the folder lacks {counted(len(absent), 'weight file')} that its index names, first {absent[0]}"
+        raise InputError(what, where=where, fix="complete it")
     if (folder / "adapter_config.json").is_file():  # transformers would put the adapter on top of the weights
         raise InputError(
             "the folder holds a whole model and an adapter (adapter_config.json), which would be applied to it",
@@ -195,28 +221,6 @@ def _converted(file: Path, say: Callable[[str], None]) -> Path:
 def _source(folder: Path) -> str | None:
     file = folder / "source.json"
     return json.loads(file.read_text(encoding="utf-8"))["source"] if file.is_file() else None
-
-
-def choose_device(name: str) -> torch.device:
-    """The torch device of ``name``, or the best one for "auto". Raises InputError for one that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise InputError(f"cannot be used: {reason}", where=f"model.device {name}", fix="use auto or cpu") from error
-    return device
-
-
-def automatic_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies in it, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    fast = device.type == "cpu" and any(getattr(torch.cpu, name, lambda: False)() for name in names)
-    return torch.bfloat16 if fast else torch.float32
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
@@ -278,10 +282,26 @@ def _load_tokenizer(folder: Path, config: ModelConfig) -> Any:
     return tokenizer
 
 
-def _load_model(folder: Path, config: ModelConfig, settings: Any, dtype: torch.dtype) -> PreTrainedModel:
+def _load_model(
+    folder: Path, config: ModelConfig, settings: Any, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The model on its device. Weights go there tensor by tensor as they are read, so that no second copy of them ever
+    stands in memory; with a quantization, each is packed on its way.
+    """
     from transformers import AutoModelForCausalLM  # takes seconds, and a tokenizer alone does not need it
 
-    method = (getattr(settings, "quantization_config", None) or {}) if not isinstance(settings, dict) else {}
+    method: Any = getattr(settings, "quantization_config", None) or {}
+    wanted: dict[str, Any] = {}
+    if config.quantization is not None:
+        if method:
+            raise InputError(
+                f"the base is stored quantized already{_quantisation(method)}",
+                where="model.quantization",
+                fix="leave it out, or give the base that it was made of",
+            )
+        method = wanted["quantization_config"] = quantization_config(config.quantization, dtype)
+    if device.type != "cpu" or method:
+        wanted["device_map"] = {"": str(device)}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder),
@@ -290,7 +310,10 @@ def _load_model(folder: Path, config: ModelConfig, settings: Any, dtype: torch.d
             attn_implementation=_attention(config, settings),
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
+            **wanted,
         )
+    except (torch.OutOfMemoryError, MemoryError):
+        raise  # told with what helps
     except Exception as error:  # a broken or unknown folder fails in as many ways as there are formats
         if "attn_implementation" in str(error) and config.attention != "auto":
             raise InputError(
@@ -317,7 +340,7 @@ def _attention(config: ModelConfig, settings: Any) -> str | None:
 
 def _quantisation(method: Any) -> str:
     name = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
-    return f" (quantised with {name})" if name else ""
+    return f" (quantised with {getattr(name, 'value', name)})" if name else ""
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: Any, name: str) -> None:

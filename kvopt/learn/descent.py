@@ -192,7 +192,10 @@ def optimize(
 
     Raises:
         KvoptError: the loss or the gradient is not finite; the last checkpoint is kept.
+        InputError: no gradients come through the base.
     """
+    if config.steps:
+        base.check_gradients(f"contexts.{config.name}.steps")
     frozen, initial = min(config.frozen, initial.shape[0]), initial.detach()
     head, initial = initial[:frozen].to(base.device), initial.to(base.device)
     state = checkpoint and _State.load(checkpoint, key, config, base.device)
