@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvopt.base.devices import seeded
+from kvopt.base.devices import is_out_of_memory, seeded
 from kvopt.base.hub import weight_files
 from kvopt.base.identity import check_base, weights_sha256
 from kvopt.base.loading import Base, quiet
@@ -318,9 +318,9 @@ def _load_full(folder: Path, base: Base, name: str) -> Base:
                 output_loading_info=True,
                 **({} if base.device.type == "cpu" else {"device_map": {"": str(base.device)}}),
             )
-    except (torch.OutOfMemoryError, MemoryError):
-        raise  # told with what helps
     except Exception as error:  # a damaged folder fails in as many ways as there are formats
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"cannot be loaded: {type(error).__name__}: {reason}", where=str(folder)) from error
     if missing := sorted(info["missing_keys"]):

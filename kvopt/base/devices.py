@@ -105,6 +105,15 @@ def dtype_warning(device: torch.device, dtype: torch.dtype, automatic: bool) -> 
     return None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: torch's of a GPU, Python's, and that of torch's allocator on a CPU,
+    which has no type of its own.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
     """Draws inside come from ``seed``, on the CPU and on ``device``; outside, every generator goes on as if nothing had

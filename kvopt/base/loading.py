@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from kvopt.base import builtin, hub
-from kvopt.base.devices import automatic_dtype, choose_device, dtype_warning
+from kvopt.base.devices import automatic_dtype, choose_device, device_name, dtype_warning, is_out_of_memory
 from kvopt.base.gguf import save_gguf_as_folder
 from kvopt.base.identity import chat_template_sha256, config_sha256, tokenizer_sha256, weights_sha256
 from kvopt.base.probe import Capability, Geometry, check_config, context_window, probe, text_config
@@ -29,7 +29,7 @@ from kvopt.base.quantization import identity_of, method_of, quantization_config
 from kvopt.base.rope import Rope
 from kvopt.config.model import BUILTIN_BASE, ModelConfig
 from kvopt.documents.part import BaseIdentity
-from kvopt.errors import InputError, counted
+from kvopt.errors import InputError, KvoptError, counted
 from kvopt.storage.files import sha256_file
 
 if TYPE_CHECKING:
@@ -312,9 +312,13 @@ def _load_model(
             output_loading_info=True,
             **wanted,
         )
-    except (torch.OutOfMemoryError, MemoryError):
-        raise  # told with what helps
     except Exception as error:  # a broken or unknown folder fails in as many ways as there are formats
+        if is_out_of_memory(error):
+            half = "" if config.quantization else "set model.quantization: nf4 (a quarter of 16-bit weights), or "
+            raise KvoptError(
+                f"model.base {config.base}: its weights do not fit the memory of {device_name(device)}; {half}use a"
+                " smaller base or another model.device"
+            ) from error
         if "attn_implementation" in str(error) and config.attention != "auto":
             raise InputError(
                 f"{type(settings).__name__.removesuffix('Config')} cannot be computed with this attention",

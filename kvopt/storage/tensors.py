@@ -5,18 +5,26 @@ One entry alone, because the order of several is not fixed and the same content 
 
 from __future__ import annotations
 
+import errno
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
-from kvopt.storage.files import write_bytes
+from kvopt.storage.files import replacing_file
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], key: str) -> None:
-    """Replace ``path`` by these tensors (moved to the CPU)."""
-    write_bytes(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata={"key": key}))
+    """Replace ``path`` by these tensors (moved to the CPU); they are written from where they are, without a copy."""
+    on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    with replacing_file(path) as partial:
+        try:
+            save_file(on_cpu, partial, metadata={"key": key})
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
 
 
 def stored_key(path: Path) -> str | None:
