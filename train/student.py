@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from kvopt.base.devices import is_out_of_memory, seeded
 from kvopt.base.hub import weight_files
 from kvopt.base.identity import check_base, weights_sha256
-from kvopt.base.loading import Base, quiet
+from kvopt.base.loading import Base, StoredBase, quiet
 from kvopt.documents.student_record import StudentFacts, StudentRecord
 from kvopt.documents.validated import read_record_of
 from kvopt.errors import InputError, KvoptError, counted
@@ -162,7 +162,13 @@ def save_student(student: Student, folder: Path, of: Base, record: StudentFacts 
 
 
 def write_student_folder(
-    folder: Path, of: Base, *, name: str, method: str, record: StudentFacts | None, write: Callable[[Path], None]
+    folder: Path,
+    of: Base | StoredBase,
+    *,
+    name: str,
+    method: str,
+    record: StudentFacts | None,
+    write: Callable[[Path], None],
 ) -> None:
     """A student folder whose files ``write`` puts into an empty one; ``kvopt-student.json`` is added and pins them."""
     with replacing_directory(folder) as place:
@@ -243,6 +249,17 @@ def load_student(folder: Path, base: Base) -> Base:
         InputError: no student, another base, missing or foreign or misshaped tensors, values that are not finite, a
             damaged file.
     """
+    name, digest = check_student(folder, base)
+    adapter = (folder / "adapter_config.json").is_file()
+    student = _load_lora(folder, base, name) if adapter else _load_full(folder, base, name)
+    student.model.requires_grad_(False).eval()
+    return replace(student, identity={**base.identity, "student": digest})
+
+
+def check_student(folder: Path, base: Base | StoredBase) -> tuple[str, str]:
+    """The name of the student in a folder and the hash of its weights, which are not loaded. Raises InputError for no
+    student, another base, and files that are not those of its record.
+    """
     record = read_student_record(folder)
     adapter = (folder / "adapter_config.json").is_file()
     if record is None and not adapter:
@@ -260,10 +277,7 @@ def load_student(folder: Path, base: Base) -> Base:
     if record is not None and record.adapter_sha256 not in (None, adapter_sha256(folder) if adapter else None):
         what = f"adapter_config.json is not the one that {RECORD} describes"
         raise InputError(what, where=str(folder), fix="restore or train it again")
-    name = (record and record.name) or folder.name
-    student = _load_lora(folder, base, name) if adapter else _load_full(folder, base, name)
-    student.model.requires_grad_(False).eval()
-    return replace(student, identity={**base.identity, "student": digest})
+    return (record and record.name) or folder.name, digest
 
 
 def _load_lora(folder: Path, base: Base, name: str) -> Base:

@@ -137,6 +137,11 @@ def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) 
     capability = probe(model, _ordinary_ids(model, tokenizer), config.base)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
+    identity = _identity(folder, tokenizer, config)
+    return Base(model, tokenizer, config.base, device, torch_dtype, capability.geometry, identity, capability)
+
+
+def _identity(folder: Path, tokenizer: Any, config: ModelConfig) -> dict[str, str | None]:
     identity = {
         "weights": weights_sha256(hub.weight_files(folder)),
         "config": config_sha256(folder),
@@ -146,7 +151,36 @@ def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) 
     }
     if config.quantization is not None:
         identity["quantization"] = identity_of(config.quantization)
-    return Base(model, tokenizer, config.base, device, torch_dtype, capability.geometry, identity, capability)
+    return identity
+
+
+@dataclass(frozen=True)
+class StoredBase:
+    """A base on disk, which nothing has to run: ``layers`` is how many decoder layers it has; the rest as in
+    :class:`Base`.
+    """
+
+    name: str
+    folder: Path
+    tokenizer: Any
+    identity: dict[str, str | None]
+    layers: int
+
+    @property
+    def document(self) -> BaseIdentity:
+        """Name and identity as documents hold them."""
+        return BaseIdentity(name=self.name, **self.identity)
+
+
+def stored_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) -> StoredBase:
+    """The files of ``config.base``, found, fetched and hashed, but not loaded. Raises InputError as :func:`load_base`
+    does.
+    """
+    folder = locate(config.base, config.revision, say or _to_stderr)
+    with quiet():
+        settings, tokenizer = _load_config(folder, config), _load_tokenizer(folder, config)
+    layers = text_config(settings).num_hidden_layers
+    return StoredBase(config.base, folder, tokenizer, _identity(folder, tokenizer, config), layers)
 
 
 def _to_stderr(line: str) -> None:

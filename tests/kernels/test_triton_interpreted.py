@@ -149,19 +149,6 @@ def test_softcap_with_all_that_goes_with_it(form, divergence):
 
 
 @inside
-def test_the_self_check_finds_the_real_kernels_right(kernel, tmp_path, monkeypatch):
-    monkeypatch.setenv("KVOPT_CACHE", str(tmp_path))
-    p = problem(0.1, torch.float32)
-    plan = make_plan(p.candidate, p.reference, p.head, p.head, KLOptions(backend=kernel))
-    assert trust.triton_fault(plan, torch.float32) is None
-    monkeypatch.setattr(trust, "CONTRACT", 0.0)
-    monkeypatch.setattr(trust, "_known", {})
-    (tmp_path / "kernels" / "triton.json").unlink()
-    with pytest.warns(UserWarning, match="off by"):
-        assert trust.triton_fault(plan, torch.float32) is not None
-
-
-@inside
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("distance", DISTANCE_FOR_KL.values())
 def test_softcap_from_tiny_to_large_divergence(dtype, distance):
