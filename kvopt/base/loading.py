@@ -25,7 +25,7 @@ from kvopt.base.devices import automatic_dtype, choose_device, device_name, dtyp
 from kvopt.base.gguf import save_gguf_as_folder
 from kvopt.base.identity import chat_template_sha256, config_sha256, tokenizer_sha256, weights_sha256
 from kvopt.base.probe import Capability, Geometry, check_config, context_window, probe, text_config
-from kvopt.base.quantization import identity_of, method_of, quantization_config
+from kvopt.base.quantization import identity_of, keep_gradients, method_of, quantization_config
 from kvopt.base.rope import Rope
 from kvopt.config.model import BUILTIN_BASE, ModelConfig
 from kvopt.documents.part import BaseIdentity
@@ -364,6 +364,7 @@ def _load_model(
     if missing := sorted(info["missing_keys"]):
         what = f"its weights lack {len(missing)} tensors of a {type(model).__name__}, first {missing[0]}"
         raise InputError(what, where=f"model.base {config.base}", fix="is it a causal LM, and complete?")
+    keep_gradients(model)
     return model
 
 

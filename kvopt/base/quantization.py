@@ -86,6 +86,15 @@ def method_of(model: PreTrainedModel) -> str | None:
     return str(getattr(method, "value", method))
 
 
+def keep_gradients(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights, at the first pass without gradients on a CPU, for a kernel that has
+    no backward.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def no_gradient(model: PreTrainedModel) -> str | None:
     """Why no gradients come through a quantized model, None where they do (as through any other model).
 
