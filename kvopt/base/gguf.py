@@ -38,12 +38,11 @@ def save_gguf_as_folder(file: Path, folder: Path, source: dict[str, str]) -> Non
         raise missing_extra("gguf", "reading a .gguf file", str(file))
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     try:
         read = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        settings, reader = load_gguf_checkpoint(str(file))["config"], GGUFReader(str(file))
+        settings, reader = read.to_dict(), GGUFReader(str(file))
         divisors = next((tensor.data for tensor in reader.tensors if tensor.name == ROPE_FREQS), None)
         if divisors is not None:
             _scale_rope(read, [float(value) for value in divisors])
