@@ -27,7 +27,8 @@ from kvopt.kernels.contenders import DEFAULT, TABLE, Loss, NotHere, build
 from kvopt.kernels.float64 import linear_kl64
 from kvopt.kernels.memory import peak, reset_peak
 from kvopt.kernels.options import Head, KLOptions
-from kvopt.kernels.table import PATH, write_table
+from kvopt.kernels.table import USERS, write_table
+from kvopt.kernels.user_files import user_file
 
 SHAPES_CPU = [(1024, 576, 49152)]
 TABLE_SHAPES_CPU = [(256, 576, 49152), (64, 2048, 128256)]
@@ -134,8 +135,11 @@ def run(
     return report
 
 
-def run_table(out: Path | str | None = None, repeats: int = 5, path: Path = PATH) -> dict[str, Any]:
-    """Measures this device's backends and writes its entry of the table in ``path``; returns the benchmark's report."""
+def run_table(out: Path | str | None = None, repeats: int = 5, path: Path | None = None) -> dict[str, Any]:
+    """Measures this device's backends and writes its entry of the table in ``path`` (default: the user's own, in the
+    cache); returns the benchmark's report.
+    """
+    path = path or user_file(USERS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     report = run(TABLE_SHAPES_GPU if on_gpu else TABLE_SHAPES_CPU, TABLE, out, repeats)

@@ -13,6 +13,7 @@ from kvopt.kernels.float64 import linear_kl64
 from kvopt.kernels.options import Head, KernelInputError, KLOptions
 from kvopt.kernels.plan import Plan, make_plan
 from kvopt.kernels.stored import Moments, StoredReference, TopK, check_stored, stored_value_and_gradient
+from kvopt.kernels.trust import trusted
 
 BACKWARD_ROWS = 4096
 
@@ -62,6 +63,7 @@ def linear_kl(
         form = check_stored(reference_hidden, candidate_hidden, head, options)
     else:
         plan = make_plan(candidate_hidden, reference_hidden, head, reference_head or head, options)
+        plan = trusted(plan, candidate_hidden.dtype)
         form = plan.form
     count = len(candidate_hidden)
     _check_vector(mask, count, "mask", torch.bool)

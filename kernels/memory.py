@@ -53,11 +53,21 @@ def _storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+COUNTED = ("cuda", "xpu")
+"""Kinds of devices whose allocator counts; elsewhere it is the process's resident memory that is known."""
+
+
+def what_is_counted(device: torch.device) -> str:
+    """What :func:`peak` gives: ``allocated on cuda:0``, or ``resident``, for a device that shares the system's."""
+    return f"allocated on {device}" if device.type in COUNTED else "resident"
+
+
 def reset_peak(device: torch.device) -> int:
     """Bytes in use now, with the peak counted from here; where the system cannot do that, the peak until now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
+    if device.type in COUNTED:
+        module = torch.get_device_module(device)
+        module.reset_peak_memory_stats(device)
+        return module.memory_allocated(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -66,8 +76,8 @@ def reset_peak(device: torch.device) -> int:
 
 
 def peak(device: torch.device) -> int:
-    """The largest number of bytes in use since ``reset_peak``."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
+    """The largest number of bytes in use since ``reset_peak``, or ever."""
+    return torch.get_device_module(device).max_memory_allocated(device) if device.type in COUNTED else peak_resident()
 
 
 def peak_resident() -> int:

@@ -1,4 +1,5 @@
-"""Which backend is fastest, by device, D and V: ``backends.json``, written by ``kvopt bench kl --write-table``.
+"""Which backend is fastest, by device, D and V: ``backends.json``, and before it what ``kvopt bench kl --write-table``
+measured on this machine, which is kept in the user's cache.
 
 One entry per kind of device: "cpu", "cuda", "rocm", or a GPU's own name where it was measured. ``measured`` says on
 what and with which times, or is null: then the choice is computed from traffic and products (on a GPU store-free tiles
@@ -9,6 +10,7 @@ whose ``max_features`` (D) and ``max_vocabulary`` (V), where given, are not exce
 from __future__ import annotations
 
 import json
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,11 @@ from typing import Any
 import torch
 
 from kvopt.kernels.options import KernelInputError, KLOptions
+from kvopt.kernels.user_files import read_mapping, user_file, write_mapping
 
 PATH = Path(__file__).with_name("backends.json")
+USERS = "backends.json"
+"""The name of the user's own table."""
 
 USES = {
     "torch": KLOptions(backend="torch", rows="eager"),
@@ -35,9 +40,22 @@ CONTRACT = 1e-2
 
 
 @lru_cache
-def load_table(path: Path = PATH) -> dict[str, Any]:
-    """The table as stored."""
-    return json.loads(path.read_text("utf-8"))
+def load_table() -> dict[str, Any]:
+    """The table that comes with the package, with the user's own entries in place of its."""
+    own = read_mapping(user_file(USERS))
+    unusable = [kind for kind, entry in own.items() if not _is_entry(entry)]
+    if unusable:
+        warnings.warn(f"{user_file(USERS)}: its entry {unusable[0]!r} is not used; measure it again", stacklevel=2)
+    return json.loads(PATH.read_text("utf-8")) | {kind: entry for kind, entry in own.items() if kind not in unusable}
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether the choices of an entry are some that this version knows, the last for every size."""
+    try:
+        choices = entry["choices"]
+        return all(choice["use"] in USES for choice in choices) and set(choices[-1]) == {"use"}
+    except (TypeError, KeyError, IndexError):
+        return False
 
 
 def device_kind(device: torch.device) -> str:
@@ -56,12 +74,14 @@ def best_use(kind: str, features: int, vocabulary: int, table: dict[str, Any] | 
     raise KernelInputError(f"the backend table has no choice for {kind}, D = {features}, V = {vocabulary}")
 
 
-def write_table(report: dict[str, Any], kind: str, path: Path = PATH) -> list[dict[str, Any]]:
+def write_table(report: dict[str, Any], kind: str, path: Path | None = None) -> list[dict[str, Any]]:
     """Replaces the entry of ``kind`` by what a benchmark of USES measured; returns its choices.
 
     Args:
         report: as ``benchmark.run`` returns it, with implementations named "kvopt: " + a name in USES.
+        path: the table; default: the user's own.
     """
+    path = path or user_file(USERS)
     measured: list[dict[str, Any]] = []
     fastest: dict[tuple[int, int], str] = {}
     for entry in report["shapes"]:
@@ -76,10 +96,8 @@ def write_table(report: dict[str, Any], kind: str, path: Path = PATH) -> list[di
     if not measured:
         raise KernelInputError("no backend was measured; the table stays as it is")
     choices = _choices(fastest)
-    table = json.loads(path.read_text("utf-8"))
     facts = {**report["environment"], "dtype": report["dtype"], "shapes": measured}
-    table[kind] = {"measured": facts, "choices": choices}
-    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    write_mapping(path, read_mapping(path) | {kind: {"measured": facts, "choices": choices}})
     load_table.cache_clear()
     return choices
 

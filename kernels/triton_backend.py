@@ -7,8 +7,10 @@ statistics kernel over shares of the vocabulary, then a kernel that writes the g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -50,6 +52,21 @@ ROW_BLOCK = 1024
 ROW_WARPS = 8
 
 
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function(plan, candidate, …)`` with the candidate's GPU as the current one: Triton launches on that, whatever
+    GPU the tensors are on.
+    """
+
+    @wraps(function)
+    def guarded(plan: Plan, candidate: Tensor, *args: Any, **options: Any) -> Any:
+        on_gpu = candidate.device.type == "cuda"
+        with torch.cuda.device(candidate.device) if on_gpu else nullcontext():
+            return function(plan, candidate, *args, **options)
+
+    return guarded
+
+
+@_on_its_device
 def value_and_hidden_gradient(
     plan: Plan, candidate: Tensor, reference: Tensor, want_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -69,6 +86,7 @@ def value_and_hidden_gradient(
     return value, gradient
 
 
+@_on_its_device
 def all_gradients(
     plan: Plan, candidate: Tensor, reference: Tensor, upstream: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -53,7 +53,8 @@ def write_gguf(path: Path, model: PreTrainedModel, extra: Mapping[str, np.ndarra
         writer.add_tensor(f"{theirs}attn_q.weight", interleaved(query, config.num_attention_heads))
         writer.add_tensor(f"{theirs}attn_k.weight", interleaved(key, config.num_key_value_heads))
         for name, part in parts.items():
-            writer.add_tensor(f"{theirs}{name}.weight", state[f"{ours}{part}.weight"])
+            if f"{ours}{part}.weight" in state:
+                writer.add_tensor(f"{theirs}{name}.weight", state[f"{ours}{part}.weight"])
     for name, tensor in extra.items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import gguf as ggufs
 import numpy as np
 import pytest
 import torch
@@ -139,6 +142,39 @@ def test_a_gguf_file_with_scaled_rope_is_the_model_that_it_was_made_of(
         ours, theirs = base.model(input_ids=ids).logits, model(input_ids=ids).logits
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert base.geometry.window == model.config.max_position_embeddings
+
+
+def test_a_gguf_file_is_converted_tensor_by_tensor_to_what_save_pretrained_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", len(tiny_tokenizer("chatml")))
+    write_gguf(tmp_path / "model.gguf", model, {})
+    live = [0, 0]
+
+    def dequantize(data: np.ndarray, kind: object) -> np.ndarray:
+        whole = ggufs.quants.dequantize(data, kind)  # type: ignore[arg-type]
+        live[0] += 1
+        live[1] = max(live)
+        weakref.finalize(whole, lambda: live.__setitem__(0, live[0] - 1))
+        return whole
+
+    monkeypatch.setattr(ggufs, "dequantize", dequantize)
+    gguf.save_gguf_as_folder(tmp_path / "model.gguf", tmp_path / "folder", {"source": "here"})
+    assert live[1] <= 2, "more than a tensor and the next one were in memory"
+    model.bfloat16().save_pretrained(tmp_path / "expected")
+    ours, theirs = (tmp_path / name / "model.safetensors" for name in ("folder", "expected"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_gguf_file_that_lacks_a_tensor_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    deeper = tiny_model("llama", len(tiny_tokenizer("chatml")))
+    state = deeper.state_dict()
+    del state["model.layers.2.mlp.up_proj.weight"]
+    cut: Any = SimpleNamespace(config=deeper.config, state_dict=lambda: state)
+    write_gguf(tmp_path / "less.gguf", cut, {})
+    with pytest.raises(InputError, match=r"less\.gguf: lacks 1 tensor, first model\.layers\.2\.mlp\.up_proj"):
+        gguf.save_gguf_as_folder(tmp_path / "less.gguf", tmp_path / "folder", {})
+    assert not (tmp_path / "folder").exists()
 
 
 def test_a_gguf_tensor_that_is_not_used_is_refused_by_name(

@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
+from kvopt.base.loading import stored_base
 from kvopt.config.document import load_config
 from kvopt.config.shortening import ShorteningConfig
 from kvopt.documents.schemas import DOCUMENTS, schema_of
@@ -71,7 +72,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     question = Question(kinds=("text", "kv"), max_kl=0.5, steps=0, how=ShorteningConfig(rows=2, exchanges=0))
     make_frontier(*load_config(path), out / "frontier", question, say=lambda line: None)
     truncate(str(out / "contexts" / "kv-8"), 4, out / "contexts" / "short", by="first")
-    scaled_student(out / "students" / "lora", run.load_base(), out / "students" / "scaled", alpha=0.5, beta=0.5)
+    scaled_student(
+        out / "students" / "lora", stored_base(run.config.model), out / "students" / "scaled", alpha=0.5, beta=0.5
+    )
     return out
 
 

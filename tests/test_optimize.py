@@ -16,8 +16,9 @@ from torch import Tensor
 from kvopt.base.loading import Base, enable_checkpointing
 from kvopt.config.contexts import ContextConfig, Init
 from kvopt.errors import KvoptError
-from kvopt.learn import descent
+from kvopt.learn import descent, descent_state
 from kvopt.learn.descent import Descent, batch_at, context_loss, differentiated_loss, learning_rate_at, optimize
+from kvopt.learn.descent_state import DescentState
 from kvopt.learn.start_task import StartTask, initial_tensor
 from kvopt.measure.score import TokenScores, score_prefix
 from tests.tasks import Task, make_task
@@ -135,8 +136,10 @@ def test_the_state_kept_is_the_best_on_held_out_rows(llama: Base, tmp_path: Path
 
 @pytest.mark.parametrize(("kind", "stop"), [("kv", 1), ("kv", 3), ("kv", 4), ("kv", 7), ("soft", 3), ("soft", 4)])
 def test_a_run_that_is_cut_and_continued_ends_in_the_same_bytes(
-    llama: Base, tmp_path: Path, kind: str, stop: int
+    llama: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stop: int
 ) -> None:
+    monkeypatch.setattr(descent_state, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(descent_state, "WRITES_BETWEEN_CHECKPOINTS", 0.0)
     task = make_task(llama, tmp_path / "reference")
     settings = {"kind": kind, "optimizer": "muon" if kind == "soft" else "adamw", "steps": 8, "batch_size": 5}
     config = ContextConfig(name="c", tokens=6, learning_rate=0.02, eval_every=2, **settings)  # type: ignore[arg-type]
@@ -155,10 +158,9 @@ def test_a_run_that_is_cut_and_continued_ends_in_the_same_bytes(
     seen: list[int] = []
     told: list[tuple[int, float | None, float | None]] = []
     resumed = learn(task, config, seed=5, checkpoint=checkpoint, key="k", report=lambda *point: told.append(point))
-    goes_on = (stop // 2) * 2
-    assert told[0] == (goes_on, None, whole.history[goes_on // 2]["held_out_kl"]), "it is told at once where it goes on"
+    assert told[0] == (stop, None, whole.history[stop // 2]["held_out_kl"]), "it is told at once where it goes on"
     assert [(step, held_out) for step, _, held_out in told[1:]] == [
-        (step, None if step % 2 else whole.history[step // 2]["held_out_kl"]) for step in range(goes_on + 1, 9)
+        (step, None if step % 2 else whole.history[step // 2]["held_out_kl"]) for step in range(stop + 1, 9)
     ]
     assert all(train is not None for _, train, _ in told[1:])
     assert torch.equal(resumed.tensor, whole.tensor)
@@ -166,6 +168,62 @@ def test_a_run_that_is_cut_and_continued_ends_in_the_same_bytes(
     seen.clear()
     learn(task, config, seed=5, checkpoint=checkpoint, key="another job", report=lambda step, *_: seen.append(step))
     assert seen[0] == 0
+
+
+def test_checkpoints_are_as_far_apart_as_a_minute_or_ten_times_their_writing(
+    llama: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes 20 seconds here; the first checkpoints are written at once, the later ones in 30 seconds."""
+    clock, written = [0.0], []
+
+    def save(state: DescentState, path: Path, key: str) -> None:
+        written.append(state.step)
+        clock[0] += 0 if len(written) < 3 else 30
+
+    monkeypatch.setattr(descent_state.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(DescentState, "save", save)
+
+    def report(step: int, *_: object) -> None:
+        clock[0] += 20
+
+    config = ContextConfig(name="c", tokens=6, steps=32, batch_size=2, eval_every=1)
+    learn(make_task(llama, tmp_path), config, checkpoint=tmp_path / "state", key="k", report=report)
+    assert written == [4, 7, 10, 25]
+
+
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_what_was_learned_is_kept_where_memory_runs_out(
+    llama: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int | None
+) -> None:
+    task, checkpoint = make_task(llama, tmp_path / "reference"), tmp_path / "state.safetensors"
+    config = ContextConfig(name="c", tokens=6, steps=8, batch_size=4, eval_every=2, micro_batch_size=at_once)
+    whole = learn(task, config, seed=5)
+    runs = itertools.count()
+    scarce = descent.linear_kl
+
+    def linear_kl(*args: object, **options: object) -> object:
+        if next(runs) == (5 if at_once is None else 11):  # in the sixth step, whose gradient is half there
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return scarce(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(descent, "linear_kl", linear_kl)
+    with pytest.raises(torch.OutOfMemoryError):
+        learn(task, config, seed=5, checkpoint=checkpoint, key="k")
+    steps: list[int] = []
+    resumed = learn(task, config, seed=5, checkpoint=checkpoint, key="k", report=lambda step, *_: steps.append(step))
+    assert steps == [5, 6, 7, 8]
+    assert torch.equal(resumed.tensor, whole.tensor)
+    assert resumed.history == whole.history
+
+
+def test_the_start_that_was_given_is_not_written_over(task: Task) -> None:
+    given = start(task, "kv")
+    before = given.clone()
+    rows = task.encoded.rows
+    config = ContextConfig(name="c", tokens=6, steps=3, batch_size=4, learning_rate=0.02, eval_every=1)
+    learned = optimize(task.base, given, config, rows[:8], rows[8:], task.reference)
+    assert torch.equal(given, before)
+    assert not torch.equal(learned.tensor, before)
 
 
 def test_steps_of_a_soft_prompt_are_those_of_muon(llama: Base, tmp_path: Path) -> None:

@@ -322,3 +322,28 @@ def test_facts_of_the_reference_are_computed_once_and_do_not_depend_on_what_was_
     assert (warm.entropy > every.entropy).all()
     logits = torch.cat(original_logits(task)).double()
     torch.testing.assert_close(every.log_partition.double(), logits.logsumexp(-1), rtol=0, atol=1e-5)
+
+
+def test_shards_have_few_tokens_however_long_the_outputs_are(
+    tmp_path: Path, llama: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvopt.measure import reference as module
+
+    whole = make_task(llama, tmp_path / "whole")
+    ids = [row.example_id for row in whole.encoded.rows]
+    counts = dict(zip(ids, whole.reference.counts(ids), strict=True))
+    longest = max(counts.values())
+    monkeypatch.setattr(module, "TOKENS_PER_SHARD", longest + 1)
+    monkeypatch.setattr(module, "FACTS_TOKENS", 3)
+    cut = make_task(llama, tmp_path / "cut")
+    shards = json.loads((tmp_path / "cut" / "index.json").read_text())["shards"]
+    assert len(shards) > 2
+    assert sum(shards) == len(ids)
+    rows = iter(ids)
+    assert all(sum(counts[next(rows)] for _ in range(shard)) <= longest + 1 for shard in shards)
+    torch.testing.assert_close(cut.reference.hidden(ids), whole.reference.hidden(ids), rtol=1e-5, atol=1e-5)
+    ours, theirs = (reference.facts(ids, llama.head) for reference in (cut.reference, whole.reference))
+    torch.testing.assert_close(ours.log_partition, theirs.log_partition, rtol=1e-5, atol=1e-5)
+    assert cut.reference.key != whole.reference.key
+    monkeypatch.setattr(module, "TOKENS_PER_SHARD", 1)
+    assert module.cut_by_tokens([("a", 5), ("b", 1), ("c", 0)], 3, 4) == [[("a", 5)], [("b", 1), ("c", 0)]]

@@ -107,3 +107,20 @@ def test_a_base_that_caps_its_logits_is_refused_before_any_work(tmp_path: Path, 
     task = SimpleNamespace(base=capped, config=config)
     with pytest.raises(InputError, match=r"softcap.*storage: hidden"):
         stages.make_reference(task, run.at)
+
+
+def test_long_outputs_are_cut_into_files_of_fewer_rows_and_give_the_same(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = made(task)
+    ids = [task.encoded.rows[i].example_id for i in (9, 2, 4)]
+    expected = whole.of(ids, "cpu")
+    monkeypatch.setattr(stored_moments, "TOKENS_PER_FILE", 1 + max(task.reference.counts(ids)))
+    cut = made(task)
+    assert cut.key != whole.key
+    assert len(list(task.reference.folder.glob("moments-*"))) > len(task.encoded.rows) // 5 + 1
+    torch.testing.assert_close(cut.of(ids, "cpu").mean_weight, expected.mean_weight)
+    torch.testing.assert_close(cut.of(ids, "cpu").entropy, expected.entropy)
+    whole._files.clear()
+    with pytest.raises(InputError, match="missing, damaged or another's"):
+        whole.of(ids, "cpu")

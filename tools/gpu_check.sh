@@ -10,10 +10,11 @@ usage() {
 tools/gpu_check.sh [--again] [--small] [--device cuda|cpu] [tests|kernels|steps ...]
 
 Checks kvopt on the GPU of this machine and measures it there. Without names it runs all parts, in this order:
-  tests    pytest -m gpu: kernels against float64, and models, optimization, training and answers against the CPU
+  tests    pytest -m gpu: kernels against float64; models, optimization, training and answers against the CPU;
+           quantized bases, where bitsandbytes or torchao is installed; cuda:1, where there are two GPUs
   kernels  the divergence op against TRL, Liger, fla and plain torch at the shapes of real models
-  steps    a step of optimization and scoring, on models of Qwen3-4B's and Llama-3-8B's shape with random weights that
-           are made on the device, against PEFT's CARTRIDGE and full prompts
+  steps    a step of optimization, whole and in micro-batches, and scoring, on models of Qwen3-4B's and Llama-3-8B's
+           shape with random weights that are made on the device, against PEFT's CARTRIDGE and full prompts
 
 Each part has its own time limit (tests 165 s, kernels 175 s, steps 115 s; together at most 8 minutes), writes
 $OUT/PART.json and $OUT/PART.md line by line, and does not stop the next one. A part that was measured to its end with
@@ -34,6 +35,7 @@ Environment:
 
 Wheels that kvopt itself needs:  pydantic pydantic-core annotated-types typing-inspection tenacity
 Wheels to compare with:          trl (with datasets, dill, multiprocess), liger-kernel, flash-linear-attention, fla-core
+For quantized bases:             bitsandbytes torchao
 For all of kvopt's modules:      jsonschema jsonschema-specifications referencing rpds-py attrs
 One line gets them all, for Python 3.12 on Linux (x86-64); they take 8 MB:
   pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \

@@ -20,7 +20,9 @@ from gpu_report import Part
 from kvopt.base.loading import Base
 from kvopt.bench.steps import (
     ScoreCase,
+    StepCase,
     Variant,
+    measured,
     naive_scores,
     our_scores,
     our_step,
@@ -28,6 +30,8 @@ from kvopt.bench.steps import (
     step_case,
 )
 from kvopt.kernels.budget import wait_for
+from kvopt.kernels.memory import reset_peak
+from kvopt.learn.descent import differentiated_loss
 from kvopt.measure.reference import build_reference
 
 COLUMNS = {
@@ -98,6 +102,8 @@ class Steps:
         )
         our_score = self._variant(name, what_scores, lambda: our_scores(scores, 1), None, ours=True)
         self._variant(name, what_scores, lambda: naive_scores(scores, 1), our_score, ours=False)
+        quarter = max(1, rows // 4)
+        self._variant(name, what, lambda: step_in_parts(step, repeats, quarter), ours, ours=True)
         self._variant(name, what, lambda: peft_step(step, repeats), ours, ours=False)
 
     def _variant(
@@ -133,6 +139,17 @@ class Steps:
         memory = isinstance(error, torch.OutOfMemoryError)
         note = "out of memory" if memory else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         self.part.add({"model": model, "what": what, "name": name, "note": note}, failed=ours or not memory)
+
+
+def step_in_parts(case: StepCase, repeats: int, at_once: int) -> Variant:
+    """The same step with the activations of few rows at a time (``micro_batch_size``)."""
+
+    def step() -> float:
+        leaf = case.tensor.clone().requires_grad_(True)
+        return differentiated_loss(case.base, "kv", leaf, case.rows, case.reference, leaf=leaf, at_once=at_once)
+
+    device = case.base.device
+    return measured(f"kvopt, {at_once} rows at once", step, device, repeats, before=reset_peak(device))
 
 
 def main() -> int:

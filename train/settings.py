@@ -56,7 +56,19 @@ def arguments(job: Job, student: Student) -> TrainingArguments:
     )
     # Several GPUs are used by several processes, never by torch's DataParallel.
     arguments._n_gpu = min(arguments._n_gpu, 1)
+    stay_on(arguments, job.base.device)
     return arguments
+
+
+def stay_on(arguments: TrainingArguments, device: torch.device) -> None:
+    """Let a trainer of one process work where the base is: on its own it takes the first GPU and makes it the current
+    one. Several processes have a GPU each, and keep it.
+    """
+    if device.type not in ("cuda", "xpu") or arguments.world_size > 1:
+        return
+    getattr(torch, device.type).set_device(device)
+    arguments.__dict__["_setup_devices"] = device
+    arguments.distributed_state.device = device  # type: ignore[union-attr]
 
 
 def rows_a_process(config: StudentConfig) -> int:

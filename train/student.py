@@ -25,9 +25,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvopt.base.devices import is_out_of_memory, seeded
 from kvopt.base.hub import weight_files
 from kvopt.base.identity import check_base, weights_sha256
-from kvopt.base.loading import Base, quiet
+from kvopt.base.loading import Base, StoredBase, quiet
 from kvopt.documents.student_record import StudentFacts, StudentRecord
 from kvopt.documents.validated import read_record_of, write_document
 from kvopt.errors import InputError, KvoptError, counted
@@ -93,8 +94,7 @@ def lora_student(
     """
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]
     copied = twin(base, name)
-    with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(base.device, seed):
         try:
             peft = _injected(copied.model, config)
         except ValueError as error:
@@ -119,8 +119,11 @@ def _refuse_head(student: Base, where: str) -> None:
 
 
 def full_student(base: Base, name: str, dtype: torch.dtype = torch.float32) -> Student:
-    """A copy of all weights in ``dtype`` (the masters), each trainable; tied weights stay tied."""
-    model = copy.deepcopy(base.model).to(dtype).requires_grad_(True)
+    """A copy of all weights in ``dtype`` (the masters), each trainable; tied weights stay tied. Weights are copied one
+    by one into ``dtype``, so that no copy in the base's own stands beside them.
+    """
+    masters: dict[int, Any] = {id(p): nn.Parameter(p.detach().to(dtype, copy=True)) for p in base.model.parameters()}
+    model = copy.deepcopy(base.model, masters).to(dtype).requires_grad_(True)
     return Student(replace(base, model=model, name=name, dtype=dtype), "full")
 
 
@@ -159,7 +162,13 @@ def save_student(student: Student, folder: Path, of: Base, record: StudentFacts 
 
 
 def write_student_folder(
-    folder: Path, of: Base, *, name: str, method: str, record: StudentFacts | None, write: Callable[[Path], None]
+    folder: Path,
+    of: Base | StoredBase,
+    *,
+    name: str,
+    method: str,
+    record: StudentFacts | None,
+    write: Callable[[Path], None],
 ) -> None:
     """A student folder whose files ``write`` puts into an empty one; ``kvopt-student.json`` is added and pins them."""
     with replacing_directory(folder) as place:
@@ -240,6 +249,17 @@ def load_student(folder: Path, base: Base) -> Base:
         InputError: no student, another base, missing or foreign or misshaped tensors, values that are not finite, a
             damaged file.
     """
+    name, digest = check_student(folder, base)
+    adapter = (folder / "adapter_config.json").is_file()
+    student = _load_lora(folder, base, name) if adapter else _load_full(folder, base, name)
+    student.model.requires_grad_(False).eval()
+    return replace(student, identity={**base.identity, "student": digest})
+
+
+def check_student(folder: Path, base: Base | StoredBase) -> tuple[str, str]:
+    """The name of the student in a folder and the hash of its weights, which are not loaded. Raises InputError for no
+    student, another base, and files that are not those of its record.
+    """
     record = read_student_record(folder)
     adapter = (folder / "adapter_config.json").is_file()
     if record is None and not adapter:
@@ -257,10 +277,7 @@ def load_student(folder: Path, base: Base) -> Base:
     if record is not None and record.adapter_sha256 not in (None, adapter_sha256(folder) if adapter else None):
         what = f"adapter_config.json is not the one that {RECORD} describes"
         raise InputError(what, where=str(folder), fix="restore or train it again")
-    name = (record and record.name) or folder.name
-    student = _load_lora(folder, base, name) if adapter else _load_full(folder, base, name)
-    student.model.requires_grad_(False).eval()
-    return replace(student, identity={**base.identity, "student": digest})
+    return (record and record.name) or folder.name, digest
 
 
 def _load_lora(folder: Path, base: Base, name: str) -> Base:
@@ -313,8 +330,11 @@ def _load_full(folder: Path, base: Base, name: str) -> Base:
                 dtype=base.dtype,
                 attn_implementation=base.model.config._attn_implementation,
                 output_loading_info=True,
+                **({} if base.device.type == "cpu" else {"device_map": {"": str(base.device)}}),
             )
     except Exception as error:  # a damaged folder fails in as many ways as there are formats
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"cannot be loaded: {type(error).__name__}: {reason}", where=str(folder)) from error
     if missing := sorted(info["missing_keys"]):
@@ -322,7 +342,7 @@ def _load_full(folder: Path, base: Base, name: str) -> Base:
     for parameter_name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(f"{parameter_name} has values that are not finite", where=str(folder))
-    return replace(base, model=model.to(base.device), name=name)
+    return replace(base, model=model, name=name)
 
 
 def layer_of(name: str) -> int | None:

@@ -25,7 +25,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from kvopt.base.loading import Base, enable_checkpointing
 from kvopt.config.students import StudentConfig
-from kvopt.errors import KvoptError
+from kvopt.errors import InputError, KvoptError
 from kvopt.storage.files import parsed_json, write_error, write_json
 from kvopt.train.context_loss import ContextLoss
 from kvopt.train.distill.drawn_answers import OnPolicyLoss
@@ -80,11 +80,18 @@ def _entry(log: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_student(base: Base, config: StudentConfig, seed: int) -> Student:
-    """The untrained student of a config."""
+    """The untrained student of a config. Raises InputError where the base's weights cannot be trained so."""
+    base.check_gradients(f"students.{config.name}")
     if config.method == "lora":
         lora = config.lora
         return lora_student(
             base, config.name, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, seed=seed
+        )
+    if (how := base.quantized_by) is not None:
+        raise InputError(
+            f"all weights are trained, and those of the base are quantized ({how})",
+            where=f"students.{config.name}.method",
+            fix="use method: lora, or leave out model.quantization",
         )
     return full_student(base, config.name, torch.float32 if config.masters == "float32" else base.dtype)
 

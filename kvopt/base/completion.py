@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from kvopt.base.devices import seeded
 from kvopt.base.loading import Base
 from kvopt.task.chat_template import ChatTemplate
 
@@ -30,8 +31,7 @@ def local_completion(
         width, pad = max(map(len, encoded)), _pad_id(base)
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device=base.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=base.device)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(seed)
+        with seeded(base.device, seed), torch.no_grad():
             out = base.model.generate(
                 input_ids=ids,
                 attention_mask=mask,

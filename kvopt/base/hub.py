@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import get_session
 
-from kvopt.errors import InputError
+from kvopt.errors import InputError, counted
+from kvopt.storage.files import parsed_json
 from kvopt.storage.locks import acquire_lock
 
 HUB_FAILURES: tuple[type[Exception], ...] = (
@@ -66,6 +67,17 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
+def missing_weights(folder: Path) -> list[str]:
+    """The weight files that the index of ``folder`` names and that are not there; none without an index."""
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        try:
+            named = parsed_json((folder / index).read_bytes())["weight_map"].values()
+            return sorted({str(name) for name in named if not (folder / str(name)).is_file()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return []
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether any file in ``folder`` can hold a tokenizer."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
@@ -83,8 +95,8 @@ def unreachable() -> str | None:
 
 
 def snapshot(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The folder of a hub model: the local hub cache when all that is needed is there, else a download. Without
-    ``weights``, config and tokenizer are all that is needed.
+    """The folder of a hub model: the local hub cache when all that is needed is there, else a download, which fetches
+    what is missing. Without ``weights``, config and tokenizer are all that is needed.
 
     Raises InputError when the id is unknown, gated, or neither cached nor reachable.
     """
@@ -92,8 +104,11 @@ def snapshot(name: str, revision: str | None = None, *, weights: bool = True) ->
     if (folder := _cached(name, revision, weights)) is not None:
         return folder
     if reason := unreachable():
+        folder = _cached_folder(name, revision)
+        if folder is not None and _is_complete(folder, weights):  # as far as anything that is loaded from it goes
+            return folder
         fix = "check the name and the network, or give a local folder or .gguf file"
-        raise InputError(f"not in the local hub cache, and {reason}", where=where, fix=fix)
+        raise InputError(f"{_found(folder)} the local hub cache, and {reason}", where=where, fix=fix)
     try:
         return download(name, revision, weights=weights)
     except GatedRepoError as error:
@@ -120,9 +135,30 @@ def _cached(name: str, revision: str | None, weights: bool) -> Path | None:
             )
         except LocalEntryNotFoundError:  # nothing there, or less than the hub had
             continue
-        if (folder / "config.json").is_file() and has_tokenizer(folder) and (weight_files(folder) or not weights):
+        if _is_complete(folder, weights):
             return folder
     return None
+
+
+def _cached_folder(name: str, revision: str | None) -> Path | None:
+    """The folder of a revision in the local hub cache, however much of it is there."""
+    place = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(place).parent if isinstance(place, str) else None
+
+
+def _is_complete(folder: Path, weights: bool) -> bool:
+    """Whether all that a base is loaded from is there."""
+    described = (folder / "config.json").is_file() and has_tokenizer(folder)
+    return described and (not weights or (bool(weight_files(folder)) and not missing_weights(folder)))
+
+
+def _found(folder: Path | None) -> str:
+    """What is missing, before "the local hub cache"."""
+    if folder is None:
+        return "not in"
+    if absent := missing_weights(folder):
+        return f"without {counted(len(absent), 'weight file')}, first {absent[0]}, in"
+    return f"without {'weights' if has_tokenizer(folder) else 'a tokenizer'} in"
 
 
 def _patterns(weights: bool) -> list[list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from kvopt.errors import InputError, KvoptError
 from kvopt.storage.files import sha256_bytes, sha256_file, sha256_json, write_json
 
 LARGE = 1 << 30  # bytes; a larger file's hash is remembered under its path, size and modification time
+SHA256 = re.compile(r"[0-9a-f]{64}")
 INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
 
 
@@ -25,6 +27,12 @@ def weights_sha256(files: Sequence[Path]) -> str:
 
 
 def _content_sha256(file: Path) -> str:
+    """The hash of a file. One in the hub's cache has it as its name: large files are kept there under the SHA-256 that
+    the hub gives them, and linked to.
+    """
+    blob = file.resolve()
+    if file.is_symlink() and blob.parent.name == "blobs" and SHA256.fullmatch(blob.name):
+        return blob.name
     facts = file.stat()
     if facts.st_size < LARGE:
         return sha256_file(file)
@@ -82,6 +90,8 @@ def check_base(
     InputError.
     """
     stored = recorded.to_json() if recorded else {}
+    if stored and "weights" in identity:  # older files, and bases as they are stored, say nothing of it
+        stored, identity = {"quantization": None} | stored, {"quantization": None, **identity}
     for what, digest in identity.items():
         if what in stored and stored[what] != digest:
             raise InputError(

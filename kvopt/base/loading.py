@@ -21,14 +21,16 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from kvopt.base import builtin, hub
+from kvopt.base.devices import automatic_dtype, choose_device, device_name, dtype_warning, is_out_of_memory
 from kvopt.base.gguf import save_gguf_as_folder
 from kvopt.base.identity import chat_template_sha256, config_sha256, tokenizer_sha256, weights_sha256
 from kvopt.base.implementation import check_implementation, implementation, is_refusal, reason, refused
 from kvopt.base.probe import Capability, Geometry, check_config, context_window, probe, text_config
+from kvopt.base.quantization import identity_of, keep_gradients, method_of, quantization_config
 from kvopt.base.rope import Rope
 from kvopt.config.model import BUILTIN_BASE, ModelConfig
 from kvopt.documents.part import BaseIdentity
-from kvopt.errors import InputError
+from kvopt.errors import InputError, KvoptError, counted
 from kvopt.storage.files import sha256_file
 
 if TYPE_CHECKING:
@@ -52,7 +54,8 @@ class Base:
         device, dtype: where and in what it runs.
         geometry: sizes and layer types.
         identity: sha256 of ``weights``, ``config``, ``tokenizer``, ``chat_template`` (None without one), and
-            ``source``, where the built-in or a converted base came from (None otherwise).
+            ``source``, where the built-in or a converted base came from (None otherwise), and for a base that was
+            quantized on loading, ``quantization``.
         capability: what running it showed (head scale, softcap, how keys rotate).
     """
 
@@ -94,6 +97,22 @@ class Base:
         """How keys rotate in each layer."""
         return self.capability.rope
 
+    @property
+    def quantized_by(self) -> str | None:
+        """The method that its weights are quantized with, None for plain ones."""
+        return method_of(self.model)
+
+    def check_gradients(self, what: str) -> None:
+        """Raises InputError where no gradients come through the base, for ``what`` needs them, such as a key of the
+        config.
+        """
+        if (reason := self.capability.no_gradient) is not None:
+            raise InputError(
+                f"needs gradients through the base {self.name}: {reason}",
+                where=what,
+                fix="set model.quantization to nf4 or int8, or use a base with 16-bit weights",
+            )
+
 
 def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) -> Base:
     """Load ``config.base``, check by running it that kvopt can work with it, and hash it.
@@ -105,18 +124,25 @@ def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) 
     Raises InputError, one line, for a base that does not exist, has no tokenizer or config, is no causal LM, needs
     code that was not trusted, or cannot be run; KvoptError when no source of the built-in base can be reached.
     """
-    device, dtype = choose_device(config.device), config.dtype
+    say, device, dtype = say or _to_stderr, choose_device(config.device), config.dtype
     torch_dtype = automatic_dtype(device) if dtype == "auto" else DTYPES[dtype]
+    if warning := dtype_warning(device, torch_dtype, dtype == "auto"):
+        say(f"warning: {warning}")
     with quiet():
-        folder = locate(config.base, config.revision, say or _to_stderr)
+        folder = locate(config.base, config.revision, say)
         settings = _load_config(folder, config)
         tokenizer = _load_tokenizer(folder, config)
-        model = _load_model(folder, config, settings, torch_dtype).to(device)
+        model = _load_model(folder, config, settings, torch_dtype, device)
     model.requires_grad_(False).eval()
     _check_vocabulary(model, tokenizer, config.base)
     capability = probe(model, _ordinary_ids(model, tokenizer), config.base)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
+    identity = _identity(folder, tokenizer, config)
+    return Base(model, tokenizer, config.base, device, torch_dtype, capability.geometry, identity, capability)
+
+
+def _identity(folder: Path, tokenizer: Any, config: ModelConfig) -> dict[str, str | None]:
     identity = {
         "weights": weights_sha256(hub.weight_files(folder)),
         "config": config_sha256(folder),
@@ -124,7 +150,38 @@ def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) 
         "chat_template": chat_template_sha256(tokenizer),
         "source": _source(folder),
     }
-    return Base(model, tokenizer, config.base, device, torch_dtype, capability.geometry, identity, capability)
+    if config.quantization is not None:
+        identity["quantization"] = identity_of(config.quantization)
+    return identity
+
+
+@dataclass(frozen=True)
+class StoredBase:
+    """A base on disk, which nothing has to run: ``layers`` is how many decoder layers it has; the rest as in
+    :class:`Base`.
+    """
+
+    name: str
+    folder: Path
+    tokenizer: Any
+    identity: dict[str, str | None]
+    layers: int
+
+    @property
+    def document(self) -> BaseIdentity:
+        """Name and identity as documents hold them."""
+        return BaseIdentity(name=self.name, **self.identity)
+
+
+def stored_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) -> StoredBase:
+    """The files of ``config.base``, found, fetched and hashed, but not loaded. Raises InputError as :func:`load_base`
+    does.
+    """
+    folder = locate(config.base, config.revision, say or _to_stderr)
+    with quiet():
+        settings, tokenizer = _load_config(folder, config), _load_tokenizer(folder, config)
+    layers = text_config(settings).num_hidden_layers
+    return StoredBase(config.base, folder, tokenizer, _identity(folder, tokenizer, config), layers)
 
 
 def _to_stderr(line: str) -> None:
@@ -173,6 +230,9 @@ def _checked_folder(folder: Path, where: str, *, weights: bool = True) -> Path:
         raise InputError("the base has no tokenizer", where=where, fix="save its tokenizer into the folder")
     if weights and not hub.weight_files(folder):
         raise InputError("the folder has no weights (*.safetensors or pytorch_model*.bin)", where=where)
+    if weights and (absent := hub.missing_weights(folder)):
+        what = f"the folder lacks {counted(len(absent), 'weight file')} that its index names, first {absent[0]}"
+        raise InputError(what, where=where, fix="complete it")
     if (folder / "adapter_config.json").is_file():  # transformers would put the adapter on top of the weights
         raise InputError(
             "the folder holds a whole model and an adapter (adapter_config.json), which would be applied to it",
@@ -197,28 +257,6 @@ def _converted(file: Path, say: Callable[[str], None]) -> Path:
 def _source(folder: Path) -> str | None:
     file = folder / "source.json"
     return json.loads(file.read_text(encoding="utf-8"))["source"] if file.is_file() else None
-
-
-def choose_device(name: str) -> torch.device:
-    """The torch device of ``name``, or the best one for "auto". Raises InputError for one that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise InputError(f"cannot be used: {reason}", where=f"model.device {name}", fix="use auto or cpu") from error
-    return device
-
-
-def automatic_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies in it, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    fast = device.type == "cpu" and any(getattr(torch.cpu, name, lambda: False)() for name in names)
-    return torch.bfloat16 if fast else torch.float32
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
@@ -280,11 +318,27 @@ def _load_tokenizer(folder: Path, config: ModelConfig) -> Any:
     return tokenizer
 
 
-def _load_model(folder: Path, config: ModelConfig, settings: Any, dtype: torch.dtype) -> PreTrainedModel:
+def _load_model(
+    folder: Path, config: ModelConfig, settings: Any, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The model on its device. Weights go there tensor by tensor as they are read, so that no second copy of them ever
+    stands in memory; with a quantization, each is packed on its way.
+    """
     from transformers import AutoModelForCausalLM  # takes seconds, and a tokenizer alone does not need it
 
     attention = implementation(config, settings)
-    method = (getattr(settings, "quantization_config", None) or {}) if not isinstance(settings, dict) else {}
+    method: Any = getattr(settings, "quantization_config", None) or {}
+    wanted: dict[str, Any] = {}
+    if config.quantization is not None:
+        if method:
+            raise InputError(
+                f"the base is stored quantized already{_quantisation(method)}",
+                where="model.quantization",
+                fix="leave it out, or give the base that it was made of",
+            )
+        method = wanted["quantization_config"] = quantization_config(config.quantization, dtype)
+    if device.type != "cpu" or method:
+        wanted["device_map"] = {"": str(device)}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder),
@@ -293,8 +347,15 @@ def _load_model(folder: Path, config: ModelConfig, settings: Any, dtype: torch.d
             attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
+            **wanted,
         )
     except Exception as error:  # a broken or unknown folder fails in as many ways as there are formats
+        if is_out_of_memory(error):
+            half = "" if config.quantization else "set model.quantization: nf4 (a quarter of 16-bit weights), or "
+            raise KvoptError(
+                f"model.base {config.base}: its weights do not fit the memory of {device_name(device)}; {half}use a"
+                " smaller base or another model.device"
+            ) from error
         if is_refusal(error) and config.attention not in ("auto", "eager"):
             raise refused(config, settings, reason(error)) from error
         what = f"cannot be loaded as a causal LM{_quantisation(method)}"
@@ -302,12 +363,13 @@ def _load_model(folder: Path, config: ModelConfig, settings: Any, dtype: torch.d
     if missing := sorted(info["missing_keys"]):
         what = f"its weights lack {len(missing)} tensors of a {type(model).__name__}, first {missing[0]}"
         raise InputError(what, where=f"model.base {config.base}", fix="is it a causal LM, and complete?")
+    keep_gradients(model)
     return model
 
 
 def _quantisation(method: Any) -> str:
     name = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
-    return f" (quantised with {name})" if name else ""
+    return f" (quantised with {getattr(name, 'value', name)})" if name else ""
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: Any, name: str) -> None:

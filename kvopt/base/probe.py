@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from kvopt.base.packing import pack
+from kvopt.base.quantization import no_gradient
 from kvopt.base.rope import Pairing, Rope, find_rotary, shift_angles, turn
 from kvopt.errors import InputError
 
@@ -46,8 +47,8 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Capability:
-    """What :func:`probe` found: sizes, the head's scale and softcap, how keys rotate, and whether rows may be packed
-    into one line (it follows a mask of any form).
+    """What :func:`probe` found: sizes, the head's scale and softcap, how keys rotate, whether rows may be packed into
+    one line (it follows a mask of any form), and why no gradient comes through a quantized base (None where it does).
     """
 
     geometry: Geometry
@@ -55,6 +56,7 @@ class Capability:
     softcap: float | None
     rope: Rope
     packs: bool = False
+    no_gradient: str | None = None
 
 
 def refuse(name: str, reason: str) -> InputError:
@@ -165,7 +167,8 @@ def probe(model: PreTrainedModel, ids: Sequence[int], name: str) -> Capability:
         rope = _check_rope(at, keys)
         scale, softcap = _check_head(at, full)
         packs = _packs(at, full)
-    _check_embeddings(at, full)
+    reason = no_gradient(model)
+    _check_embeddings(at, full, backward=reason is None)
     text = text_config(model.config)
     types = layer_types(text)
     geometry = Geometry(
@@ -178,7 +181,7 @@ def probe(model: PreTrainedModel, ids: Sequence[int], name: str) -> Capability:
         sliding_window=text.sliding_window if "sliding_attention" in types else None,
         layer_types=types,
     )
-    return Capability(geometry, scale, softcap, rope, packs)
+    return Capability(geometry, scale, softcap, rope, packs, reason)
 
 
 def _one_line(error: BaseException) -> str:
@@ -294,15 +297,16 @@ def _packs(at: _Probe, full: Tensor) -> bool:
     )
 
 
-def _check_embeddings(at: _Probe, full: Tensor) -> None:
-    embeddings = at.model.get_input_embeddings()(at.ids).detach().requires_grad_()
-    with torch.enable_grad():
+def _check_embeddings(at: _Probe, full: Tensor, backward: bool) -> None:
+    embeddings = at.model.get_input_embeddings()(at.ids).detach().requires_grad_(backward)
+    with torch.set_grad_enabled(backward):
         try:
             hidden = at.run(inputs_embeds=embeddings)
-            hidden.float().square().mean().backward()
+            if backward:
+                hidden.float().square().mean().backward()
         except (RuntimeError, NotImplementedError, ValueError) as error:
             raise refuse(at.name, f"no gradient reaches its input: {_one_line(error)}") from error
     if at.differs(hidden, full):
         raise refuse(at.name, "input embeddings do not stand in for token ids (per-layer embeddings)")
-    if embeddings.grad is None or not bool(torch.isfinite(embeddings.grad).all()):
+    if backward and (embeddings.grad is None or not bool(torch.isfinite(embeddings.grad).all())):
         raise refuse(at.name, "no finite gradient reaches its input")

@@ -137,10 +137,19 @@ def _explain(error: Exception) -> None:
     if isinstance(error, BrokenPipeError):
         sys.stderr.close()
         sys.exit(1)
+    if isinstance(error, MemoryError) or ("torch" in sys.modules and _memory_ran_out(error)):
+        _fail("out of memory; what is finished is kept; use smaller batches, or a device with more memory", 1)
     if isinstance(error, OSError):
         _fail(str(write_error(error, error.filename or "a file")), 1)
     if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong usage, as typer reports it
         _usage(error)
+
+
+def _memory_ran_out(error: Exception) -> bool:
+    """Whether torch, which is loaded, says so."""
+    from kvopt.base.devices import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _usage(error: Any) -> None:

@@ -11,7 +11,7 @@ from kvopt.cli.common import Json, Sets, next_command, print_json, say
 from kvopt.errors import InputError
 
 if TYPE_CHECKING:
-    from kvopt.base.loading import Base
+    from kvopt.base.loading import StoredBase
     from kvopt.documents.student_record import StudentMerge
 
 NewFolder = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write the new student to.")]
@@ -75,9 +75,9 @@ def soup(
     _tell(merge, out, as_json)
 
 
-def _base_of(students: list[Path], base: str | None) -> Base:
-    """The base in float32, which keeps the masters of full students."""
-    from kvopt.base.loading import load_base
+def _base_of(students: list[Path], base: str | None) -> StoredBase:
+    """The base of all of them, which is not loaded."""
+    from kvopt.base.loading import stored_base
     from kvopt.config.model import ModelConfig
     from kvopt.train.student import read_student_record
 
@@ -91,10 +91,10 @@ def _base_of(students: list[Path], base: str | None) -> Base:
         name = name or (record.base.name if record and record.base else None)
     if name is None:
         raise InputError("does not say what its base is", where=str(students[0]), fix="give --base")
-    return load_base(ModelConfig(base=name, dtype="float32", device="cpu"), say=say)
+    return stored_base(ModelConfig(base=name), say=say)
 
 
-def _gold_nll_of(config: Path, sets: list[str] | None, context: str, base: Base) -> Any:
+def _gold_nll_of(config: Path, sets: list[str] | None, context: str, base: StoredBase) -> Any:
     """Gold NLL of a student folder on the selection rows of a config, whose base must be the students' own."""
     from kvopt.cli.common import open_run
     from kvopt.train.gold import gold_nll

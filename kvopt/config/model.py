@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from kvopt.config.section import Section
 
@@ -19,7 +19,16 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the hardware computes in it, else float32"
     )
-    device: str = Field("auto", description="auto: cuda, else mps, else cpu")
+    device: str = Field(
+        "auto",
+        description="cpu, cuda, xpu or mps, with an index for one of several (cuda:1); auto: cuda, else xpu, else mps,"
+        " else cpu",
+    )
+    quantization: Literal["nf4", "int8"] | dict[str, Any] | None = Field(
+        None,
+        description="fewer bits a weight, as the model is loaded: nf4 or int8 (bitsandbytes), or any mapping that is"
+        " transformers' quantization_config, with its quant_method (torchao, …)",
+    )
     trust_remote_code: bool = Field(False, description="allow Python code that comes with the model to run")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     attention: str = Field(
@@ -30,3 +39,10 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
     )
+
+    @field_validator("quantization")
+    @classmethod
+    def _names_its_method(cls, value: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+        if isinstance(value, dict) and not value.get("quant_method"):
+            raise ValueError("a mapping needs its quant_method, such as bitsandbytes or torchao")
+        return value

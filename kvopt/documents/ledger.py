@@ -17,7 +17,10 @@ class LedgerEntry(DocumentPart):
     stage: str = Field(description="such as contexts/NAME or scores/NAME.validation")
     outcome: str = Field(description="done, failed or interrupted")
     seconds: float = Field(description="wall-clock seconds")
-    peak_memory_bytes: int = Field(0, description="highest resident memory of the process up to then")
+    peak_memory_bytes: int = Field(0, description="the most memory in use up to then, of the kind in peak_memory_of")
+    peak_memory_of: str = Field(
+        "resident", description="resident, of the process; or allocated on cuda:0, by torch, where the base is on a GPU"
+    )
     tokens_in: int = Field(0, description="tokens through the model")
     tokens_back: int = Field(
         0, description="tokens that gradients went back through: each takes about the work of another one of tokens_in"

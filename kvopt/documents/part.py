@@ -44,6 +44,7 @@ class BaseIdentity(DocumentPart):
     tokenizer: str | None = Field(None, description="hash of the tokenizer")
     chat_template: str | None = Field(None, description="hash of the chat template; null: the tokenizer has none")
     source: str | None = Field(None, description="where the built-in base or a converted one came from; null: neither")
+    quantization: str | None = Field(None, description="model.quantization, as JSON; absent: none")
 
 
 class Estimate(DocumentPart):
@@ -65,7 +66,9 @@ class StandsOn(DocumentPart):
         """The first thing that is another, in words; None where all is the same, as far as both say what it is."""
         mine, its = (one.base.to_json() if one.base else {} for one in (self, other))
         known = (mine.keys() & its.keys()) - {"name", "source"}
-        if any(mine[what] != its[what] for what in known):
+        if any(mine[what] != its[what] for what in known) or (
+            mine and its and mine.get("quantization") != its.get("quantization")
+        ):
             return "another base"
         for name, what in (("template_sha256", "another template"), ("data_sha256", "other data")):
             if _differ(getattr(self, name), getattr(other, name)):

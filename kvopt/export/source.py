@@ -176,7 +176,7 @@ class Source:
         model = ModelConfig(base=self.base_name)
         tokenizer, _ = load_tokenizer(model)
         loaded = {
-            "config": config_sha256(locate(self.base_name, None, lambda line: None)),
+            "config": config_sha256(locate(self.base_name, None, lambda line: None, weights=False)),
             "tokenizer": tokenizer_sha256(tokenizer),
         }
         check_base(self.record.base, self.base_name, loaded, self._folder())

@@ -10,11 +10,9 @@ Symbols: T slots, F of them frozen.
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +24,14 @@ from kvopt.base.prefix import Prefix, gold_hidden, prefill
 from kvopt.config.contexts import ContextConfig
 from kvopt.errors import KvoptError
 from kvopt.kernels import KLOptions, linear_kl
+from kvopt.learn.descent_state import CheckpointKeeper, DescentState
 from kvopt.measure.moments import StoredMoments
 from kvopt.measure.reference import Reference
 from kvopt.measure.score import TokenScores, score_prefix
-from kvopt.storage.tensors import read_tensors, stored_key, write_tensors
 from kvopt.task.seam import Row, make_batch
 
 DESCENT_VERSION = 1
 """Raise it when the same inputs give another context: other starts, steps, or a choice of the state that is kept."""
-OPTIMIZER = "optimizer."
-"""Before the names of an optimizer's tensors in a checkpoint."""
-SECONDS_BETWEEN_CHECKPOINTS = 20.0
 
 
 @dataclass
@@ -55,78 +50,6 @@ class Descent:
     step: int
     history: list[dict[str, Any]]
     steps: int
-
-
-@dataclass
-class _State:
-    """All that changes while training; what a checkpoint holds.
-
-    A checkpoint's tensors are the trainable slots, those of the optimizer (AdamW's moments and steps, or Muon's
-    momentum), and the best state; its numbers are those of NUMBERS, as JSON.
-    """
-
-    trainable: Tensor
-    optimizer: torch.optim.Optimizer
-    best: Tensor
-    step: int = 0
-    best_step: int = 0
-    best_kl: float = math.inf
-    best_value: float = math.inf
-    since_best: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    recent: list[float] = field(default_factory=list)
-
-    NUMBERS = ("step", "best_step", "best_kl", "best_value", "since_best", "history", "recent")
-
-    @classmethod
-    def begin(cls, trainable: Tensor, best: Tensor, config: ContextConfig) -> _State:
-        """The state before the first step."""
-        trainable = trainable.detach().requires_grad_(True)
-        return cls(trainable, make_optimizer(trainable, config), best)
-
-    def save(self, path: Path, key: str) -> None:
-        numbers = json.dumps({name: getattr(self, name) for name in self.NUMBERS}).encode()
-        inner = self.optimizer.state_dict()["state"].get(0, {})
-        tensors = {
-            "trainable": self.trainable,
-            **{OPTIMIZER + name: torch.as_tensor(value) for name, value in inner.items()},
-            "best": self.best,
-            "numbers": torch.frombuffer(bytearray(numbers), dtype=torch.uint8),
-        }
-        write_tensors(path, tensors, key)
-
-    @classmethod
-    def load(cls, path: Path, key: str, config: ContextConfig, device: torch.device) -> _State | None:
-        """The checkpoint at ``path``, None when there is none, it is damaged, or it belongs to another job."""
-        if stored_key(path) != key:
-            return None
-        tensors = read_tensors(path)
-        numbers = json.loads(bytes(tensors.pop("numbers").tolist()))
-        on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
-        state = cls.begin(on_device["trainable"], on_device["best"], config)
-        inner = {name.removeprefix(OPTIMIZER): t for name, t in on_device.items() if name.startswith(OPTIMIZER)}
-        if "first_moment" in on_device:  # 0.1.0
-            step, moments = (
-                torch.tensor(float(numbers["step"])),
-                (on_device["first_moment"], on_device["second_moment"]),
-            )
-            inner = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
-        groups = state.optimizer.state_dict()["param_groups"]
-        state.optimizer.load_state_dict({"state": {0: inner} if inner else {}, "param_groups": groups})
-        for name in cls.NUMBERS:
-            setattr(state, name, numbers.get(name, numbers["best_kl"]))  # 0.1.0 had no best_value: it was the KL
-        return state
-
-
-def make_optimizer(trainable: Tensor, config: ContextConfig) -> torch.optim.Optimizer:
-    """AdamW, or for soft prompts Muon: each step moves all slots together along an orthogonalized momentum [T, D]
-    (Jordan et al. 2024), its size that of an AdamW step with the same learning rate (arXiv 2502.16982).
-    """
-    if config.optimizer == "muon":
-        return torch.optim.Muon(
-            [trainable], lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-    return torch.optim.AdamW([trainable], weight_decay=config.weight_decay)
 
 
 def context_prefix(base: Base, kind: str, tensor: Tensor) -> Prefix:
@@ -192,31 +115,36 @@ def optimize(
 
     Raises:
         KvoptError: the loss or the gradient is not finite; the last checkpoint is kept.
+        InputError: no gradients come through the base.
     """
-    frozen, initial = min(config.frozen, initial.shape[0]), initial.detach()
-    head, initial = initial[:frozen].to(base.device), initial.to(base.device)
-    state = checkpoint and _State.load(checkpoint, key, config, base.device)
+    if config.steps:
+        base.check_gradients(f"contexts.{config.name}.steps")
+    frozen = min(config.frozen, initial.shape[0])
+    head = initial[:frozen].detach().to(base.device, copy=True)
+    state = checkpoint and DescentState.load(checkpoint, key, config, base.device)
     if not state:
-        state = _State.begin(initial[frozen:].clone(), initial.clone(), config)
+        slots = initial[frozen:].detach().to(base.device, copy=True)
+        state = DescentState.begin(slots, initial.detach().to("cpu", copy=True), config)
+    del initial
     job = _Job(base, config, head, train, held_out, reference, moments, seed, choose)
     if not state.history:
         _measure(job, state)
     if report:
         report(state.step, None, state.history[-1]["held_out_kl"])
-    saved = time.monotonic()
+    keeper = CheckpointKeeper(state, checkpoint, key)
     while state.step < config.steps and state.trainable.numel():
         if config.patience is not None and state.since_best >= config.patience:
             break
-        loss = _step(job, state, checkpoint)
+        with keeper.of_memory():
+            loss = _loss_of_step(job, state, keeper)
+        _move(job, state, loss)
         measured = state.step % config.eval_every == 0 or state.step == config.steps
         if measured:
             _measure(job, state)
-        if checkpoint and (measured or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS):
-            state.save(checkpoint, key)
-            saved = time.monotonic()
+        keeper.now_and_then()
         if report:
             report(state.step, loss, state.history[-1]["held_out_kl"] if measured else None)
-    return Descent(state.best.cpu(), state.best_step, state.history, state.step)
+    return Descent(state.best, state.best_step, state.history, state.step)
 
 
 @dataclass(frozen=True)
@@ -291,38 +219,48 @@ def differentiated_loss(
     return total
 
 
-def _step(job: _Job, state: _State, checkpoint: Path | None) -> float:
+def _loss_of_step(job: _Job, state: DescentState, keeper: CheckpointKeeper) -> float:
+    """The loss of the next step's batch, and its gradient, clipped, in ``state.trainable.grad``."""
     config, trainable = job.config, state.trainable
     rows = [job.train[i] for i in batch_at(state.step, len(job.train), config.batch_size, job.seed)]
     state.optimizer.zero_grad(set_to_none=True)
-    tensor, at_once = torch.cat([job.frozen, trainable]), config.micro_batch_size
+    tensor, at_once = _whole(job.frozen, trainable), config.micro_batch_size
     loss_value = differentiated_loss(
         job.base, config.kind, tensor, rows, job.reference, job.moments, leaf=trainable, at_once=at_once
     )
     assert trainable.grad is not None
     norm = float(trainable.grad.norm())
     if not (math.isfinite(loss_value) and math.isfinite(norm)):
+        keeper.save()
         kept = (
-            f"the state of step {state.best_step} is kept in {checkpoint}"
-            if checkpoint and checkpoint.is_file()
-            else "nothing was saved"
+            f"the best state, of step {state.best_step}, is kept in {keeper.path}" if keeper.path else "nothing is kept"
         )
         raise KvoptError(
             f"contexts.{config.name}: loss {loss_value} with gradient norm {norm} at step {state.step}; {kept};"
             " lower learning_rate"
         )
     trainable.grad.mul_(min(1.0, config.clip / (norm + 1e-12)))
+    return loss_value
+
+
+def _whole(frozen: Tensor, trainable: Tensor) -> Tensor:
+    """Frozen and trainable slots as one tensor, differentiable; the trainable ones themselves where none is frozen."""
+    return torch.cat([frozen, trainable]) if len(frozen) else trainable
+
+
+def _move(job: _Job, state: DescentState, loss: float) -> None:
+    """One step of the optimizer along the gradient that is there."""
+    config = job.config
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate_at(state.step, config)
     state.optimizer.step()
     state.step += 1
-    state.recent.append(loss_value)
-    return loss_value
+    state.recent.append(loss)
 
 
-def _measure(job: _Job, state: _State) -> None:
+def _measure(job: _Job, state: DescentState) -> None:
     with torch.no_grad():
-        tensor = torch.cat([job.frozen, state.trainable.detach()])
+        tensor = _whole(job.frozen, state.trainable.detach())
         prefix = context_prefix(job.base, job.config.kind, tensor)
     scores = score_prefix(job.base, prefix, job.held_out, job.reference, batch_size=job.config.batch_size)
     held_out = float(scores.kl.double().mean())
@@ -338,7 +276,8 @@ def _measure(job: _Job, state: _State) -> None:
     state.history.append(point)
     state.recent = []
     if (value, held_out) < (state.best_value, state.best_kl):
-        state.best, state.best_kl, state.best_step, state.since_best = tensor.clone(), held_out, state.step, 0
+        state.best.copy_(tensor)
+        state.best_kl, state.best_step, state.since_best = held_out, state.step, 0
         state.best_value = value
     else:
         state.since_best += 1

@@ -8,21 +8,24 @@ states, which stay stored. Only training rows have moments.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import safe_open
 
 from kvopt.errors import InputError
 from kvopt.kernels import Head, Moments, moments_of
-from kvopt.measure.reference import Reference
+from kvopt.measure.reference import Reference, cut_by_tokens
 from kvopt.storage.files import key_of
-from kvopt.storage.tensors import read_tensors, stored_key, write_tensors
+from kvopt.storage.tensors import check_tensors, stored_key, write_tensors
 
 MOMENTS_VERSION = 1
 """Raise it when the same inputs give other moments."""
 ROWS_PER_FILE = 64
+TOKENS_PER_FILE = 32768
+"""Gold tokens of a file, at most, unless one row has more: at a hidden size of 8,192 they take 1 GiB."""
 
 
 class StoredMoments:
@@ -33,10 +36,18 @@ class StoredMoments:
 
     def __init__(self, reference: Reference, example_ids: Sequence[str]) -> None:
         self.reference = reference
-        self.key = key_of(MOMENTS_VERSION, [reference.key, "moments", list(example_ids), ROWS_PER_FILE])
-        self._ids = list(example_ids)
-        self._places = {example_id: place for place, example_id in enumerate(self._ids)}
-        self._files: dict[int, list[Moments]] = {}
+        self._groups = cut_by_tokens(
+            list(zip(example_ids, reference.counts(example_ids), strict=True)), ROWS_PER_FILE, TOKENS_PER_FILE
+        )
+        plain = all(len(group) == ROWS_PER_FILE for group in self._groups[:-1])
+        limits = [ROWS_PER_FILE] if plain else [ROWS_PER_FILE, TOKENS_PER_FILE]
+        self.key = key_of(MOMENTS_VERSION, [reference.key, "moments", list(example_ids), *limits])
+        self._places: dict[str, tuple[int, int, int]] = {}
+        for number, group in enumerate(self._groups):
+            ends = [0, *accumulate(count for _, count in group)]
+            for (example_id, _), (start, end) in zip(group, pairwise(ends), strict=True):
+                self._places[example_id] = number, start, end
+        self._files: dict[int, Any] = {}
         self._head: Head | None = None
         self._say: Callable[[str], None] | None = None
 
@@ -55,9 +66,9 @@ class StoredMoments:
         """
         check_head(head)
         self._head, self._say = head, say
-        computed, groups = 0, self._groups()
-        drop_moments(self.reference.folder, len(groups))
-        for number, ids in enumerate(groups):
+        computed = 0
+        drop_moments(self.reference.folder, len(self._groups))
+        for number, ids in enumerate(self._ids_of(number) for number in range(len(self._groups))):
             there = stored_key(self._path(number)) == self.key
             if not there:
                 computed += 1
@@ -67,27 +78,29 @@ class StoredMoments:
         return computed
 
     def of(self, example_ids: Sequence[str], device: torch.device | str) -> Moments:
-        """Moments of the gold tokens of these examples, one after the other."""
-        per_example = [self._one(self._places[i]) for i in example_ids]
+        """Moments of the gold tokens of these examples, one after the other, read from their files through a memory
+        map: nothing is kept.
+        """
+        per_example = [self._one(*self._places[i]) for i in example_ids]
         return Moments(
             torch.cat([moments.mean_weight for moments in per_example]).to(device),
             torch.cat([moments.mean_bias for moments in per_example]).to(device),
             torch.cat([moments.entropy for moments in per_example]).to(device),
         )
 
+    def _ids_of(self, number: int) -> list[str]:
+        return [example_id for example_id, _ in self._groups[number]]
+
     def _make(self, number: int, head: Head) -> None:
-        moments = moments_of(self.reference.hidden(self._groups()[number]).to(head.weight.device), head)
+        self._files.pop(number, None)
+        moments = moments_of(self.reference.hidden(self._ids_of(number)).to(head.weight.device), head)
         tensors = {"mean_weight": moments.mean_weight, "mean_bias": moments.mean_bias, "entropy": moments.entropy}
         write_tensors(self._path(number), tensors, self.key)
-
-    def _groups(self) -> list[list[str]]:
-        return [self._ids[start : start + ROWS_PER_FILE] for start in range(0, len(self._ids), ROWS_PER_FILE)]
 
     def _path(self, number: int) -> Path:
         return self.reference.folder / f"moments-{number:05d}.safetensors"
 
-    def _one(self, place: int) -> Moments:
-        number, inside = divmod(place, ROWS_PER_FILE)
+    def _one(self, number: int, start: int, end: int) -> Moments:
         if number not in self._files:
             if stored_key(self._path(number)) != self.key:
                 raise InputError(
@@ -95,21 +108,21 @@ class StoredMoments:
                     where=str(self._path(number)),
                     fix="kvopt run makes them again",
                 )
-            moments = Moments(**self._read(number))
-            ends = torch.tensor([0, *self.reference.counts(self._groups()[number])]).cumsum(0).tolist()
-            self._files[number] = [moments[start:end] for start, end in pairwise(ends)]
-        return self._files[number][inside]
+            self._check(number)
+            self._files[number] = safe_open(str(self._path(number)), framework="pt").__enter__()
+        file = self._files[number]
+        return Moments(**{name: file.get_slice(name)[start:end] for name in ("mean_weight", "mean_bias", "entropy")})
 
-    def _read(self, number: int) -> dict[str, Tensor]:
+    def _check(self, number: int) -> None:
+        """Reads a file once; a damaged one is made again where the head is known."""
         try:
-            return read_tensors(self._path(number))
+            check_tensors(self._path(number))
         except InputError as damage:
             if self._head is None:
                 raise
             if self._say:
                 self._say(f"warning: {damage.where}: {damage.what}; it is made again")
             self._make(number, self._head)
-            return read_tensors(self._path(number))
 
 
 def check_head(head: Head) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,43 @@ from kvopt.task.seam import Encoded, Row
 REFERENCE_VERSION = 1
 """Raise it when the same inputs give other hidden states."""
 ROWS_PER_SHARD = 256
+TOKENS_PER_SHARD = 65536
+"""Gold tokens of a shard, at most, unless one row has more: at a hidden size of 8,192 they take 1 GiB in 16 bits, which
+is what a build holds in memory.
+"""
 INDEX = "index.json"
 FACTS_ROWS = 32
 """Examples of a shard whose facts are computed together, always the same ones: what was asked for first changes no
 bit.
 """
+FACTS_TOKENS = 16384
+"""Gold tokens of them whose hidden states are on the device at the same time."""
 
 Progress = Callable[[int], None]
 
 
 def reference_key(base: Base, encoded: Encoded, batch_size: int) -> str:
     """Identity of all that the reference depends on: base, dtype, token stream, batching."""
+    limits = [ROWS_PER_SHARD] + ([TOKENS_PER_SHARD] if encoded.gold_tokens > TOKENS_PER_SHARD else [])
     return key_of(
         REFERENCE_VERSION,
-        [base.identity, str(base.dtype), str(base.device.type), encoded.sha256(), batch_size, ROWS_PER_SHARD],
+        [base.identity, str(base.dtype), str(base.device.type), encoded.sha256(), batch_size, *limits],
     )
+
+
+def cut_by_tokens(counts: Sequence[tuple[str, int]], rows: int, tokens: int) -> list[list[tuple[str, int]]]:
+    """Example ids and their numbers of tokens, in order, cut into runs of at most so many rows and tokens; a row with
+    more tokens stands alone.
+    """
+    runs: list[list[tuple[str, int]]] = []
+    total = 0
+    for example_id, count in counts:
+        if not runs or len(runs[-1]) == rows or total + count > tokens:
+            runs.append([])
+            total = 0
+        runs[-1].append((example_id, count))
+        total += count
+    return runs
 
 
 @dataclass
@@ -107,8 +129,13 @@ class Reference:
         key = shard, block, options.temperature
         if key not in self._facts:
             ids = self._shards[shard][block * FACTS_ROWS : (block + 1) * FACTS_ROWS]
-            facts = reference_facts(
-                self.hidden(ids).to(head.weight.device), head, KLOptions(temperature=options.temperature)
+            plain = KLOptions(temperature=options.temperature)
+            parts = [
+                reference_facts(part.to(head.weight.device), head, plain)
+                for part in self.hidden(ids).split(FACTS_TOKENS)
+            ]
+            facts = ReferenceFacts(
+                torch.cat([part.log_partition for part in parts]), torch.cat([part.entropy for part in parts])
             )
             ends = torch.tensor([0, *self.counts(ids)]).cumsum(0).tolist()
             self._facts[key] = [facts[start:end] for start, end in pairwise(ends)]
@@ -175,11 +202,12 @@ def build_reference(
     missing = [row for row in rows if row.example_id not in kept]
     if stored and len(missing) < len(rows):
         stored(len(rows) - len(missing))
-    for first in range(0, len(missing), ROWS_PER_SHARD):
-        part = missing[first : first + ROWS_PER_SHARD]
+    rest = iter(missing)
+    for counts in cut_by_tokens([(row.example_id, len(row.gold)) for row in missing], ROWS_PER_SHARD, TOKENS_PER_SHARD):
+        part = list(islice(rest, len(counts)))
         hidden = _hidden_of(base, prefix, part, batch_size, progress)
         write_tensors(folder / shard_name(len(shards)), {"hidden": hidden}, key)
-        shards.append([(row.example_id, len(row.gold)) for row in part])
+        shards.append(counts)
         index = {
             "key": key,
             "dtype": str(base.dtype).removeprefix("torch."),
@@ -266,11 +294,13 @@ def open_reference(folder: Path, key: str) -> Reference:
 
 
 def _hidden_of(base: Base, prefix: Prefix, rows: Sequence[Row], batch_size: int, progress: Progress | None) -> Tensor:
-    hidden: list[Tensor] = [torch.empty(0)] * len(rows)
+    """[G, D] on the CPU, filled batch by batch."""
+    ends = [0, *accumulate(len(row.gold) for row in rows)]
+    hidden = torch.empty(ends[-1], base.geometry.hidden_size, dtype=base.dtype)
     for states in gold_states(base, prefix, rows, batch_size=batch_size, progress=progress):
         if not torch.isfinite(states.hidden).all():
             first = rows[states.rows[0]].example_id
             raise KvoptError(f"the base gives values that are not finite on {first} or its batch; try float32")
         for i, part in states.split(states.hidden.cpu()):
-            hidden[i] = part
-    return torch.cat(hidden)
+            hidden[ends[i] : ends[i + 1]] = part
+    return hidden

@@ -7,7 +7,7 @@ Symbols: p the base under the original template, q the base after another contex
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -107,7 +107,7 @@ def collect(
     chosen = [(int(order[spot]), name) for spot, name in places(limits.examples, len(order))]
     rows = [index for index, _ in chosen]
     gold = [original.bodies.rows[index].gold for index in rows]
-    head = _float_head(base.head)
+    head = base.head
     stored = [reference.hidden([examples[index].id]).to(base.device) for index in rows]
     p = [_top(head, hidden, ids, limits.top_k) for hidden, ids in zip(stored, gold, strict=True)]
     sampled = [
@@ -186,17 +186,12 @@ def _would_say(
 @torch.no_grad()
 def _top(head: Head, hidden: Tensor, gold: Sequence[int], top_k: int) -> tuple[list[float], list[Top]]:
     """−log probability of each gold token, and the ``top_k`` likeliest (id, probability) at each, of hidden [G, D]."""
-    log_q = head.logits(hidden[:GOLD_LIMIT].float()).log_softmax(-1)
+    log_q = head.logits(hidden[:GOLD_LIMIT]).log_softmax(-1)
     ids = torch.tensor(gold[:GOLD_LIMIT], device=log_q.device)
     nll = -log_q.gather(1, ids[:, None])[:, 0]
     values, tokens = log_q.topk(min(top_k, log_q.shape[-1]), dim=-1)
     pairs = zip(tokens.tolist(), values.exp().tolist(), strict=True)
     return [round(v, DIGITS) for v in nll.tolist()], [list(zip(t, v, strict=True)) for t, v in pairs]
-
-
-def _float_head(head: Head) -> Head:
-    """The same head with float32 products, so that near ties fall as they did in the scores."""
-    return replace(head, weight=head.weight.float(), bias=None if head.bias is None else head.bias.float())
 
 
 def _answers(

@@ -17,14 +17,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
+from kvopt.base.devices import is_out_of_memory
 from kvopt.console.progress import Progress
 from kvopt.documents.ledger import LedgerEntry
 from kvopt.documents.manifest import RunManifest
 from kvopt.documents.validated import first_fault, unchecked, write_document
 from kvopt.errors import InputError, KvoptError
-from kvopt.kernels.memory import peak_resident
+from kvopt.kernels.memory import peak, what_is_counted
+from kvopt.run.out_of_memory import out_of_memory
 from kvopt.run.put_aside import UNNAMED, Kept
 from kvopt.storage.files import (
     CHANGED,
@@ -51,6 +54,10 @@ class RunDirectory:
     manifest: RunManifest = field(default_factory=RunManifest)
     say: Callable[[str], None] = field(default=lambda line: None)
     """Gets a line for what is put aside or taken up again."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where the base is, whose memory the ledger says."""
+    less_memory: Callable[[str], str] = field(default=lambda stage: "")
+    """What a stage needs less memory with, for the line that says that there was not enough."""
     stages_worked: int = field(default=0, init=False)
     """Stages that this process did itself, rather than find them done."""
 
@@ -184,12 +191,14 @@ class RunDirectory:
         try:
             yield entry
             entry.outcome = "done"
-        except Exception:
+        except Exception as error:
             entry.outcome = "failed"
+            if is_out_of_memory(error):
+                raise out_of_memory(stage, self.device, self.less_memory(stage)) from error
             raise
         finally:
             entry.seconds = round(time.perf_counter() - start, 3)
-            entry.peak_memory_bytes = peak_resident()
+            entry.peak_memory_bytes, entry.peak_memory_of = peak(self.device), what_is_counted(self.device)
             if not entry.is_left_out:
                 self.stages_worked += 1
                 with contextlib.suppress(KvoptError):  # a full disk must not hide what else went wrong, nor stop a run

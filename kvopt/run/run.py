@@ -42,6 +42,7 @@ from kvopt.run.directory import RunDirectory, Workspace
 from kvopt.run.encoded_task import EncodedTask, encode_task
 from kvopt.run.inputs import read_inputs
 from kvopt.run.leaderboard import Entry
+from kvopt.run.out_of_memory import halving
 from kvopt.run.sampling import make_samples
 from kvopt.run.shorter_texts import Shortener, ShorterTexts
 from kvopt.storage.files import write_text
@@ -151,6 +152,7 @@ class Run:
             prompt_time=task.encoder.now.isoformat() if task.encoder.now else None,
         )
         self.directory.describe(manifest)
+        self.directory.device, self.directory.less_memory = base.device, partial(halving, self.config)
 
     # ---- stages
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kvopt.base.loading import choose_device, load_tokenizer
+from kvopt.base.devices import choose_device
+from kvopt.base.loading import load_tokenizer
 from kvopt.config.contexts import ContextConfig
 from kvopt.errors import InputError, counted
 from kvopt.mutate.literals import needed_literals

@@ -98,7 +98,11 @@ def sensitivity(
         rows: bodies and gold outputs, and what the reference is of.
         probes: draws for each batch of rows; 0 leaves ``fisher`` at 0.
         seed: of the draws.
+
+    Raises:
+        InputError: no gradients come through the base.
     """
+    base.check_gradients("shortening")
     generator = torch.Generator().manual_seed(seed)
     gates = torch.where(kept, 1.0, GONE).to(base.device).requires_grad_(True)
     fisher, gain = torch.zeros(len(ids)), torch.zeros(len(ids))

@@ -125,8 +125,15 @@ def fsync_directory(directory: Path) -> None:
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
-    """Replace ``path`` by ``data`` atomically; on failure the old file stays and nothing else does. What a process of
-    this machine that died left there for the same ``path`` is removed.
+    """Replace ``path`` by ``data`` atomically, as :func:`replacing_file`."""
+    with replacing_file(path) as partial:
+        partial.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing_file(path: Path | str) -> Iterator[Path]:
+    """An empty file to write, which replaces ``path`` atomically at the end of the block; on failure the old file stays
+    and nothing else does. What a process of this machine that died left there for the same ``path`` is removed.
     """
     path = Path(path)
     try:
@@ -134,9 +141,9 @@ def write_bytes(path: Path | str, data: bytes) -> None:
         _remove_partial_files(path)
         fd, name = tempfile.mkstemp(prefix=_partial_start(path, os.getpid()), suffix=".partial", dir=path.parent)
         try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(data)
-                file.flush()
+            os.close(fd)
+            yield Path(name)
+            with open(name, "rb+") as file:
                 os.fsync(file.fileno())
             os.chmod(name, 0o644)
             os.replace(name, path)

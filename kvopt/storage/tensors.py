@@ -6,32 +6,59 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from kvopt.errors import InputError
-from kvopt.storage.files import CHANGED, canonical_json, parsed_json, write_bytes
+from kvopt.storage.files import CHANGED, canonical_json, parsed_json, replacing_file
 
 FACTS = "__metadata__"
 BLOCK = 1 << 22
 """Bytes that are hashed at once."""
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls the types that kvopt stores."""
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], key: str) -> None:
-    """Replace ``path`` by these tensors (moved to the CPU). The same content gives the same bytes."""
-    data = memoryview(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
-    start = 8 + int.from_bytes(data[:8], "little")
-    table = json.loads(bytes(data[8:start]))
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], key: str) -> None:
+    """Replace ``path`` by these tensors (moved to the CPU); they are written from where they are, without a copy. The
+    same content gives the same bytes.
+
+    The header is put together here, because the library writes several entries of metadata in no fixed order.
+    """
+    on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    table: dict[str, Any] = {}
+    end = 0
+    for name in sorted(on_cpu, key=lambda name: (-on_cpu[name].element_size(), name)):
+        start, end = end, end + on_cpu[name].nbytes
+        table[name] = {
+            "dtype": NAMES[on_cpu[name].dtype],
+            "shape": list(on_cpu[name].shape),
+            "data_offsets": [start, end],
+        }
+    parts = [memoryview(on_cpu[name].reshape(-1).view(torch.uint8).numpy()) for name in table]
     digest = _begun(table)
-    digest.update(data[start:])
-    # the library writes several entries in no fixed order
+    for part in parts:
+        digest.update(part)
     header = json.dumps({FACTS: {"key": key, "sha256": digest.hexdigest()}} | table, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # tensors are read in place, so they begin at a multiple of 8
-    write_bytes(path, b"".join([len(header).to_bytes(8, "little"), header, data[start:]]))
+    with replacing_file(path) as partial, partial.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for part in parts:
+            file.write(part)
 
 
 def stored_key(path: Path) -> str | None:

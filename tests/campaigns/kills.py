@@ -231,13 +231,14 @@ def prepare() -> None:
 
     torch.set_num_threads(1)
     import kvopt.export.writing
-    import kvopt.learn.descent
+    import kvopt.learn.descent_state
     import kvopt.report.page
     import kvopt.run.frontier
     import kvopt.run.run
     import kvopt.train.commands
 
-    kvopt.learn.descent.SECONDS_BETWEEN_CHECKPOINTS = 0.0  # after every step, as in runs that take long
+    kvopt.learn.descent_state.SECONDS_BETWEEN_CHECKPOINTS = 0.0  # after every step, as in runs that take long
+    kvopt.learn.descent_state.WRITES_BETWEEN_CHECKPOINTS = 0.0
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvopt.kernels import Head, KLOptions, UnsupportedError, linear_kl
+from kvopt.kernels import Head, KLOptions, UnsupportedError, linear_kl, trust
 from kvopt.kernels.divergences import divergences
 from kvopt.kernels.float64 import linear_kl64
 from kvopt.kernels.plan import make_plan
@@ -38,6 +38,19 @@ def problem(distance, dtype, **sizes):
 def kernel(request):
     """The name of a backend."""
     return request.param
+
+
+@inside
+def test_the_self_check_finds_the_real_kernels_right(kernel, tmp_path, monkeypatch):
+    monkeypatch.setenv("KVOPT_CACHE", str(tmp_path))
+    p = problem(0.1, torch.float32)
+    plan = make_plan(p.candidate, p.reference, p.head, p.head, KLOptions(backend=kernel))
+    assert trust.triton_fault(plan, torch.float32) is None
+    monkeypatch.setattr(trust, "CONTRACT", 0.0)
+    monkeypatch.setattr(trust, "_known", {})
+    (tmp_path / "kernels" / "triton.json").unlink()
+    with pytest.warns(UserWarning, match="off by"):
+        assert trust.triton_fault(plan, torch.float32) is not None
 
 
 @inside

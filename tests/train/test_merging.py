@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 
 from kvopt.errors import InputError
-from kvopt.train.merging.lines import depth_scale, scale_adapter, scale_weights
+from kvopt.train.merging import weight_files
+from kvopt.train.merging.lines import depth_scale, scale_adapter, scaled
 from kvopt.train.merging.lora_adapter import average, read_adapter, truncate, write_adapter
-from kvopt.train.merging.soup import average_weights, greedy_soup
+from kvopt.train.merging.soup import average_tensors, greedy_soup
+from kvopt.train.merging.weight_files import StoredWeights, write_weights
 from kvopt.train.student import layer_of
 from tests.tiny import tiny_model
 
@@ -94,10 +98,9 @@ def test_lines_scales_the_update_that_peft_applies(tmp_path, rslora):
 def test_lines_on_full_weights_moves_between_base_and_student():
     base = {"embed": torch.zeros(2), "layers.0.w": torch.zeros(2), "layers.2.w": torch.ones(2)}
     student = {name: value + 4 for name, value in base.items()}
-    scaled = scale_weights(student, base, LAYERS, 0.25, 0.5)
-    assert [scaled[name].tolist() for name in base] == [[1, 1], [1, 1], [4, 4]]
-    same = scale_weights(student, base, LAYERS, 1.0, 0.0)
-    assert all(torch.equal(same[name], student[name]) for name in base)
+    moved = [scaled(name, student[name], base[name], LAYERS, 0.25, 0.5) for name in base]
+    assert [tensor.tolist() for tensor in moved] == [[1, 1], [1, 1], [4, 4]]
+    assert all(torch.equal(scaled(name, student[name], base[name], LAYERS, 1.0, 0.0), student[name]) for name in base)
 
 
 def test_a_soup_of_adapters_is_the_mean_of_their_products_and_not_of_their_factors(tmp_path):
@@ -138,11 +141,66 @@ def test_truncation_to_the_rank_that_is_there_loses_nothing(tmp_path):
         torch.testing.assert_close(same.modules[name].product(), factors.product(), atol=1e-7, rtol=1e-6)
 
 
-def test_full_students_are_averaged_tensor_by_tensor():
-    count = torch.tensor(3)
-    states = [{"w": torch.tensor([1.0, 2.0]), "n": count}, {"w": torch.tensor([5.0, 0.0]), "n": count}]
-    assert average_weights(states)["w"].tolist() == [3.0, 1.0]
-    assert average_weights(states)["n"] == 3
+def test_a_mean_is_computed_in_float64_and_kept_in_the_first_ones_dtype():
+    halves = [torch.tensor([1.0, 2.0]).bfloat16(), torch.tensor([5.0, 0.0]), torch.tensor([0.0, 4.0])]
+    assert average_tensors(halves).tolist() == [2.0, 2.0]
+    assert average_tensors(halves).dtype == torch.bfloat16
+    large = [torch.tensor([1e8]), torch.tensor([1.0]), torch.tensor([-1e8])]
+    assert average_tensors(large).item() == pytest.approx(1 / 3)
+    assert average_tensors([torch.tensor(3), torch.tensor(4)]) == 3
+
+
+def model_folder(place, tensors, **more):
+    place.mkdir()
+    save_file(tensors, place / "model.safetensors")
+    for name, text in {"config.json": "{}", **more}.items():
+        (place / name).write_text(text)
+    return place
+
+
+def test_full_weights_are_written_in_files_of_a_size_with_their_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_files, "SHARD_BYTES", 40)
+    tensors = {"a": torch.arange(8.0), "b": torch.ones(4).bfloat16(), "c": torch.arange(3), "d": torch.zeros(2)}
+    stored = StoredWeights.of(model_folder(tmp_path / "old", tensors, **{"kvopt.txt": "kept"}))
+    assert {name: stored.size(name) for name in stored} == {"a": 32, "b": 8, "c": 24, "d": 8}
+    place = tmp_path / "new"
+    place.mkdir()
+    write_weights(stored, lambda name: stored[name] * 2, place)
+    assert sorted(path.name for path in place.iterdir()) == [
+        "config.json", "kvopt.txt", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ]  # fmt: skip
+    index = json.loads((place / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 72
+    assert [index["weight_map"][name][6:11] for name in "abcd"] == ["00001", "00001", "00002", "00002"]
+    again = StoredWeights.of(place)
+    assert all(
+        torch.equal(again[name], tensors[name] * 2) and again[name].dtype == tensors[name].dtype for name in again
+    )
+
+
+def test_a_base_whose_files_name_their_weights_otherwise_is_found_or_refused(tmp_path):
+    student = StoredWeights.of(model_folder(tmp_path / "s", {"model.layers.0.w": torch.ones(2), "norm": torch.ones(1)}))
+    bare = {"layers.0.w": torch.zeros(2), "norm": torch.zeros(3)}
+    assert student.like("model.layers.0.w", bare).tolist() == [0, 0]
+    with pytest.raises(InputError, match="norm has no counterpart in the base's files"):
+        student.like("norm", bare)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_weights_that_cannot_be_read_are_one_line(tmp_path, damage):
+    folder = model_folder(tmp_path / "s", {"w": torch.ones(2)})
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-3]) if damage == "cut" else file.unlink()
+    with pytest.raises(InputError, match="damaged or truncated" if damage == "cut" else "has no safetensors files"):
+        StoredWeights.of(folder)
+
+
+def test_no_weights_that_are_not_finite_are_written(tmp_path):
+    stored = StoredWeights.of(model_folder(tmp_path / "s", {"w": torch.ones(2)}))
+    (tmp_path / "new").mkdir()
+    with pytest.raises(InputError, match="w has values that are not finite"):
+        write_weights(stored, lambda name: stored[name] / 0, tmp_path / "new")
 
 
 @pytest.mark.parametrize("higher", [False, True])

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from kvopt.base.loading import load_base
+from kvopt.base.loading import load_base, stored_base
 from kvopt.config.document import load_config
 from kvopt.config.model import ModelConfig
 from kvopt.run.run import Run
@@ -91,9 +91,11 @@ def test_a_soup_cut_to_a_rank_says_what_it_lost(kvopt, students, tmp_path):
     assert read_student_record(tmp_path / "mixed").to_json()["made"]["lost"] == made["lost"]
 
 
-def test_a_soup_of_full_students_is_their_mean(kvopt, students, base, tmp_path):
+def test_a_soup_of_full_students_is_their_mean(kvopt, students, base, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvopt.base.loading._load_model", lambda *args: pytest.fail("a model was loaded"))
     code, _, err = kvopt("soup", students["full-a"], students["full-b"], "--out", "mixed")
     assert code == 0, err
+    monkeypatch.undo()
     a, b, mixed = (weights(folder, base) for folder in (students["full-a"], students["full-b"], tmp_path / "mixed"))
     for name in mixed:
         torch.testing.assert_close(mixed[name], (a[name] + b[name]) / 2)
@@ -119,7 +121,8 @@ def test_a_greedy_soup_is_no_worse_than_its_best_student_on_the_selection_rows(k
 
 def test_a_greedy_soup_takes_any_metric(students, base, tmp_path):
     chosen = [students["a"], students["b"]]
-    made = best_soup(chosen, base, tmp_path / "mixed", lambda folder: 1.0, higher_is_better=True)
+    stored = stored_base(ModelConfig(base=base.name))
+    made = best_soup(chosen, stored, tmp_path / "mixed", lambda folder: 1.0, higher_is_better=True)
     assert [part.name for part in made.of] == ["a", "b"]
 
 

@@ -3,48 +3,51 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from kvopt.base.loading import Base, quiet
+from kvopt.base.loading import StoredBase
 from kvopt.documents.student_record import MeasuredSoup, MergedStudent, StudentFacts, StudentMerge
 from kvopt.errors import InputError
-from kvopt.train.merging.lines import scale_adapter, scale_weights
+from kvopt.train.merging.lines import scale_adapter, scaled
 from kvopt.train.merging.lora_adapter import CONFIG, Adapter, average, read_adapter, truncate, write_adapter
-from kvopt.train.merging.soup import average_weights, greedy_soup
-from kvopt.train.student import load_student, write_student_folder
+from kvopt.train.merging.soup import average_tensors, greedy_soup
+from kvopt.train.merging.weight_files import StoredWeights, write_weights
+from kvopt.train.student import check_student, write_student_folder
 
 
-def scaled_student(folder: Path, base: Base, out: Path, *, alpha: float, beta: float) -> StudentMerge:
+def scaled_student(folder: Path, base: StoredBase, out: Path, *, alpha: float, beta: float) -> StudentMerge:
     """Write the student of ``folder`` with its update scaled by depth (LiNeS) to ``out``; returns its record.
 
     Args:
         folder: a student folder, LoRA or full.
-        base: the base that it was trained from; float32, so that a full student keeps its masters.
+        base: the base that it was trained from.
         out: a folder that is not there yet.
 
     Raises:
         InputError: no student, another base, or ``out`` is there.
     """
     check_new(out)
-    student = load_student(folder, base)
-    provenance = StudentMerge(by="lines", alpha=alpha, beta=beta, of=[_origin(folder, student)])
-    layers = base.geometry.layers
+    provenance = StudentMerge(by="lines", alpha=alpha, beta=beta, of=[_origin(folder, base)])
     if is_lora(folder):
-        _write_lora(scale_adapter(read_adapter(folder), layers, alpha, beta), base, out, provenance)
+        _write_lora(scale_adapter(read_adapter(folder), base.layers, alpha, beta), base, out, provenance)
     else:
-        weights = scale_weights(_weights(student), _weights(base), layers, alpha, beta)
-        _write_full(weights, student, base, out, provenance)
+        student, start = StoredWeights.of(folder), StoredWeights.of(base.folder)
+
+        def scaled_tensor(name: str) -> Tensor:
+            return scaled(name, student[name], student.like(name, start), base.layers, alpha, beta)
+
+        _write(out, base, "full", provenance, lambda place: write_weights(student, scaled_tensor, place))
     return provenance
 
 
-def soup(folders: Sequence[Path], base: Base, out: Path, *, rank: int | None = None) -> StudentMerge:
+def soup(folders: Sequence[Path], base: StoredBase, out: Path, *, rank: int | None = None) -> StudentMerge:
     """Write the uniform average of students to ``out``; returns its record.
 
     Args:
-        folders: student folders of one method over ``base``, float32 as in :func:`scaled_student`.
+        folders: student folders of one method over ``base``.
         out: a folder that is not there yet.
         rank: LoRA alone: cut the average back to this rank by SVD; the record's ``lost`` is the share of the update's
             Frobenius norm that went. None keeps it exact, at the sum of the ranks.
@@ -58,7 +61,7 @@ def soup(folders: Sequence[Path], base: Base, out: Path, *, rank: int | None = N
 
 def best_soup(
     folders: Sequence[Path],
-    base: Base,
+    base: StoredBase,
     out: Path,
     measure: Callable[[Path], float],
     *,
@@ -88,10 +91,11 @@ def best_soup(
     return _mix([folders[i] for i in chosen.members], base, out, rank, provenance)
 
 
-def _mix(folders: Sequence[Path], base: Base, out: Path, rank: int | None, provenance: StudentMerge) -> StudentMerge:
+def _mix(
+    folders: Sequence[Path], base: StoredBase, out: Path, rank: int | None, provenance: StudentMerge
+) -> StudentMerge:
     """Write the average of ``folders`` to ``out``; ``provenance`` says how they were chosen, and is filled in."""
-    students = [load_student(folder, base) for folder in folders]
-    provenance.of = [_origin(f, s) for f, s in zip(folders, students, strict=True)]
+    provenance.of = [_origin(folder, base) for folder in folders]
     if _one_method(folders) == "lora":
         adapter = average([read_adapter(folder) for folder in folders], [1 / len(folders)] * len(folders))
         provenance.rank = adapter.config["r"]
@@ -102,7 +106,13 @@ def _mix(folders: Sequence[Path], base: Base, out: Path, rank: int | None, prove
     else:
         if rank is not None:
             raise InputError("full students have no rank", where="--rank", fix="leave it out")
-        _write_full(average_weights([_weights(student) for student in students]), students[0], base, out, provenance)
+        students = [StoredWeights.of(folder) for folder in folders]
+        _check_alike(students)
+
+        def mean(name: str) -> Tensor:
+            return average_tensors([student[name] for student in students])
+
+        _write(out, base, "full", provenance, lambda place: write_weights(students[0], mean, place))
     return provenance
 
 
@@ -125,31 +135,24 @@ def _one_method(folders: Sequence[Path]) -> str:
     return "lora" if lora[0] else "full"
 
 
-def _origin(folder: Path, student: Base) -> MergedStudent:
-    return MergedStudent(folder=folder.name, name=student.name, weights_sha256=student.identity["student"])
+def _origin(folder: Path, base: StoredBase) -> MergedStudent:
+    name, digest = check_student(folder, base)
+    return MergedStudent(folder=folder.name, name=name, weights_sha256=digest)
 
 
-def _weights(base: Base) -> dict[str, Tensor]:
-    """All parameters by name; a tied one stands once, under the name of the embeddings."""
-    return {name: parameter.detach() for name, parameter in base.model.named_parameters()}
+def _check_alike(students: Sequence[StoredWeights]) -> None:
+    """Raises InputError where the files of one student hold other tensors than those of the first."""
+    first = students[0]
+    for other in students[1:]:
+        if wrong := sorted(set(first) ^ set(other)):
+            what = f"its tensors are not those of {first.folder}, first {wrong[0]}"
+            raise InputError(what, where=str(other.folder), fix="leave it out")
 
 
-def _write_lora(adapter: Adapter, base: Base, out: Path, provenance: StudentMerge) -> None:
+def _write_lora(adapter: Adapter, base: StoredBase, out: Path, provenance: StudentMerge) -> None:
     changed = adapter.with_modules(adapter.modules, base_model_name_or_path=base.name, inference_mode=True)
     _write(out, base, "lora", provenance, lambda place: write_adapter(changed, place))
 
 
-def _write_full(weights: Mapping[str, Tensor], student: Base, base: Base, out: Path, provenance: StudentMerge) -> None:
-    """Put the weights into the model of ``student`` (which is changed) and save it with its tokenizer."""
-
-    def write(place: Path) -> None:
-        student.model.load_state_dict(dict(weights), strict=False)  # a tied weight has a second name
-        with quiet():
-            student.model.save_pretrained(str(place))
-        base.tokenizer.save_pretrained(str(place))
-
-    _write(out, base, "full", provenance, write)
-
-
-def _write(out: Path, base: Base, method: str, provenance: StudentMerge, write: Callable[[Path], None]) -> None:
+def _write(out: Path, base: StoredBase, method: str, provenance: StudentMerge, write: Callable[[Path], None]) -> None:
     write_student_folder(out, base, name=out.name, method=method, record=StudentFacts(made=provenance), write=write)

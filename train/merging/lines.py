@@ -8,7 +8,6 @@ are scaled by α + β. (The paper's method speaks of layers alone; where the res
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -41,18 +40,12 @@ def scale_adapter(adapter: Adapter, layers: int, alpha: float, beta: float) -> A
     return adapter.with_modules(modules)
 
 
-def scale_weights(
-    student: Mapping[str, Tensor], base: Mapping[str, Tensor], layers: int, alpha: float, beta: float
-) -> dict[str, Tensor]:
-    """base + factor · (student − base) for every tensor, computed in float32 and kept in the student's dtype.
+def scaled(name: str, student: Tensor, base: Tensor, layers: int, alpha: float, beta: float) -> Tensor:
+    """base + factor · (student − base) of one tensor, computed in float32 and kept in the student's dtype.
 
     A factor of 1 gives back the student's own values and a factor of 0 the base's.
     """
-    scaled = {}
-    for name, weight in student.items():
-        if not weight.is_floating_point():
-            scaled[name] = weight
-            continue
-        factor = depth_scale(name, layers, alpha, beta)
-        scaled[name] = torch.lerp(base[name].float(), weight.float(), factor).to(weight.dtype)
-    return scaled
+    if not student.is_floating_point():
+        return student
+    factor = depth_scale(name, layers, alpha, beta)
+    return torch.lerp(base.float(), student.float(), factor).to(student.dtype)

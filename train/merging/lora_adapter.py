@@ -121,6 +121,9 @@ def _of(adapters: Sequence[Adapter], name: str) -> Iterable[Factors]:
 def _side_by_side(adapters: Sequence[Adapter], weights: Sequence[float], name: str, rank: int) -> Factors:
     """Factors of rank ``rank`` (zeros where it is more than needed) whose product is the weighted sum."""
     first = next(iter(_of(adapters, name)))
+    widths = {(factors.up.shape[0], factors.down.shape[1]) for factors in _of(adapters, name)}
+    if len(widths) > 1:
+        raise InputError(f"{name} has another shape in one of the adapters", fix="leave out students of another base")
     down = torch.zeros(rank, first.down.shape[1])
     up = torch.zeros(first.up.shape[0], rank)
     start = 0

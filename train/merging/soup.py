@@ -6,7 +6,7 @@ keeps each one that does not make the soup worse.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,15 +52,14 @@ def greedy_soup(count: int, measure: Measure, *, higher_is_better: bool = False)
     return Greedy(members, best, tuple(tried))
 
 
-def average_weights(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of full students, tensor by tensor in float64, in the first one's dtype."""
-    average = {}
-    for name, first in states[0].items():
-        if first.is_floating_point():
-            total = torch.zeros_like(first, dtype=torch.float64)
-            for state in states:
-                total += state[name]
-            average[name] = (total / len(states)).to(first.dtype)
-        else:
-            average[name] = first
-    return average
+def average_tensors(tensors: Sequence[Tensor]) -> Tensor:
+    """The mean of the same tensor of several students, in float64, in the first one's dtype; the first one's itself
+    where it holds no real numbers.
+    """
+    first = tensors[0]
+    if not first.is_floating_point():
+        return first
+    total = torch.zeros_like(first, dtype=torch.float64)
+    for tensor in tensors:
+        total += tensor
+    return (total / len(tensors)).to(first.dtype)
