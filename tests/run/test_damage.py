@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from kvopt.config.document import load_config
 from kvopt.errors import InputError
-from kvopt.learn import descent
+from kvopt.learn import descent_state
 from kvopt.run.run import Run
 from tests.jobs import artefacts, entries, run_job, stages_in, write_job
 
@@ -119,14 +119,14 @@ def test_stored_answers_with_another_letter_are_asked_for_again(finished: tuple[
 def test_a_descent_begins_anew_where_its_state_is_damaged(
     finished: tuple[Path, Path], out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    once = descent._State.save
+    once = descent_state.DescentState.save
 
     def save(self: Any, path: Path, key: str) -> None:
         once(self, path, key)
         shutil.copy(path, tmp_path / "state")
 
-    monkeypatch.setattr(descent._State, "save", save)
-    monkeypatch.setattr(descent, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(descent_state.DescentState, "save", save)
+    monkeypatch.setattr(descent_state, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     shutil.rmtree(out / "contexts")
     damage_told(finished[0], out)
     shutil.rmtree(out / "contexts")
