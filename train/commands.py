@@ -27,7 +27,6 @@ from kvopt.train.evaluation.conditions import (
 from kvopt.train.evaluation.evaluate import Evaluator
 from kvopt.train.evaluation.models import subjects
 from kvopt.train.evaluation.probes import load_probes
-from kvopt.train.launch import Launch
 from kvopt.train.study.study import StudyRunner
 from kvopt.train.training import (
     check_student,
@@ -36,15 +35,11 @@ from kvopt.train.training import (
     make_students,
     needs_reference,
     student_paths,
-    train_ordered,
 )
 
 
-def train_students(run: Run, only: Sequence[str] = ()) -> list[StudentRecord] | None:
+def train_students(run: Run, only: Sequence[str] = ()) -> list[StudentRecord]:
     """Train the config's students (or those in ``only``) in order; returns the record of each.
-
-    Under ``accelerate launch`` every process calls it; only the first locks and writes the run directory, and the
-    others return None.
 
     Raises:
         InputError: an unknown student or context, settings that do not fit. KvoptError: a student diverged.
@@ -52,22 +47,17 @@ def train_students(run: Run, only: Sequence[str] = ()) -> list[StudentRecord] | 
     configs = chosen(run.inputs, only)
     if not configs:
         raise InputError("the config has none", where="students", fix="kvopt config prints an example")
-    launch = Launch(run.config.model.device)
-    if launch.is_first:
-        with run.opened():
-            records = train_chosen(run, configs, launch)
-            set_aside_others(run)
-        launch.share(None)
-        return records
-    train_ordered(run.task(), run.silent(), launch)  # the first process speaks for all
-    return None
+    with run.opened():
+        records = train_chosen(run, configs)
+        set_aside_others(run)
+    return records
 
 
-def train_chosen(run: Run, configs: Sequence[StudentConfig], launch: Launch | None = None) -> list[StudentRecord]:
+def train_chosen(run: Run, configs: Sequence[StudentConfig]) -> list[StudentRecord]:
     """As :func:`train_students`, in a run that is open; ``configs`` from :func:`chosen`."""
     catalogue = run.catalogue(contexts_of(run.inputs, configs))
     reference = run.whole_reference() if needs_reference(configs) else None
-    return make_students(catalogue, configs, reference, run.at, launch)
+    return make_students(catalogue, configs, reference, run.at)
 
 
 def set_aside_others(run: Run) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
+from kvopt.base.launch import LAUNCH
 from kvopt.base.loading import Base, enable_checkpointing
 from kvopt.config.students import StudentConfig
 from kvopt.errors import KvoptError
@@ -157,7 +158,7 @@ class StudentTrainer(Trainer):
         contexts = self.job.pool.contexts
         self.model.eval()
         with self.compute_loss_context_manager():
-            nll = [self._gold_nll(item, schedule.scored_rows) for item in contexts]
+            nll = LAUNCH.agreed([self._gold_nll(item, schedule.scored_rows) for item in contexts])
         kept = schedule.choose(nll)
         scores = {item.name: value for item, value in zip(contexts, nll, strict=True)}
         self.stages.append({"step": step, "gold_nll": scores, "kept": [contexts[i].name for i in kept]})

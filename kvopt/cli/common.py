@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvopt.base.launch import LAUNCH
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -32,13 +34,25 @@ def say(line: str) -> None:
 
 
 def open_run(config: Path, sets: list[str] | None, out: Path | None) -> Run:
-    """The run of a config; the config is checked before torch is loaded, so a typing error is told at once."""
+    """The run of a config; the config is checked before torch is loaded, so a typing error is told at once.
+
+    In all processes of a launch but the first, this is where they work until the first has done the command, and exit.
+    """
     from kvopt.config.document import load_config
 
     settings, base_dir = load_config(config, sets or ())
+    LAUNCH.start(settings.model.device)
     from kvopt.run.run import Run
 
-    return Run(settings, base_dir, out or Path("runs") / settings.name, say=say)
+    folder = out or Path("runs") / settings.name
+    run = Run(settings, base_dir, folder, say=say if LAUNCH.is_first else _nothing)
+    if not LAUNCH.is_first:
+        run.follow()
+    return run
+
+
+def _nothing(line: str) -> None:
+    """The first process of a launch speaks for all."""
 
 
 def print_json(value: Any) -> None:

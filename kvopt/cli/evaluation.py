@@ -39,9 +39,7 @@ def evaluate(
     run = open_run(config, sets, out)
     from kvopt.train.commands import evaluate_all
     from kvopt.train.evaluation.tables import tables
-    from kvopt.train.launch import one_process
 
-    one_process("an evaluation")
     with run.opened():
         documents = evaluate_all(run, student or (), context or ())
     renew_page(run.directory.path)
@@ -70,11 +68,9 @@ def study(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json 
     from kvopt.train.arms import study_arms
     from kvopt.train.commands import conduct_study
     from kvopt.train.early_checks import check_evaluation
-    from kvopt.train.launch import one_process
     from kvopt.train.study.tables import tables
     from kvopt.train.training import check_student
 
-    one_process("a study")
     for arm in study_arms(run.config):  # a mistake in the study is reported before a model is loaded
         check_student(run.inputs, arm.config)
     check_evaluation(run.inputs)

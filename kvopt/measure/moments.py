@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +37,10 @@ class StoredMoments:
         self._ids = list(example_ids)
         self._places = {example_id: place for place, example_id in enumerate(self._ids)}
         self._files: dict[int, list[Moments]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process reads the files itself."""
+        return _opened_here, (self.key, self.reference, self._ids)
 
     def build(
         self,
@@ -91,6 +96,17 @@ class StoredMoments:
             ends = torch.tensor([0, *self.reference.counts(self._groups()[number])]).cumsum(0).tolist()
             self._files[number] = [moments[start:end] for start, end in pairwise(ends)]
         return self._files[number][inside]
+
+
+_opened: dict[Path, StoredMoments] = {}
+"""What this process opened for another one."""
+
+
+def _opened_here(key: str, reference: Reference, example_ids: list[str]) -> StoredMoments:
+    known = _opened.get(reference.folder)
+    if known is None or known.key != key:
+        _opened[reference.folder] = known = StoredMoments(reference, example_ids)
+    return known
 
 
 def check_head(head: Head) -> None:

@@ -18,13 +18,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from kvopt.base.launch import split
 from kvopt.base.loading import Base
-from kvopt.base.prefix import Prefix, gold_states
+from kvopt.base.prefix import Prefix, batch_states
 from kvopt.errors import InputError, KvoptError
 from kvopt.kernels import Head, KLOptions, ReferenceFacts, reference_facts
 from kvopt.storage.files import key_of, parsed_json, write_json
 from kvopt.storage.tensors import stored_key, write_tensors
-from kvopt.task.seam import Encoded, Row
+from kvopt.task.seam import Encoded, Row, length_buckets
 
 REFERENCE_VERSION = 1
 """Raise it when the same inputs give other hidden states."""
@@ -68,6 +69,10 @@ class Reference:
             self._shards.setdefault(shard, []).append(example_id)
         self._places = {i: (shard, place) for shard, ids in self._shards.items() for place, i in enumerate(ids)}
         self._facts: dict[tuple[int, int, float], list[ReferenceFacts]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the files itself."""
+        return _opened_here, (self.folder, self.key, len(self.index))
 
     def lacks(self, example_ids: Collection[str]) -> bool:
         """Whether one of these examples is not stored."""
@@ -114,6 +119,20 @@ class Reference:
         if shard not in self._files:
             self._files[shard] = safe_open(str(self.folder / shard_name(shard)), framework="pt").__enter__()
         return self._files[shard].get_slice("hidden")[first:end]
+
+
+_opened: dict[Path, Reference] = {}
+"""What this process opened for another one."""
+
+
+def _opened_here(folder: Path, key: str, rows: int) -> Reference:
+    """The reference of another process, with what this one has computed of it so far."""
+    known = _opened.get(folder)
+    if known is None or known.key != key:
+        _opened[folder] = open_reference(folder, key)
+    elif len(known.index) != rows:
+        _opened[folder] = open_reference(folder, key).known_from(known)
+    return _opened[folder]
 
 
 def shard_name(shard: int) -> str:
@@ -233,10 +252,15 @@ def open_reference(folder: Path, key: str) -> Reference:
 
 def _hidden_of(base: Base, prefix: Prefix, rows: Sequence[Row], batch_size: int, progress: Progress | None) -> Tensor:
     hidden: list[Tensor] = [torch.empty(0)] * len(rows)
-    for states in gold_states(base, prefix, rows, batch_size=batch_size, progress=progress):
-        if not torch.isfinite(states.hidden).all():
-            first = rows[states.rows[0]].example_id
-            raise KvoptError(f"the base gives values that are not finite on {first} or its batch; try float32")
-        for i, part in states.split(states.hidden.cpu()):
+    for batch in split(base, _hidden_of_batch, length_buckets(rows, batch_size), prefix, rows, progress=progress):
+        for i, part in batch:
             hidden[i] = part
     return torch.cat(hidden)
+
+
+def _hidden_of_batch(base: Base, index: list[int], prefix: Prefix, rows: Sequence[Row]) -> list[tuple[int, Tensor]]:
+    states = batch_states(base, prefix, rows, index)
+    if not torch.isfinite(states.hidden).all():
+        first = rows[index[0]].example_id
+        raise KvoptError(f"the base gives values that are not finite on {first} or its batch; try float32")
+    return list(states.split(states.hidden.cpu()))

@@ -76,7 +76,7 @@ class RunDirectory:
         with lock:
             remove_partials(self.path)
             mend_last_line(self / "ledger.jsonl")
-            self._read_manifest()
+            self.read_manifest()
             yield
 
     def _check_ours(self) -> None:
@@ -88,7 +88,8 @@ class RunDirectory:
                 fix="choose an empty --out folder",
             )
 
-    def _read_manifest(self) -> None:
+    def read_manifest(self) -> None:
+        """Take over what the folder's manifest says. Raises InputError for a damaged one."""
         path = self / "manifest.json"
         if not path.is_file():
             return

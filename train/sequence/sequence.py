@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from kvopt.base.launch import one_process
 from kvopt.base.loading import Base
 from kvopt.config.sequence import SequenceConfig
 from kvopt.console.progress import Bar
@@ -25,7 +26,6 @@ from kvopt.train.commands import evaluator_of, train_chosen
 from kvopt.train.evaluation.conditions import Condition
 from kvopt.train.evaluation.evaluate import Evaluator
 from kvopt.train.evaluation.models import BASE, Subject, subject
-from kvopt.train.launch import one_process
 from kvopt.train.sequence.tasks import SequenceTask, opened
 from kvopt.train.sequence.transfer import transfer
 from kvopt.train.student import load_student
