@@ -81,6 +81,7 @@ class Launch:
         self._orders: Any = None
         self._result: Any = None
         self._error: Exception | None = None
+        self._ending = False
 
     @property
     def is_first(self) -> bool:
@@ -173,6 +174,7 @@ class Launch:
 
     def may_speak(self) -> bool:
         """Whether this process is the one that says what went wrong: one line for a launch."""
+        self._ending = True
         if self.count == 1:
             return is_first()
         from torch.distributed.distributed_c10d import _get_default_store
@@ -305,9 +307,11 @@ class Launch:
         self.count = 1
 
     def _terminated(self, number: int, frame: Any) -> None:
-        if self.is_first:
+        if not self.is_first:
+            os._exit(128 + number)  # it has nothing to leave in order
+        if not self._ending:
+            self._ending = True
             raise KvoptError(f"stopped by another process of this launch, or from outside{GO_ON}")
-        sys.exit(128 + number)
 
 
 GO_ON = "; finished work is kept: run the same command again to go on"

@@ -394,14 +394,6 @@ def test_an_arm_that_cannot_be_trained_is_told_before_contexts_are_learned(kvopt
     assert not (tmp_path / "out" / "mutations.jsonl").exists()
 
 
-@pytest.mark.parametrize("command", ["study", "evaluate", "run"])
-def test_several_processes_are_refused(kvopt, tmp_path, monkeypatch, command):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, err = kvopt(command, write_study(tmp_path / "job"), "--out", "out")
-    assert code == 2
-    assert "runs in one process (start it without accelerate launch)" in err.splitlines()[-1]
-
-
 def test_quantities_of_the_curve_that_nothing_measures_are_told_before_an_arm_is_trained(tmp_path):
     config = write_study(tmp_path, lambda c: c["study"]["curve"].update(quantities=["orignal/rouge-l"]))
     with pytest.raises(InputError, match=r"nothing is measured as 'orignal/rouge-l' \(did you mean 'original/rouge-l'"):
