@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kvopt.documents.leaderboard_file import LeaderboardDocument
     from kvopt.documents.student_record import StudentRecord
     from kvopt.run.run import Run
+    from kvopt.train.workers import Workers
 
 ConfigPath = Annotated[
     Path, typer.Argument(metavar="CONFIG.yaml", help="The config file; kvopt init writes one to start with.")
@@ -27,6 +28,34 @@ Sets = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run directory (default: runs/NAME).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
+
+
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs",
+        metavar="N",
+        min=1,
+        help="Train students in N worker processes, each on a GPU of its own where there are some.",
+    ),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Train students in the workers of a Ray cluster, which see the same files (auto: that of this machine).",
+    ),
+]
+
+
+def workers_of(jobs: int | None, ray: str | None) -> Workers | None:
+    """The worker processes that ``--jobs`` and ``--ray`` ask for; None where they do not. Raises InputError."""
+    if jobs is None and ray is None:
+        return None
+    from kvopt.train.workers import Workers
+
+    return Workers(jobs or -1, ray)
 
 
 def say(line: str) -> None:
