@@ -20,8 +20,8 @@ from kvopt.base.launch import one_process
 from kvopt.config.document import Config
 from kvopt.errors import KvoptError, from_extra
 
-ON_THIS_MACHINE = "loky"
-ON_A_CLUSTER = "ray"
+SECONDS_IDLE = 30
+"""After which a worker without work ends, should the command that it works for have been killed."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,11 @@ class Workers:
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
         threads = max(1, torch.get_num_threads() // self.count) if self.ray is None else None
-        backend = ON_THIS_MACHINE if self.ray is None else ON_A_CLUSTER
+        here: dict[str, Any] = {"backend": "loky", "idle_worker_timeout": SECONDS_IDLE}
+        place = here if self.ray is None else {"backend": "ray"}
         calls = [delayed(_call)(threads, work, *item) for item in items]
         try:
-            with self._connected(), parallel_config(backend=backend, n_jobs=self.count):
+            with self._connected(), parallel_config(n_jobs=self.count, **place):
                 yield from Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch=self.count)(calls)
         except TerminatedWorkerError:
             fix = "run the same command again to go on, with fewer --jobs where memory was short"
