@@ -165,7 +165,7 @@ def _by_workers(run: Run, workers: Workers, students: Sequence[Placed]) -> None:
 def _make_in_worker(config: Config, base_dir: Path, out: Path, student: Placed, name: str) -> None:
     voice = Voice()
     run = Run(on_own_device(config), base_dir, out, say=voice, bars=False)
-    with run.joined(name):
+    with run.directory.joined(name):
         runner = study_runner(run)
         voice.is_on = True
         runner.make(student)

@@ -54,7 +54,10 @@ class Workers:
         calls = [delayed(_call)(threads, work, *item) for item in items]
         try:
             with self._connected(), parallel_config(n_jobs=self.count, **place):
-                yield from Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch=self.count)(calls)
+                if self.ray is None:
+                    yield from Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch=self.count)(calls)
+                else:  # its backend returns all at the end; the workers' lines come through as they work
+                    yield from Parallel(batch_size=1)(calls)
         except TerminatedWorkerError:
             fix = "run the same command again to go on, with fewer --jobs where memory was short"
             raise KvoptError(f"a worker process was killed; finished students are kept: {fix}") from None

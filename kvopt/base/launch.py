@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 SECONDS_TO_WAIT = 7 * 24 * 3600
 """For an order, or for the first process while it learns contexts: a process that died is noticed at once."""
 SAID = "kvopt/said"
-INTERRUPTED = 130
 
 
 def processes() -> int:
@@ -166,11 +165,9 @@ class Launch:
     def end(self, code: int) -> None:
         """The last order: leave, with this exit code."""
         if self.count > 1 and self.is_first and not self.busy:
-            try:
+            with suppress(KvoptError):  # they have gone
                 self._send(_Order(code=code))
-            except KvoptError:
-                return  # they have gone
-            self._leave()
+                self._leave()
 
     def may_speak(self) -> bool:
         """Whether this process is the one that says what went wrong: one line for a launch."""
@@ -225,7 +222,7 @@ class Launch:
             while (order := self._received()).code is None:
                 self._follow(order)
         except KeyboardInterrupt:
-            sys.exit(INTERRUPTED)
+            sys.exit(130)
         except KvoptError as error:
             if self.may_speak():
                 print(f"error: {error}", file=sys.stderr, flush=True)

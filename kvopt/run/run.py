@@ -125,12 +125,6 @@ class Run:
             LAUNCH.owns(base=self.load_base(), task=self.task(), at=self.at)
             yield self
 
-    @contextmanager
-    def joined(self, work: str) -> Iterator[Run]:
-        """Do a piece of ``work`` in a run directory that the process which started this one has open."""
-        with self.directory.joined(work):
-            yield self
-
     def use_base(self, base: Base) -> None:
         """Take a base that is loaded already, in place of loading the config's."""
         self._base, self._task = base, None

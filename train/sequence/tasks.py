@@ -80,5 +80,5 @@ def opened(tasks: list[SequenceTask], joined: str | None = None) -> Iterator[Non
     with ExitStack() as stack:
         for task in tasks:
             task.run.use_base(tasks[0].run.load_base())
-            stack.enter_context(task.run.opened() if joined is None else task.run.joined(joined))
+            stack.enter_context(task.run.opened() if joined is None else task.run.directory.joined(joined))
         yield
