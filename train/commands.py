@@ -6,7 +6,10 @@ Each opens the stages of a run in the right order; the stages themselves are fun
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
+from kvopt.config.document import Config
 from kvopt.config.evaluation import EvaluateConfig
 from kvopt.config.students import StudentConfig
 from kvopt.documents.evaluation_file import EvaluationDocument
@@ -27,8 +30,7 @@ from kvopt.train.evaluation.conditions import (
 from kvopt.train.evaluation.evaluate import Evaluator
 from kvopt.train.evaluation.models import subjects
 from kvopt.train.evaluation.probes import load_probes
-from kvopt.train.launch import Launch
-from kvopt.train.study.study import StudyRunner
+from kvopt.train.study.study import Placed, StudyRunner
 from kvopt.train.training import (
     check_student,
     chosen,
@@ -36,15 +38,12 @@ from kvopt.train.training import (
     make_students,
     needs_reference,
     student_paths,
-    train_ordered,
 )
+from kvopt.train.workers import Voice, Workers, on_own_device
 
 
-def train_students(run: Run, only: Sequence[str] = ()) -> list[StudentRecord] | None:
+def train_students(run: Run, only: Sequence[str] = ()) -> list[StudentRecord]:
     """Train the config's students (or those in ``only``) in order; returns the record of each.
-
-    Under ``accelerate launch`` every process calls it; only the first locks and writes the run directory, and the
-    others return None.
 
     Raises:
         InputError: an unknown student or context, settings that do not fit. KvoptError: a student diverged.
@@ -52,22 +51,17 @@ def train_students(run: Run, only: Sequence[str] = ()) -> list[StudentRecord] | 
     configs = chosen(run.inputs, only)
     if not configs:
         raise InputError("the config has none", where="students", fix="kvopt config prints an example")
-    launch = Launch(run.config.model.device)
-    if launch.is_first:
-        with run.opened():
-            records = train_chosen(run, configs, launch)
-            set_aside_others(run)
-        launch.share(None)
-        return records
-    train_ordered(run.task(), run.silent(), launch)  # the first process speaks for all
-    return None
+    with run.opened():
+        records = train_chosen(run, configs)
+        set_aside_others(run)
+    return records
 
 
-def train_chosen(run: Run, configs: Sequence[StudentConfig], launch: Launch | None = None) -> list[StudentRecord]:
+def train_chosen(run: Run, configs: Sequence[StudentConfig]) -> list[StudentRecord]:
     """As :func:`train_students`, in a run that is open; ``configs`` from :func:`chosen`."""
     catalogue = run.catalogue(contexts_of(run.inputs, configs))
     reference = run.whole_reference() if needs_reference(configs) else None
-    return make_students(catalogue, configs, reference, run.at, launch)
+    return make_students(catalogue, configs, reference, run.at)
 
 
 def set_aside_others(run: Run) -> None:
@@ -146,8 +140,32 @@ def study_runner(run: Run) -> StudyRunner:
     return StudyRunner(catalogue, evaluator, run.whole_reference(), lambda c: run.score(c, "selection"), run.at)
 
 
-def conduct_study(run: Run, report: Callable[[StudyDocument], None] | None = None) -> StudyDocument:
-    """``kvopt study`` in an open run: train and evaluate what is missing; returns the document of ``study.json``."""
-    document = study_runner(run).conduct(report)
+def conduct_study(
+    run: Run, report: Callable[[StudyDocument], None] | None = None, workers: Workers | None = None
+) -> StudyDocument:
+    """``kvopt study`` in an open run: train and evaluate what is missing, in ``workers`` where some are given; returns
+    the document of ``study.json``.
+    """
+    document = study_runner(run).conduct(report, None if workers is None else partial(_by_workers, run, workers))
     set_aside_others(run)
     return document
+
+
+def _by_workers(run: Run, workers: Workers, students: Sequence[Placed]) -> None:
+    """Make students of a study in worker processes."""
+    arms, place = study_arms(run.config), (run.config, run.inputs.base_dir.resolve(), run.directory.path.resolve())
+    calls = [(*place, student, arms[student[0]].student(student[1]).name) for student in students]
+    with run.at.progress.bar("students", len(calls), unit="student") as bar:
+        for _ in workers.each(_make_in_worker, calls):
+            bar.update()
+            run.at.say(bar.line)
+    run.directory.workers_left()
+
+
+def _make_in_worker(config: Config, base_dir: Path, out: Path, student: Placed, name: str) -> None:
+    voice = Voice()
+    run = Run(on_own_device(config), base_dir, out, say=voice, bars=False)
+    with run.directory.joined(name):
+        runner = study_runner(run)
+        voice.is_on = True
+        runner.make(student)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers.integrations import (
     is_tensorboard_available,
 )
 
+from kvopt.base.launch import SECONDS_TO_WAIT, processes
 from kvopt.base.loading import DTYPES, Base
 from kvopt.config.students import StudentConfig
 from kvopt.errors import InputError, missing_extra
@@ -21,7 +21,6 @@ from kvopt.train.job import Job
 from kvopt.train.student import Student
 
 DEFAULT_TRACKERS = ["tensorboard"]
-SECONDS_TO_WAIT = 7 * 24 * 3600  # of the other processes of a launch, while the first learns contexts
 
 
 def arguments(job: Job, student: Student) -> TrainingArguments:
@@ -73,12 +72,12 @@ def stay_on(arguments: TrainingArguments, device: torch.device) -> None:
 
 def rows_a_process(config: StudentConfig) -> int:
     """Rows of a micro-batch in this process. Raises InputError."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if config.batch_size % (config.accumulation * processes):
-        parts = f"accumulation {config.accumulation} x {processes} processes"
+    together = processes()
+    if config.batch_size % (config.accumulation * together):
+        parts = f"accumulation {config.accumulation} x {together} processes"
         what = f"batch_size {config.batch_size} is not a multiple of {parts}"
         raise InputError(what, where=f"students.{config.name}", fix="change batch_size or accumulation")
-    return config.batch_size // (config.accumulation * processes)
+    return config.batch_size // (config.accumulation * together)
 
 
 def autocast_dtype(base: Base, weights: torch.dtype, config: StudentConfig) -> torch.dtype | None:

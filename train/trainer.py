@@ -16,13 +16,13 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
+from kvopt.base.launch import LAUNCH
 from kvopt.base.loading import Base, enable_checkpointing
 from kvopt.config.students import StudentConfig
 from kvopt.errors import InputError, KvoptError
@@ -165,14 +165,10 @@ class StudentTrainer(Trainer):
         contexts = self.job.pool.contexts
         self.model.eval()
         with self.compute_loss_context_manager():
-            nll = self._agreed([self._gold_nll(item, schedule.scored_rows) for item in contexts])
+            nll = LAUNCH.agreed([self._gold_nll(item, schedule.scored_rows) for item in contexts])
         kept = schedule.choose(nll)
         scores = {item.name: value for item, value in zip(contexts, nll, strict=True)}
         self.stages.append({"step": step, "gold_nll": scores, "kept": [contexts[i].name for i in kept]})
-
-    def _agreed(self, values: list[float]) -> list[float]:
-        """The first process's numbers, in every process: their rounding may differ, and with it what is chosen."""
-        return broadcast_object_list(values) if self.args.world_size > 1 else values
 
     def measure(self) -> None:
         """The gold NLL of the student as it is now on the held-out rows."""

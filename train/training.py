@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kvopt.base.launch import LAUNCH
 from kvopt.config.names import ContextName
 from kvopt.config.students import StudentConfig
 from kvopt.console.progress import step_reporter
@@ -27,7 +28,6 @@ from kvopt.train.distill.own_answers import check_own_answers, with_own_answers
 from kvopt.train.distill.teacher import Teacher, check_teacher, load_teacher, teacher_name
 from kvopt.train.gold import HeldOut
 from kvopt.train.job import Job, Trained
-from kvopt.train.launch import Launch
 from kvopt.train.pool import Pool, PoolContext, build_pool, check_choices, names_of
 from kvopt.train.settings import untracked
 from kvopt.train.student import read_student_record, save_student, weights_of
@@ -91,7 +91,6 @@ def make_students(
     configs: Sequence[StudentConfig],
     reference: Reference | None,
     at: Workspace,
-    launch: Launch | None = None,
 ) -> list[StudentRecord]:
     """Train students in order; returns the record of each.
 
@@ -99,24 +98,19 @@ def make_students(
         catalogue: holds what :func:`contexts_of` says.
         configs: from :func:`chosen`.
         reference: where :func:`needs_reference` says so.
-        launch: the processes that train together; default: this one alone.
 
     Raises:
         InputError: settings that do not fit. KvoptError: a student diverged.
     """
-    launch = launch or Launch(catalogue.task.config.model.device)
-    return [_student(catalogue, config, reference, at, launch) for config in configs]
+    return [_student(catalogue, config, reference, at) for config in configs]
 
 
-def train_ordered(task: EncodedTask, at: Workspace, launch: Launch) -> None:
-    """Train along with the first process of a launch, until it has no more students."""
-    while (order := launch.share()) is not None:
-        train_student(_job(task, order, at))
+def train_along(task: EncodedTask, order: Order, at: Workspace) -> None:
+    """Train a student with the first process of a launch, which keeps it."""
+    train_student(_job(task, order, at))
 
 
-def _student(
-    catalogue: Catalogue, config: StudentConfig, reference: Reference | None, at: Workspace, launch: Launch
-) -> StudentRecord:
+def _student(catalogue: Catalogue, config: StudentConfig, reference: Reference | None, at: Workspace) -> StudentRecord:
     """One student, from its folder or trained."""
     task = catalogue.task
     seed = task.config.seed if config.seed is None else config.seed
@@ -134,11 +128,11 @@ def _student(
         at.say(f"student {config.name}: trained already")
         shutil.rmtree(at.directory / ".training" / config.name, ignore_errors=True)
         return record
-    unread = replace(anchor) if anchor else None  # open files cannot be sent
-    order = launch.share(Order(config, pool, seed, key, unread, teacher.context if teacher else None, start))
+    order = Order(config, pool, seed, key, anchor, teacher.context if teacher else None, start)
     with at.directory.ledger(stage) as entry:
-        entry.processes = launch.processes
-        trained = _train(task, order, teacher, at)
+        entry.processes = LAUNCH.count
+        with LAUNCH.in_step(train_along, task, order, at):
+            trained = _train(task, order, teacher, at)
         entry.steps, entry.tokens_in, entry.gold_tokens = trained.steps, trained.tokens, trained.gold_tokens
         if trained.resumed:
             entry.resumed_from = trained.resumed

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer
 
+from kvopt.base.launch import split
 from kvopt.base.loading import Base
 from kvopt.base.packing import pack
 from kvopt.base.prefix import Prefix, PrefixLayer, run_packed
@@ -68,16 +69,32 @@ def generate(
         )
     answers: list[tuple[int, ...]] = [()] * len(bodies)
     equal = base.geometry.sliding_window is not None
-    for number, index in enumerate(_batches(bodies, batch_size, equal)):
-        rng = torch.Generator(device=base.device).manual_seed(seed * 1_000_003 + number)
-        batch_answers = _decode(
-            base, prefix, [bodies[i] for i in index], max_new_tokens, ends, temperature, rng, keep_stop
-        )
-        for i, answer in zip(index, batch_answers, strict=True):
+    batches = list(_batches(bodies, batch_size, equal))
+    streams = {index[0]: seed * 1_000_003 + number for number, index in enumerate(batches)}
+    settings = (max_new_tokens, ends, temperature, keep_stop)
+    for index, answered in zip(
+        batches, split(base, _answered, batches, prefix, bodies, streams, *settings, progress=progress), strict=True
+    ):
+        for i, answer in zip(index, answered, strict=True):
             answers[i] = answer
-        if progress:
-            progress(len(index))
     return answers
+
+
+@torch.no_grad()
+def _answered(
+    base: Base,
+    index: list[int],
+    prefix: Prefix,
+    bodies: Sequence[Sequence[int]],
+    streams: dict[int, int],
+    limit: int,
+    stop: frozenset[int],
+    temperature: float,
+    keep_stop: bool,
+) -> list[tuple[int, ...]]:
+    """Answers of one batch; ``streams`` gives its seed by its first body."""
+    rng = torch.Generator(device=base.device).manual_seed(streams[index[0]])
+    return _decode(base, prefix, [bodies[i] for i in index], limit, stop, temperature, rng, keep_stop)
 
 
 def stop_ids(base: Base) -> frozenset[int]:

@@ -229,6 +229,13 @@ class GoldStates:
 
 
 @torch.no_grad()
+def batch_states(base: Base, prefix: Prefix, rows: Sequence[Row], index: list[int]) -> GoldStates:
+    """:func:`gold_hidden` of one batch, the rows at these places, without gradients."""
+    batch = make_batch(rows, index).to(base.device)
+    return GoldStates(index, gold_hidden(base, prefix, batch), batch.gold, [len(rows[i].gold) for i in index])
+
+
+@torch.no_grad()
 def gold_states(
     base: Base,
     prefix: Prefix,
@@ -242,7 +249,6 @@ def gold_states(
     ``progress`` is called with the number of rows of each batch once the caller is done with it.
     """
     for index in length_buckets(rows, batch_size):
-        batch = make_batch(rows, index).to(base.device)
-        yield GoldStates(index, gold_hidden(base, prefix, batch), batch.gold, [len(rows[i].gold) for i in index])
+        yield batch_states(base, prefix, rows, index)
         if progress:
             progress(len(index))

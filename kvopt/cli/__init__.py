@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kvopt.base.launch import LAUNCH, is_first, one_process
 from kvopt.cli import bench as benchmarks
 from kvopt.cli import contexts, evaluation, exporting, merging, report, sequence, shortest, starting, students
 from kvopt.errors import InputError, KvoptError
@@ -67,6 +68,8 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
     },
 }
 """The commands, in the groups that ``kvopt --help`` shows."""
+TOGETHER = ("run", "mutate", "optimize", "score", "shorten", "train", "evaluate", "study")
+"""Those that several processes of a launch do together."""
 
 
 def _help(command: Callable[..., Any]) -> str:
@@ -100,6 +103,7 @@ def main() -> None:
             code = app(prog_name="kvopt", standalone_mode=False)
             if code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
                 _interrupted()
+            LAUNCH.end(code if isinstance(code, int) else 0)
         except (KeyboardInterrupt, typer.Abort):
             _interrupted()
         except Exception as error:
@@ -161,12 +165,15 @@ def _usage(error: Any) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print("error: " + " ".join(line.strip() for line in message.splitlines()), file=sys.stderr)
+    if LAUNCH.may_speak():
+        print("error: " + " ".join(line.strip() for line in message.splitlines()), file=sys.stderr, flush=True)
+    LAUNCH.end(code)
     sys.exit(code)
 
 
 def _interrupted() -> None:
-    print("interrupted; finished work is kept: run the same command again to go on", file=sys.stderr)
+    if LAUNCH.is_first and is_first():
+        print("interrupted; finished work is kept: run the same command again to go on", file=sys.stderr)
     sys.exit(INTERRUPTED)
 
 
@@ -192,6 +199,8 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
+    if context.invoked_subcommand not in TOGETHER:
+        one_process(f"kvopt {context.invoked_subcommand or ''}".rstrip())
     _help_without_command(context)
 
 

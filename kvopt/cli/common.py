@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvopt.base.launch import LAUNCH
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvopt.documents.leaderboard_file import LeaderboardDocument
     from kvopt.documents.student_record import StudentRecord
     from kvopt.run.run import Run
+    from kvopt.train.workers import Workers
 
 ConfigPath = Annotated[
     Path, typer.Argument(metavar="CONFIG.yaml", help="The config file; kvopt init writes one to start with.")
@@ -27,18 +30,58 @@ Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
 
 
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs",
+        metavar="N",
+        min=1,
+        help="Train students in N worker processes, each on a GPU of its own where there are some.",
+    ),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Train students in the workers of a Ray cluster, which see the same files (auto: that of this machine).",
+    ),
+]
+
+
+def workers_of(jobs: int | None, ray: str | None) -> Workers | None:
+    """The worker processes that ``--jobs`` and ``--ray`` ask for; None where they do not. Raises InputError."""
+    if jobs is None and ray is None:
+        return None
+    from kvopt.train.workers import Workers
+
+    return Workers(jobs or -1, ray)
+
+
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
 def open_run(config: Path, sets: list[str] | None, out: Path | None) -> Run:
-    """The run of a config; the config is checked before torch is loaded, so a typing error is told at once."""
+    """The run of a config; the config is checked before torch is loaded, so a typing error is told at once.
+
+    In all processes of a launch but the first, this is where they work until the first has done the command, and exit.
+    """
     from kvopt.config.document import load_config
 
     settings, base_dir = load_config(config, sets or ())
+    LAUNCH.start(settings.model.device)
     from kvopt.run.run import Run
 
-    return Run(settings, base_dir, out or Path("runs") / settings.name, say=say)
+    folder = out or Path("runs") / settings.name
+    run = Run(settings, base_dir, folder, say=say if LAUNCH.is_first else _nothing)
+    if not LAUNCH.is_first:
+        run.follow()
+    return run
+
+
+def _nothing(line: str) -> None:
+    """The first process of a launch speaks for all."""
 
 
 def print_json(value: Any) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvopt.cli.common import ConfigPath, Json, Out, Sets, next_command, open_run, print_json
+from kvopt.cli.common import ConfigPath, Jobs, Json, Out, Ray, Sets, next_command, open_run, print_json, workers_of
 from kvopt.cli.report import leave_page, renew_page
 
 if TYPE_CHECKING:
@@ -39,9 +39,7 @@ def evaluate(
     run = open_run(config, sets, out)
     from kvopt.train.commands import evaluate_all
     from kvopt.train.evaluation.tables import tables
-    from kvopt.train.launch import one_process
 
-    one_process("an evaluation")
     with run.opened():
         documents = evaluate_all(run, student or (), context or ())
     renew_page(run.directory.path)
@@ -60,27 +58,33 @@ def evaluate(
         next_command("run", config, sets=sets, out=out)
 
 
-def study(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Json = False) -> None:
+def study(
+    config: ConfigPath,
+    jobs: Jobs = None,
+    ray: Ray = None,
+    sets: Sets = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
     """Compare students: train each with every seed at an equal budget, evaluate them, and report the differences.
 
     Writes study.json, the leaderboard of the contexts and the report page. After an interruption, give the same command
-    again to continue.
+    again to continue, with any --jobs.
     """
+    workers = workers_of(jobs, ray)
     run = open_run(config, sets, out)
     from kvopt.train.arms import study_arms
     from kvopt.train.commands import conduct_study
     from kvopt.train.early_checks import check_evaluation
-    from kvopt.train.launch import one_process
     from kvopt.train.study.tables import tables
     from kvopt.train.training import check_student
 
-    one_process("a study")
     for arm in study_arms(run.config):  # a mistake in the study is reported before a model is loaded
         check_student(run.inputs, arm.config)
     check_evaluation(run.inputs)
     with run.opened():
         run.run()  # the leaderboard of the contexts, which the page of a study shows too
-        document = conduct_study(run)
+        document = conduct_study(run, workers=workers)
     leave_page(run.directory.path)
     if as_json:
         print_json(document.to_json())

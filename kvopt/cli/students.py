@@ -29,16 +29,15 @@ def train(
     """Train the students of the config under its contexts.
 
     After an interruption, give the same command again to continue. To train in several processes, start it with
-    accelerate launch -m kvopt train.
+    accelerate launch -m kvopt train, or with torchrun.
     """
     run = open_run(config, sets, out)
     from kvopt.train.commands import train_students
 
     records = train_students(run, only or ())
-    if records is not None:
-        show_students(records, run.directory.path, as_json)
-        if not as_json:
-            next_command("evaluate", config, sets=sets, out=out)
+    show_students(records, run.directory.path, as_json)
+    if not as_json:
+        next_command("evaluate", config, sets=sets, out=out)
 
 
 def export_data(
@@ -82,11 +81,8 @@ def export_data(
 def prepared(run: Run) -> Callable[[], list[StudentRecord]]:
     """What trains the run's students once it is open; their contexts are checked now, before other work."""
     from kvopt.train.commands import set_aside_others, train_chosen
-    from kvopt.train.launch import one_process
     from kvopt.train.training import chosen
 
-    if run.config.students:
-        one_process("kvopt run")
     configs = chosen(run.inputs)
 
     def train() -> list[StudentRecord]:

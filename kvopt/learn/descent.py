@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvopt.base.launch import LAUNCH
 from kvopt.base.loading import Base
 from kvopt.base.prefix import Prefix, gold_hidden, prefill
 from kvopt.config.contexts import ContextConfig
-from kvopt.errors import KvoptError
+from kvopt.errors import InputError, KvoptError, counted
 from kvopt.kernels import KLOptions, linear_kl
 from kvopt.learn.descent_state import CheckpointKeeper, DescentState
 from kvopt.measure.moments import StoredMoments
@@ -80,6 +81,14 @@ def batch_at(step: int, rows: int, batch_size: int, seed: int) -> list[int]:
 
 def _permutation(epoch: int, rows: int, seed: int) -> Tensor:
     return torch.randperm(rows, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63))
+
+
+def check_share(config: ContextConfig, rows: int) -> None:
+    """Raises InputError where a batch has no row for one of the processes of this launch."""
+    if config.steps and (size := min(config.batch_size, rows)) < LAUNCH.count:
+        what = f"a batch of {counted(size, 'row')} leaves some of {LAUNCH.count} processes without one"
+        where, fix = f"contexts.{config.name}.batch_size", f"launch at most {size}, or raise it"
+        raise InputError(what, where=where, fix=fix)
 
 
 def optimize(
@@ -202,21 +211,41 @@ def differentiated_loss(
         leaf: what ``tensor`` is a function of.
         at_once: rows whose activations are held at the same time; the prefix is computed once for all of them.
     """
-    if at_once is None or at_once >= len(rows):
+    divided = LAUNCH.divides(base)
+    if not divided and (at_once is None or at_once >= len(rows)):
         loss = context_loss(base, kind, tensor, rows, reference, moments)
         loss.backward(inputs=[leaf])
         return float(loss.detach())
     whole = context_prefix(base, kind, tensor).stack().float() if kind == "soft" else tensor
-    slots = whole.detach().requires_grad_(True)
+    given = base, whole.detach(), rows, reference, moments, at_once or len(rows)
+    summed = LAUNCH.summed(_part_gradient, *given) if divided else _part_gradient(*given)
+    whole.backward(summed[:-1].reshape_as(whole), inputs=[leaf])
+    return float(summed[-1])
+
+
+def _part_gradient(
+    base: Base,
+    slots: Tensor,
+    rows: Sequence[Row],
+    reference: Reference,
+    moments: StoredMoments | None,
+    at_once: int,
+) -> Tensor:
+    """This process's part of a batch's gradient by its slots, flat fp32, and of its loss: the last element.
+
+    Each row counts by its gold tokens among those of the whole batch, so that the parts of all processes add up to it.
+    """
+    slots = slots.to(base.device).requires_grad_(True)
     gold, total = sum(len(row.gold) for row in rows), 0.0
-    for first in range(0, len(rows), at_once):
-        part = rows[first : first + at_once]
+    mine = rows[LAUNCH.rank * len(rows) // LAUNCH.count : (LAUNCH.rank + 1) * len(rows) // LAUNCH.count]
+    for first in range(0, len(mine), at_once):
+        part = mine[first : first + at_once]
         share = sum(len(row.gold) for row in part) / gold
         loss = share * _loss_after(base, Prefix.unstack(slots, base.dtype), part, reference, moments)
         loss.backward(inputs=[slots])
         total += float(loss.detach())
-    whole.backward(slots.grad, inputs=[leaf])
-    return total
+    gradient = torch.zeros_like(slots) if slots.grad is None else slots.grad  # more processes than rows
+    return torch.cat([gradient.flatten(), slots.new_tensor([total])])
 
 
 def _loss_of_step(job: _Job, state: DescentState, keeper: CheckpointKeeper) -> float:

@@ -51,6 +51,10 @@ class StoredMoments:
         self._head: Head | None = None
         self._say: Callable[[str], None] | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process reads the files itself."""
+        return _opened_here, (self.key, self.reference, list(self._places))
+
     def build(
         self,
         head: Head,
@@ -123,6 +127,17 @@ class StoredMoments:
             if self._say:
                 self._say(f"warning: {damage.where}: {damage.what}; it is made again")
             self._make(number, self._head)
+
+
+_opened: dict[Path, StoredMoments] = {}
+"""What this process opened for another one."""
+
+
+def _opened_here(key: str, reference: Reference, example_ids: list[str]) -> StoredMoments:
+    known = _opened.get(reference.folder)
+    if known is None or known.key != key:
+        _opened[reference.folder] = known = StoredMoments(reference, example_ids)
+    return known
 
 
 def check_head(head: Head) -> None:

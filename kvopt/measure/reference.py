@@ -20,13 +20,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from kvopt.base.launch import split
 from kvopt.base.loading import Base
-from kvopt.base.prefix import Prefix, gold_states
+from kvopt.base.prefix import Prefix, batch_states
 from kvopt.errors import InputError, KvoptError
 from kvopt.kernels import Head, KLOptions, ReferenceFacts, reference_facts
 from kvopt.storage.files import CHANGED, fits_checksum, key_of, parsed_json, with_checksum, write_json
 from kvopt.storage.tensors import check_tensors, stored_key, write_tensors
-from kvopt.task.seam import Encoded, Row
+from kvopt.task.seam import Encoded, Row, length_buckets
 
 REFERENCE_VERSION = 1
 """Raise it when the same inputs give other hidden states."""
@@ -95,6 +96,10 @@ class Reference:
         self._places = {i: (shard, place) for shard, ids in self._shards.items() for place, i in enumerate(ids)}
         self._facts: dict[tuple[int, int, float], list[ReferenceFacts]] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the files itself."""
+        return _opened_here, (self.folder, self.key, len(self.index))
+
     def lacks(self, example_ids: Collection[str]) -> bool:
         """Whether one of these examples is not stored."""
         return any(example_id not in self.index for example_id in example_ids)
@@ -156,6 +161,20 @@ class Reference:
                 self.make_again(shard, damage)
             self._files[shard] = safe_open(str(path), framework="pt").__enter__()
         return self._files[shard].get_slice("hidden")[first:end]
+
+
+_opened: dict[Path, Reference] = {}
+"""What this process opened for another one."""
+
+
+def _opened_here(folder: Path, key: str, rows: int) -> Reference:
+    """The reference of another process, with what this one has computed of it so far."""
+    known = _opened.get(folder)
+    if known is None or known.key != key:
+        _opened[folder] = open_reference(folder, key)
+    elif len(known.index) != rows:
+        _opened[folder] = open_reference(folder, key).known_from(known)
+    return _opened[folder]
 
 
 def shard_name(shard: int) -> str:
@@ -297,10 +316,15 @@ def _hidden_of(base: Base, prefix: Prefix, rows: Sequence[Row], batch_size: int,
     """[G, D] on the CPU, filled batch by batch."""
     ends = [0, *accumulate(len(row.gold) for row in rows)]
     hidden = torch.empty(ends[-1], base.geometry.hidden_size, dtype=base.dtype)
-    for states in gold_states(base, prefix, rows, batch_size=batch_size, progress=progress):
-        if not torch.isfinite(states.hidden).all():
-            first = rows[states.rows[0]].example_id
-            raise KvoptError(f"the base gives values that are not finite on {first} or its batch; try float32")
-        for i, part in states.split(states.hidden.cpu()):
+    for batch in split(base, _hidden_of_batch, length_buckets(rows, batch_size), prefix, rows, progress=progress):
+        for i, part in batch:
             hidden[ends[i] : ends[i + 1]] = part
     return hidden
+
+
+def _hidden_of_batch(base: Base, index: list[int], prefix: Prefix, rows: Sequence[Row]) -> list[tuple[int, Tensor]]:
+    states = batch_states(base, prefix, rows, index)
+    if not torch.isfinite(states.hidden).all():
+        first = rows[index[0]].example_id
+        raise KvoptError(f"the base gives values that are not finite on {first} or its batch; try float32")
+    return list(states.split(states.hidden.cpu()))

@@ -17,8 +17,9 @@ import torch
 from einops import reduce
 from torch import Tensor
 
+from kvopt.base.launch import split
 from kvopt.base.loading import Base
-from kvopt.base.prefix import Prefix, gold_states
+from kvopt.base.prefix import Prefix, batch_states
 from kvopt.contexts.context import Context
 from kvopt.documents.scores_file import ForwardKL, SplitScores
 from kvopt.errors import InputError
@@ -26,7 +27,7 @@ from kvopt.kernels import Head, KLOptions, linear_scores
 from kvopt.measure.bootstrap import bounds, drawn_rows
 from kvopt.measure.reference import Reference
 from kvopt.storage.tensors import read_tensors, write_tensors
-from kvopt.task.seam import Encoded, Row
+from kvopt.task.seam import Encoded, Row, length_buckets
 
 SCORES_VERSION = 1
 """Raise it when the same inputs give other scores."""
@@ -163,16 +164,31 @@ def score_prefix(
     """
     kl: list[Tensor] = [torch.empty(0)] * len(rows)
     nll, agree = list(kl), list(kl)
-    head = reference_head or base.head
-    for states in gold_states(base, prefix, rows, batch_size=batch_size, progress=progress):
-        ids = [rows[i].example_id for i in states.rows]
-        stored, facts = reference.hidden(ids).to(base.device), reference.facts(ids, head, options)
-        scores = linear_scores(states.hidden, stored, base.head, states.gold, options, head, facts)
-        for values, out in ((scores.kl, kl), (scores.nll, nll), (scores.agree, agree)):
-            for i, part in states.split(values.cpu()):
-                out[i] = part
+    batches, head = length_buckets(rows, batch_size), reference_head or base.head
+    for scored in split(base, _scored, batches, prefix, rows, reference, options, head, progress=progress):
+        for i, *parts in scored:
+            kl[i], nll[i], agree[i] = parts
     counts = torch.tensor([len(row.gold) for row in rows])
     return TokenScores(torch.cat(kl), torch.cat(nll), torch.cat(agree), counts)
+
+
+@torch.no_grad()
+def _scored(
+    base: Base,
+    index: list[int],
+    prefix: Prefix,
+    rows: Sequence[Row],
+    reference: Reference,
+    options: KLOptions | None,
+    head: Head,
+) -> list[tuple[int, Tensor, Tensor, Tensor]]:
+    """The place, KL, NLL and agreement of each row of one batch."""
+    states = batch_states(base, prefix, rows, index)
+    ids = [rows[i].example_id for i in index]
+    stored, facts = reference.hidden(ids).to(base.device), reference.facts(ids, head, options)
+    scores = linear_scores(states.hidden, stored, base.head, states.gold, options, head, facts)
+    by_row = (values.cpu().split(states.counts) for values in (scores.kl, scores.nll, scores.agree))
+    return list(zip(index, *by_row, strict=True))
 
 
 def summarize(scores: TokenScores, *, seed: int = 0, resamples: int = 2000) -> Score:

@@ -44,6 +44,9 @@ from kvopt.storage.locks import LockHeld, acquire_lock
 from kvopt.version import VERSION
 
 FORMAT_VERSION = 1
+MANIFEST_LOCK = ".manifest.lock"
+WORKERS = ".workers"
+"""Holds a lock for each piece of work that a worker process is at."""
 
 
 @dataclass
@@ -60,6 +63,8 @@ class RunDirectory:
     """What a stage needs less memory with, for the line that says that there was not enough."""
     stages_worked: int = field(default=0, init=False)
     """Stages that this process did itself, rather than find them done."""
+    is_shared: bool = field(default=False, init=False)
+    """Whether other processes of the same command write here, too."""
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -82,9 +87,48 @@ class RunDirectory:
         except OSError as error:
             raise write_error(error, self.path) from None
         with lock:
+            self._check_workers()
             remove_partials(self.path)
             mend_last_line(self / "ledger.jsonl")
-            self._read_manifest()
+            self.read_manifest()
+            yield
+
+    def _check_workers(self) -> None:
+        """Refuse a folder in which a worker of a command that was killed is still at work."""
+        for path in (self / WORKERS).glob("*.lock"):
+            try:
+                with acquire_lock(path, wait=False):
+                    path.unlink()
+            except LockHeld:
+                what = f"a worker of an earlier command is still at work on {path.stem}"
+                raise InputError(what, where=str(self.path), fix="wait for it, or end it") from None
+
+    def workers_left(self) -> None:
+        """After workers were at work: take over what they wrote into the manifest, and remove their locks."""
+        self.read_manifest()
+        self._check_workers()
+        shutil.rmtree(self / WORKERS, ignore_errors=True)
+        (self / MANIFEST_LOCK).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def joined(self, work: str) -> Iterator[None]:
+        """Do a piece of ``work`` in a folder that another process of the same command has locked; who comes second
+        with the same work waits until it is done. Manifest and ledger are written by one process at a time.
+        """
+        (self / WORKERS).mkdir(exist_ok=True)
+        with acquire_lock(self / WORKERS / f"{work}.lock"):
+            self.is_shared = True
+            self.read_manifest()
+            yield
+
+    @contextlib.contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Nobody else writes manifest or ledger inside."""
+        if not self.is_shared:
+            yield
+            return
+        with acquire_lock(self / MANIFEST_LOCK):
+            self.read_manifest()
             yield
 
     def _check_ours(self) -> None:
@@ -96,7 +140,8 @@ class RunDirectory:
                 fix="choose an empty --out folder",
             )
 
-    def _read_manifest(self) -> None:
+    def read_manifest(self) -> None:
+        """Take over what the folder's manifest says. Raises InputError for a damaged one."""
         path = self / "manifest.json"
         if not path.is_file():
             return
@@ -141,17 +186,18 @@ class RunDirectory:
             remade: files and folders that are deleted instead: one pass over the rows makes them again, and several of
                 them would fill the disk.
         """
-        stages = self.manifest.stages
-        if stages.get(stage) != key:
-            self.kept.put_aside(stage, stages.get(stage), artefacts, unless=key)
-            for name in remade:
-                target = self / name
-                if target.is_dir():
-                    shutil.rmtree(target)
-                else:
-                    target.unlink(missing_ok=True)
-            self._write_stages(stages | {stage: key})
-        self.kept.take_up(stage, key)
+        with self._undisturbed():
+            stages = self.manifest.stages
+            if stages.get(stage) != key:
+                self.kept.put_aside(stage, stages.get(stage), artefacts, unless=key)
+                for name in remade:
+                    target = self / name
+                    if target.is_dir():
+                        shutil.rmtree(target)
+                    else:
+                        target.unlink(missing_ok=True)
+                self._write_stages(stages | {stage: key})
+            self.kept.take_up(stage, key)
 
     def set_aside(self, stage: str, *artefacts: str) -> None:
         """Put aside what a config does not name."""
@@ -201,7 +247,8 @@ class RunDirectory:
             entry.peak_memory_bytes, entry.peak_memory_of = peak(self.device), what_is_counted(self.device)
             if not entry.is_left_out:
                 self.stages_worked += 1
-                with contextlib.suppress(KvoptError):  # a full disk must not hide what else went wrong, nor stop a run
+                # a full disk must not hide what else went wrong, nor stop a run
+                with self._undisturbed(), contextlib.suppress(KvoptError):
                     append_line(self / "ledger.jsonl", canonical_json(entry.to_json()))
 
 

@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import yaml
 
+from kvopt.base.launch import LAUNCH
 from kvopt.base.loading import Base, load_base
 from kvopt.base.prefix import Prefix
 from kvopt.config.contexts import ContextConfig
@@ -30,6 +32,7 @@ from kvopt.contexts.folder import TensorContext, load_context
 from kvopt.documents.leaderboard_file import LeaderboardDocument, NoiseFloor
 from kvopt.documents.manifest import RunManifest
 from kvopt.errors import InputError
+from kvopt.learn.descent import check_share
 from kvopt.measure.moments import StoredMoments
 from kvopt.measure.reference import Reference
 from kvopt.measure.score import Score, TokenScores
@@ -99,9 +102,17 @@ class Run:
     def directory(self) -> RunDirectory:
         return self.at.directory
 
-    def silent(self) -> Workspace:
-        """The run directory, for a process that reports nothing."""
-        return Workspace(self.directory, Progress(lambda line: None, False))
+    def follow(self) -> NoReturn:
+        """Do what the first process of a launch asks for, and exit when it has no more: it alone writes the run
+        directory.
+        """
+
+        def task() -> EncodedTask:
+            self.directory.read_manifest()  # as the first process left it
+            return self.task()
+
+        silent = Workspace(self.directory, Progress(lambda line: None, False))
+        LAUNCH.serve({"base": lambda: task().base, "task": task, "at": lambda: silent})
 
     # ---- what everything stands on
 
@@ -112,6 +123,7 @@ class Run:
         """
         with self.directory.locked():
             self._describe()
+            LAUNCH.owns(base=self.load_base(), task=self.task(), at=self.at)
             yield self
 
     def use_base(self, base: Base) -> None:
@@ -136,6 +148,7 @@ class Run:
         task, base = self.task(), self.load_base()
         for context in self.config.learned:
             task.check_window(context.name, context.tokens or 0)
+            check_share(context, len(task.dataset.train))
         for warning in task.warnings:
             self.at.say(f"warning: {warning}")
         resolved = yaml.safe_dump(self.inputs.resolved(), sort_keys=False, allow_unicode=True)

@@ -20,12 +20,13 @@ from kvopt.config.students import StudentConfig
 from kvopt.documents.schemas import schema_of
 from kvopt.errors import InputError
 from kvopt.train.gold import gold_nll
-from kvopt.train.sequence.sequence import conduct
+from kvopt.train.sequence.sequence import by_workers, conduct
 from kvopt.train.sequence.tasks import SequenceTask, load_tasks, opened
 from kvopt.train.sequence.transfer import transfer
 from kvopt.train.stream import Stream
 from kvopt.train.student import load_student, read_student_record
 from kvopt.train.trainer import StudentTrainer
+from kvopt.train.workers import Workers
 from tests.jobs import entries, write_job
 from tests.tiny import tiny_folder
 
@@ -274,6 +275,17 @@ def test_several_processes_are_refused(done: Any, tmp_path: Path, monkeypatch: p
     config, tasks = load(done[0], tmp_path)
     with pytest.raises(InputError, match="runs in one process"):
         conducted(config, tasks, tmp_path)
+
+
+@pytest.mark.slow
+def test_workers_take_arms_through_the_same_stages(done: Any, tmp_path: Path) -> None:
+    path, out, document = done
+    config, base_dir = load_sequence(path)
+    config, tasks = load(path, tmp_path / "out")
+    side_by_side = by_workers(config, base_dir, tmp_path / "out", Workers(2), tasks[0].run.at.progress)
+    assert conduct(config, tasks, tmp_path / "out", side_by_side).to_json() == document
+    assert (tmp_path / "out" / "sequence.json").read_bytes() == (out / "sequence.json").read_bytes()
+    assert not list((tmp_path / "out").rglob(".workers"))
 
 
 def test_the_sequence_that_comes_with_kvopt_divides_the_intents_between_its_tasks() -> None:

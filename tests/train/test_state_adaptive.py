@@ -46,6 +46,7 @@ def main() -> None:
     """One process: train a student whose pool it scores itself."""
     import torch
 
+    from kvopt.base.launch import LAUNCH
     from kvopt.storage.files import sha256_bytes, write_json
     from kvopt.train.pool import PoolContext
     from kvopt.train.trainer import StudentTrainer, train_student
@@ -54,6 +55,7 @@ def main() -> None:
     from tests.train.pools import job, pool, weights
 
     torch.set_num_threads(1)
+    LAUNCH.start("cpu")
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     if rank:
         once = StudentTrainer._gold_nll

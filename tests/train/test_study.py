@@ -15,9 +15,11 @@ from kvopt import cli
 from kvopt.config.document import load_config
 from kvopt.config.students import StudentConfig
 from kvopt.documents.evaluation_file import EvaluationDocument
+from kvopt.documents.manifest import RunManifest
 from kvopt.documents.student_record import StudentRecord
 from kvopt.documents.study_file import StudyDocument
 from kvopt.errors import InputError, KvoptError
+from kvopt.run.directory import RunDirectory
 from kvopt.train.arms import study_arms, trained_students
 from kvopt.train.commands import conduct_study, study_runner
 from kvopt.train.evaluation.conditions import held_out_mutations
@@ -27,6 +29,7 @@ from kvopt.train.study import values
 from kvopt.train.study.summary import Result
 from kvopt.train.study.tables import tables
 from kvopt.train.training import contexts_of
+from kvopt.train.workers import Workers
 from tests.jobs import artefacts, entries, stages_in
 from tests.tiny import tiny_folder
 from tests.train.evaluated import open_evaluated, student, write_evaluated
@@ -394,14 +397,6 @@ def test_an_arm_that_cannot_be_trained_is_told_before_contexts_are_learned(kvopt
     assert not (tmp_path / "out" / "mutations.jsonl").exists()
 
 
-@pytest.mark.parametrize("command", ["study", "evaluate", "run"])
-def test_several_processes_are_refused(kvopt, tmp_path, monkeypatch, command):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, err = kvopt(command, write_study(tmp_path / "job"), "--out", "out")
-    assert code == 2
-    assert "runs in one process (start it without accelerate launch)" in err.splitlines()[-1]
-
-
 def test_quantities_of_the_curve_that_nothing_measures_are_told_before_an_arm_is_trained(tmp_path):
     config = write_study(tmp_path, lambda c: c["study"]["curve"].update(quantities=["orignal/rouge-l"]))
     with pytest.raises(InputError, match=r"nothing is measured as 'orignal/rouge-l' \(did you mean 'original/rouge-l'"):
@@ -414,3 +409,53 @@ def test_students_that_would_be_trained_into_one_folder_are_refused(tmp_path, na
     config = loaded(tmp_path, lambda c: c["students"].append(student(name, "none")))
     with pytest.raises(InputError, match=r"named '(curve-1--seed-0|kv--seed-5|kv--seconds--seed-0)'"):
         study_arms(config)
+
+
+def test_workers_make_the_bytes_of_one_process_in_one_run_directory(finished, tmp_path):
+    _, out, document = finished
+    shutil.copytree(out, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "students")
+    run = open_evaluated(write_study(tmp_path / "job"), tmp_path / "out")
+    with run.opened():
+        again = conduct_study(run, workers=Workers(2)).to_json()
+    assert artefacts(tmp_path / "out").keys() == artefacts(out).keys()
+    unlike = [name for name, data in artefacts(out).items() if artefacts(tmp_path / "out")[name] != data]
+    assert set(unlike) <= {"study.json", "study-steps.json", *(n for n in unlike if "--seconds--" in n)}
+    assert [row["name"] for row in again["arms"]] == [row["name"] for row in document["arms"]]
+    trained = [stage for stage in stages_in(tmp_path / "out") if stage.startswith("students/")]
+    assert len(trained) == 2 * 8  # each once here, and once in the run that was copied
+    assert not (tmp_path / "out" / ".workers").exists()
+
+
+def test_a_run_directory_in_which_a_worker_is_still_at_work_is_refused(finished, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "out")
+    folder = RunDirectory(tmp_path / "out")
+    with (
+        folder.joined("kv--seed-0"),
+        pytest.raises(InputError, match="a worker of an earlier command is still at work on kv--seed-0"),
+        RunDirectory(tmp_path / "out").locked(),
+    ):
+        raise AssertionError("it was opened")
+    with RunDirectory(tmp_path / "out").locked():
+        assert not list((tmp_path / "out" / ".workers").iterdir())
+
+
+def test_workers_within_a_launch_of_several_processes_are_refused(kvopt, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = kvopt("study", write_study(tmp_path / "job"), "--jobs", "2")
+    assert code == 2
+    assert "(--jobs, --ray) runs in one process" in err.splitlines()[-1]
+
+
+def test_stages_that_processes_of_one_command_begin_are_all_in_the_manifest(tmp_path):
+    first, second = RunDirectory(tmp_path), RunDirectory(tmp_path)
+    (tmp_path / ".lock").touch()
+    first.describe(RunManifest())
+    with first.joined("a"), second.joined("b"):
+        first.begin("students/a", "key-a")
+        second.begin("students/b", "key-b")
+        with first.ledger("students/a"):
+            pass
+    third = RunDirectory(tmp_path)
+    third.read_manifest()
+    assert third.manifest.stages == {"students/a": "key-a", "students/b": "key-b"}

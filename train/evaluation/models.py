@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from kvopt.base.launch import LAUNCH
 from kvopt.base.loading import Base
 from kvopt.documents.evaluation_file import BASE
 from kvopt.documents.student_record import StudentRecord
@@ -34,11 +35,16 @@ class Subject:
 
     @cached_property
     def model(self) -> Base:
-        return self.base if self.name == BASE else load_student(self.folder, self.base)
+        return self.base if self.name == BASE else LAUNCH.everywhere(self._own, load_student, self.folder, self.base)
 
     def release(self) -> None:
         """Forget the loaded student, so that many can be evaluated one after the other."""
         self.__dict__.pop("model", None)
+        LAUNCH.forget(self._own)
+
+    @property
+    def _own(self) -> str:
+        return f"student {self.folder}"
 
     @property
     def identity(self) -> dict[str, str | None]:

@@ -9,14 +9,15 @@ done again. ``sequence.json`` is made from those (:class:`kvopt.documents.sequen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from kvopt.base.launch import one_process
 from kvopt.base.loading import Base
 from kvopt.config.sequence import SequenceConfig
-from kvopt.console.progress import Bar
+from kvopt.console.progress import Bar, Progress
 from kvopt.documents.evaluation_file import EvaluationDocument
 from kvopt.documents.sequence_file import SequenceArm, SequenceDocument, SequenceStage, TransferMeans
 from kvopt.documents.student_record import StudentRecord
@@ -25,11 +26,11 @@ from kvopt.train.commands import evaluator_of, train_chosen
 from kvopt.train.evaluation.conditions import Condition
 from kvopt.train.evaluation.evaluate import Evaluator
 from kvopt.train.evaluation.models import BASE, Subject, subject
-from kvopt.train.launch import one_process
-from kvopt.train.sequence.tasks import SequenceTask, opened
+from kvopt.train.sequence.tasks import SequenceTask, load_tasks, opened
 from kvopt.train.sequence.transfer import transfer
 from kvopt.train.student import load_student
 from kvopt.train.training import chosen
+from kvopt.train.workers import Voice, Workers, on_own_device
 
 FORMAT_VERSION = 1
 Scores = dict[str, float | None]
@@ -60,20 +61,29 @@ class _After(Subject):
         return self.learned.model
 
 
-def conduct(config: SequenceConfig, tasks: Sequence[SequenceTask], out: Path) -> SequenceDocument:
+def conduct(
+    config: SequenceConfig,
+    tasks: Sequence[SequenceTask],
+    out: Path,
+    beforehand: Callable[[Sequence[str]], None] | None = None,
+) -> SequenceDocument:
     """Train every arm through all stages, measure, and write ``sequence.json``; returns it.
+
+    Args:
+        beforehand: takes these arms through all stages in ``out``, as :func:`by_workers` does; they are then found
+            there.
 
     Raises:
         InputError: a task's settings do not fit, or several processes. KvoptError: a student diverged.
     """
     one_process("a sequence")
     with opened(list(tasks)):
-        evaluations = [_evaluator(config, task) for task in tasks]
-        documents = [
-            e.evaluate(subject(task.run.task(), BASE, task.run.at)) for e, task in zip(evaluations, tasks, strict=True)
-        ]
-        before = [_scores(document) for document in documents]
-        names = [name for name in before[0] if all(name in scores for scores in before)]
+        evaluations, documents = _of_base(config, tasks)
+        before, names = _common(documents)
+        if beforehand is not None:
+            beforehand([arm.name for arm in config.arms])
+            for task in tasks:
+                task.run.directory.workers_left()
         with tasks[0].run.at.progress.bar("sequence", len(config.arms) * len(tasks), unit="stage") as bar:
             arms = [_arm(arm.name, tasks, evaluations, before, names, bar) for arm in config.arms]
         headlines = [name for name in documents[0].headlines if name in names]
@@ -89,6 +99,45 @@ def conduct(config: SequenceConfig, tasks: Sequence[SequenceTask], out: Path) ->
     )
     write_document(out / "sequence.json", document)
     return document
+
+
+def _of_base(config: SequenceConfig, tasks: Sequence[SequenceTask]) -> tuple[list[Evaluator], list[EvaluationDocument]]:
+    """What measures each task, and what it says of the base."""
+    evaluations = [_evaluator(config, task) for task in tasks]
+    pairs = zip(evaluations, tasks, strict=True)
+    return evaluations, [e.evaluate(subject(task.run.task(), BASE, task.run.at)) for e, task in pairs]
+
+
+def _common(documents: Sequence[EvaluationDocument]) -> tuple[list[Scores], list[str]]:
+    """The scores of each task, and the quantities that all of them have."""
+    scores = [_scores(document) for document in documents]
+    return scores, [name for name in scores[0] if all(name in of_task for of_task in scores)]
+
+
+def by_workers(
+    config: SequenceConfig, base_dir: Path, out: Path, workers: Workers, progress: Progress
+) -> Callable[[Sequence[str]], None]:
+    """Takes arms through all stages in worker processes, each arm in one."""
+
+    def beforehand(names: Sequence[str]) -> None:
+        calls = [(config, base_dir.resolve(), out.resolve(), name) for name in names]
+        with progress.bar("arms", len(calls), unit="arm") as bar:
+            for _ in workers.each(_arm_in_worker, calls):
+                bar.update()
+                progress.say(bar.line)
+
+    return beforehand
+
+
+def _arm_in_worker(config: SequenceConfig, base_dir: Path, out: Path, name: str) -> None:
+    voice = Voice()
+    tasks = load_tasks(config, base_dir, out, say=voice, bars=False, adapt=on_own_device)
+    with opened(tasks, joined=name):
+        evaluations, documents = _of_base(config, tasks)
+        before, names = _common(documents)
+        voice.is_on = True
+        with tasks[0].run.at.progress.bar(name, len(tasks), unit="stage") as bar:
+            _arm(name, tasks, evaluations, before, names, bar)
 
 
 def _evaluator(config: SequenceConfig, task: SequenceTask) -> Evaluator:

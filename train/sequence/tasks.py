@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvopt.config.document import load_config
+from kvopt.config.document import Config, load_config
 from kvopt.config.sequence import SequenceConfig
 from kvopt.config.students import StudentConfig
 from kvopt.errors import InputError
@@ -28,9 +28,18 @@ class SequenceTask:
 
 
 def load_tasks(
-    config: SequenceConfig, base_dir: Path, out: Path, *, say: Callable[[str], None], bars: bool | None = None
+    config: SequenceConfig,
+    base_dir: Path,
+    out: Path,
+    *,
+    say: Callable[[str], None],
+    bars: bool | None = None,
+    adapt: Callable[[Config], Config] = lambda settings: settings,
 ) -> list[SequenceTask]:
     """Read every stage's config and data, before anything is worked on.
+
+    Args:
+        adapt: what is changed in each of them.
 
     Raises:
         InputError: a config that is wrong, two tasks of one name, tasks over different bases, contexts that a task
@@ -39,6 +48,7 @@ def load_tasks(
     tasks: list[SequenceTask] = []
     for number, stage in enumerate(config.stages):
         settings, folder = load_config(base_dir / stage.config, stage.set)
+        settings = adapt(settings)
         name = stage.name or settings.name
         where = f"stages.{number} {stage.config}"
         if name in [task.name for task in tasks]:
@@ -65,10 +75,10 @@ def _continued(arm: StudentConfig, number: int, seed: int, before: SequenceTask 
 
 
 @contextmanager
-def opened(tasks: list[SequenceTask]) -> Iterator[None]:
-    """All runs open, with one loaded base."""
+def opened(tasks: list[SequenceTask], joined: str | None = None) -> Iterator[None]:
+    """All runs open, with one loaded base; or ``joined`` for a piece of work of that name."""
     with ExitStack() as stack:
         for task in tasks:
             task.run.use_base(tasks[0].run.load_base())
-            stack.enter_context(task.run.opened())
+            stack.enter_context(task.run.opened() if joined is None else task.run.directory.joined(joined))
         yield

@@ -17,6 +17,7 @@ from kvopt.config.study import StudyConfig
 from kvopt.contexts.context import Context
 from kvopt.documents.evaluation_file import EvaluationDocument
 from kvopt.documents.ledger import read_ledger
+from kvopt.documents.student_record import StudentRecord
 from kvopt.documents.study_file import StudyDocument
 from kvopt.documents.validated import write_document
 from kvopt.errors import KvoptError
@@ -28,10 +29,14 @@ from kvopt.storage.files import read_json, write_json
 from kvopt.train.arms import EQUAL_SECONDS, Arm, reference_of, settings_of, study_arms
 from kvopt.train.evaluation.evaluate import Evaluator
 from kvopt.train.evaluation.models import BASE, subject
+from kvopt.train.evaluation.results import Measured
 from kvopt.train.pool import names_of
 from kvopt.train.study.summary import Result, build_document, check_quantities
 from kvopt.train.study.values import draws_by_path
 from kvopt.train.training import make_students
+
+Placed = tuple[int, int, int | None]
+"""A student of a study: its arm's number, its seed, and its steps where they replace the budget."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +78,23 @@ class StudyRunner:
     def _context_scores(self) -> dict[str, tuple[float, float]]:
         return {}
 
-    def conduct(self, report: Callable[[StudyDocument], None] | None = None) -> StudyDocument:
+    def conduct(
+        self,
+        report: Callable[[StudyDocument], None] | None = None,
+        beforehand: Callable[[Sequence[Placed]], None] | None = None,
+    ) -> StudyDocument:
         """Train and evaluate what is missing; returns the document of ``study.json``.
 
-        ``report`` gets the document so far after each student.
+        Args:
+            report: gets the document so far after each student.
+            beforehand: trains and evaluates these students, none of which needs another of them, in this run directory
+                (:mod:`kvopt.train.workers`); they are then found there.
         """
         base = self.evaluator.evaluate(subject(self.catalogue.task, BASE, self.at))
         check_quantities(self.config, base)
+        if beforehand is not None:
+            beforehand(self._at_equal_budget())
+            beforehand(self._at_equal_seconds())
         results: list[Result] = []
         document = self._written(base, results, False)
         done: dict[str, Result] = {}
@@ -98,6 +113,28 @@ class StudyRunner:
                 (bar.update if self.at.directory.stages_worked > worked else bar.take_over)(1)
         return document
 
+    def _at_equal_budget(self) -> list[Placed]:
+        return [
+            (i, seed, None)
+            for seed, (i, arm) in product(self.settings.seeds, enumerate(self.arms))
+            if arm.budget != EQUAL_SECONDS
+        ]
+
+    def _at_equal_seconds(self) -> list[Placed]:
+        """Once the others are there."""
+        placed: list[Placed] = []
+        for seed in self.settings.seeds if self.settings.equal_seconds else ():
+            own = [self.arms[i] for i, s, _ in self._at_equal_budget() if s == seed]
+            done = {arm.name: self._result(arm, seed, {}) for arm in own}
+            late = [(i, arm) for i, arm in enumerate(self.arms) if arm.budget == EQUAL_SECONDS]
+            placed += [(i, seed, self._steps_in_time(arm, seed, done)) for i, arm in late]
+        return placed
+
+    def make(self, placed: Placed) -> None:
+        """Train and evaluate one student."""
+        number, seed, steps = placed
+        self._measured(self.arms[number].student(seed, steps))
+
     @property
     def size(self) -> int:
         """How many students there are."""
@@ -111,13 +148,17 @@ class StudyRunner:
     def _result(self, arm: Arm, seed: int, done: dict[str, Result]) -> Result:
         steps = self._steps_in_time(arm, seed, done) if arm.budget == EQUAL_SECONDS else None
         config = arm.student(seed, steps)
-        record = make_students(self.catalogue, [config], self.reference, self.at)[0]
-        model = subject(self.catalogue.task, config.name, self.at)
-        measured = self.evaluator.measure(model)
-        evaluated = self.evaluator.document(model, measured)
+        record, measured, evaluated = self._measured(config)
         draws = draws_by_path(measured, seed=self.config.seed, resamples=self.evaluator.settings.resamples)
         kl, nll = self._context_set(config)
         return Result(arm, seed, record, self._seconds(config.name, record.steps or 0), evaluated, kl, nll, draws)
+
+    def _measured(self, config: StudentConfig) -> tuple[StudentRecord, Measured, EvaluationDocument]:
+        """A student and what was measured of it, as they are there or made now."""
+        record = make_students(self.catalogue, [config], self.reference, self.at)[0]
+        model = subject(self.catalogue.task, config.name, self.at)
+        measured = self.evaluator.measure(model)
+        return record, measured, self.evaluator.document(model, measured)
 
     # ---- equal seconds
 
