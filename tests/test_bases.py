@@ -310,13 +310,21 @@ def test_watched_and_gated_attention_is_the_bases_own(make: Callable[[Path], Pat
 def test_an_attention_that_the_base_cannot_do_is_one_line_with_the_mend(
     make: Callable[[Path], Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=r"model\.attention sdpa: .*set model\.attention: eager"):
-        loaded(make(tmp_path), attention="sdpa")
+    for key in ("attn_implementation", "attention"):  # the second is how it was said before 0.3
+        with pytest.raises(InputError, match=r"attn_implementation sdpa: .*set model\.attn_implementation: eager"):
+            loaded(make(tmp_path), **{key: "sdpa"})
 
 
-def test_a_whole_job_runs_on_gpt_oss(tmp_path: Path) -> None:
-    folder = gpt_oss(tmp_path / "base")
+@pytest.mark.parametrize("make", [gemma2, gpt_oss])
+def test_a_whole_job_runs_on_a_base_with_softcap_or_sinks(
+    make: Callable[[Path], Path], kvopt: Kvopt, tmp_path: Path
+) -> None:
+    """Saved to a folder, under default settings."""
+    folder = make(tmp_path / "base")
     config = write_job(tmp_path / "job", lambda c: c["model"].update(base=str(folder)))
+    code, out, err = kvopt("validate", config)
+    assert code == 0, err
+    assert out.rstrip().endswith("OK")
     board = run_job(config, tmp_path / "run")
     scores = {row["name"]: row["kl_forward"]["mean"] for row in board["contexts"]}
     assert scores["original"] < 1e-9

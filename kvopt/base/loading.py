@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,8 @@ class Base:
         geometry: sizes and layer types.
         identity: sha256 of ``weights``, ``config``, ``tokenizer``, ``chat_template`` (None without one), and
             ``source``, where the built-in or a converted base came from (None otherwise).
-        capability: what running it showed (head scale, softcap, how keys rotate).
+        capability: what running it showed (head scale, softcap, how keys rotate, whether rows can be packed).
+        attention: ``model.attention`` of the config: whether rows are packed or padded.
     """
 
     model: PreTrainedModel
@@ -63,6 +64,7 @@ class Base:
     geometry: Geometry
     identity: dict[str, str | None]
     capability: Capability
+    attention: Literal["auto", "packed", "padded"] = "auto"
 
     @property
     def document(self) -> BaseIdentity:
@@ -104,6 +106,8 @@ def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) 
     Raises InputError, one line, for a base that does not exist, has no tokenizer or config, is no causal LM, needs
     code that was not trusted, or cannot be run; KvoptError when no source of the built-in base can be reached.
     """
+    from kvopt.base.flex import with_flex  # loads torch's compiler, which a tokenizer alone does not need
+
     device, dtype = choose_device(config.device), config.dtype
     torch_dtype = automatic_dtype(device) if dtype == "auto" else DTYPES[dtype]
     with quiet():
@@ -113,7 +117,8 @@ def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) 
         model = _load_model(folder, config, settings, torch_dtype).to(device)
     model.requires_grad_(False).eval()
     _check_vocabulary(model, tokenizer, config.base)
-    capability = probe(model, _ordinary_ids(model, tokenizer), config.base)
+    ids = _ordinary_ids(model, tokenizer)
+    capability = with_flex(model, ids, probe(model, ids, config.base), config, say or _to_stderr)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     identity = {
@@ -123,7 +128,9 @@ def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) 
         "chat_template": chat_template_sha256(tokenizer),
         "source": _source(folder),
     }
-    return Base(model, tokenizer, config.base, device, torch_dtype, capability.geometry, identity, capability)
+    return Base(
+        model, tokenizer, config.base, device, torch_dtype, capability.geometry, identity, capability, config.attention
+    )
 
 
 def _to_stderr(line: str) -> None:
@@ -292,11 +299,11 @@ def _load_model(folder: Path, config: ModelConfig, settings: Any, dtype: torch.d
             output_loading_info=True,
         )
     except Exception as error:  # a broken or unknown folder fails in as many ways as there are formats
-        if "attn_implementation" in str(error) and config.attention != "auto":
+        if "attn_implementation" in str(error) and config.attn_implementation != "auto":
             raise InputError(
                 f"{type(settings).__name__.removesuffix('Config')} cannot be computed with this attention",
-                where=f"model.attention {config.attention}",
-                fix="set model.attention: eager, or auto",
+                where=f"model.attn_implementation {config.attn_implementation}",
+                fix="set model.attn_implementation: eager, or auto",
             ) from error
         what = f"cannot be loaded as a causal LM{_quantisation(method)}"
         raise _fault(config, what, error) from error
@@ -310,8 +317,8 @@ def _attention(config: ModelConfig, settings: Any) -> str | None:
     """What transformers is asked for; None leaves it the choice, which is sdpa for the models that can and eager for
     those that cannot (attention sinks). A softcap of the attention's logits is in eager alone.
     """
-    if config.attention != "auto":
-        return config.attention
+    if config.attn_implementation != "auto":
+        return config.attn_implementation
     return "eager" if getattr(text_config(settings), "attn_logit_softcapping", None) else None
 
 
