@@ -149,6 +149,27 @@ def load_tokenizer(config: ModelConfig, *, say: Callable[[str], None] | None = N
         return _load_tokenizer(folder, config), context_window(settings)
 
 
+def load_empty(
+    config: ModelConfig, dtype: torch.dtype, *, say: Callable[[str], None] | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """The model of ``config.base`` without weights, on torch's meta device, and its tokenizer; weights of a hub model
+    are not fetched. Raises InputError as :func:`load_base` does.
+    """
+    from transformers import AutoModelForCausalLM  # takes seconds, and a tokenizer alone does not need it
+
+    with quiet():
+        folder = locate(config.base, config.revision, say or _to_stderr, weights=False)
+        settings, tokenizer = _load_config(folder, config), _load_tokenizer(folder, config)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    settings, dtype=dtype, attn_implementation="eager", trust_remote_code=config.trust_remote_code
+                )
+        except Exception as error:  # architectures fail in their own ways
+            raise _fault(config, "cannot be built as a causal LM", error) from error
+    return model.requires_grad_(False).eval(), tokenizer
+
+
 def locate(base: str, revision: str | None, say: Callable[[str], None], *, weights: bool = True) -> Path:
     """The local folder with the config, tokenizer and weights of ``base``, fetched or converted if need be; without
     ``weights``, those of a hub model are not fetched. Raises InputError."""
