@@ -176,7 +176,7 @@ class Workload:
         backbone: Any = self.model.get_decoder()
         with torch.set_grad_enabled(gradient != "none"):
             try:
-                cache = prefix_cache(Prefix.unstack(slots, self.dtype)) if prefix else None
+                cache: Any = prefix_cache(Prefix.unstack(slots, self.dtype)) if prefix else None
                 if gradient == "inputs":
                     cache = Cache(layers=[CaptureLayer() for _ in range(self.layers)])
                 hidden = backbone(
