@@ -157,8 +157,12 @@ def load_empty(
     """
     from transformers import AutoModelForCausalLM  # takes seconds, and a tokenizer alone does not need it
 
+    path = Path(config.base).expanduser()
     with quiet():
-        folder = locate(config.base, config.revision, say or _to_stderr, weights=False)
+        if path.is_dir():  # config and tokenizer are enough
+            folder = _checked_folder(path, f"model.base {config.base}", weights=False)
+        else:
+            folder = locate(config.base, config.revision, say or _to_stderr, weights=False)
         settings, tokenizer = _load_config(folder, config), _load_tokenizer(folder, config)
         try:
             with torch.device("meta"):

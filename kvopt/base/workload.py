@@ -96,6 +96,11 @@ class Workload:
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
 
+    @property
+    def head_bytes(self) -> int:
+        """Of the output head."""
+        return self.vocab_size * self.hidden_size * self.dtype.itemsize
+
     def context_bytes(self, slots: int) -> int:
         """Of the keys and values of so many slots, in the model's dtype."""
         return slots * self.layers * 2 * self.kv_heads * self.head_dim * self.dtype.itemsize

@@ -23,6 +23,12 @@ from kvopt.run.inputs import Inputs
 GIB = 2**30
 USABLE = 0.92
 """Share of a device's memory that a run may fill: the rest is the driver's, and lost between tensors."""
+HEAP = 1.5
+"""Bytes that a CPU's allocator takes for each byte of activations, whose sizes change from batch to batch (measured on
+SmolLM2-135M with glibc); a process gives little of it back, so a later stage peaks at least as high.
+"""
+LOADED_BYTES = 60 * 2**20
+"""What loading leaves in a process on a CPU beside the weights."""
 CALIBRATION = 5.0
 """Seconds of measurement for ``--device here``."""
 
@@ -41,6 +47,10 @@ class Target:
     dtype: torch.dtype
     rates: Callable[[Workload, Forecast], Rates]
     source: str
+
+    def taken(self, tensor_bytes: int) -> int:
+        """Bytes of memory for so many bytes of tensors that come and go."""
+        return int(HEAP * tensor_bytes) if self.kind == "cpu" else tensor_bytes
 
 
 def make_plan(inputs: Inputs, device: str = HERE, count: int = 1) -> dict[str, Any]:
@@ -69,9 +79,13 @@ def document(forecast: Forecast, target: Target) -> dict[str, Any]:
     weights = forecast.workload.weight_bytes
     sharded = forecast.config.model.model_dump().get("shard") == "fsdp2" and target.count > 1
     held = target.process_bytes + (weights // target.count if sharded else weights)
+    if target.kind == "cpu":  # a CPU's products put the head's rows into another order
+        held += LOADED_BYTES + forecast.workload.head_bytes
     stages: list[dict[str, Any]] = []
+    peak = held
     for stage in forecast.stages:
-        seconds, peak = rates.seconds(stage.work) / target.count, held + stage.work.extra_bytes
+        seconds, own = rates.seconds(stage.work) / target.count, held + target.taken(stage.work.extra_bytes)
+        peak = max(peak, own) if target.kind == "cpu" else own  # a process on a CPU keeps its heap
         stages.append(
             {
                 "stage": stage.name,
@@ -111,18 +125,19 @@ def _changes(stages: list[Stage], held: int, weights: int, target: Target, shard
         return [f"model.shard: fsdp2{devices} (the weights, {weights / GIB:.1f} GiB, do not fit one device)"]
     changes: dict[str, str] = {}
     for stage in stages:
-        if held + stage.work.extra_bytes <= target.memory or stage.smaller is None:
+        if held + target.taken(stage.work.extra_bytes) <= target.memory or stage.smaller is None:
             continue
         rows = stage.rows
-        while rows > 1 and held + stage.smaller(rows) > target.memory:
+        while rows > 1 and held + target.taken(stage.smaller(rows)) > target.memory:
             rows //= 2
-        if held + stage.smaller(rows) <= target.memory:
+        if held + target.taken(stage.smaller(rows)) <= target.memory:
             changes[stage.setting] = f"{stage.setting}: {rows}"
         else:
             more = ", model.shard: fsdp2 on more devices" if not sharded and target.kind == "cuda" else ""
+            least = (held + target.taken(stage.smaller(1))) / GIB
             changes[stage.setting] = (
-                f"{stage.setting}: 1 still needs {(held + stage.smaller(1)) / GIB:.1f} GiB; shorter rows, a larger"
-                f" device, model.gradient_checkpointing: true{more}"
+                f"{stage.setting}: 1 still needs {least:.1f} GiB; shorter rows, a larger device,"
+                f" model.gradient_checkpointing: true{more}"
             )
     return list(changes.values())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvopt.base.hardware import DEVICES
+from kvopt.base.hardware import DEVICES, Hardware
 from kvopt.base.loading import load_empty
 from kvopt.base.workload import EXPERTS, Shape, Workload
 from kvopt.config.document import load_config
@@ -48,6 +49,11 @@ def job(folder: Path, change: Callable[[dict[str, Any]], object] = lambda config
         change(config)
 
     return write_job(folder, changed)
+
+
+def small(memory: float) -> Hardware:
+    """A device of so many bytes."""
+    return Hardware("small", memory, 1e12, 1e12, 1.0, "made up")
 
 
 def plan_of(config: Path, device: str = "here", count: int = 1) -> dict[str, Any]:
@@ -124,6 +130,16 @@ def test_a_larger_device_is_planned_without_being_there(tmp_path: Path) -> None:
     assert "H100 data sheet" in one["source"]
 
 
+def test_config_and_tokenizer_are_enough(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_folder("llama"), folder)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    config = job(tmp_path / "job")
+    bare = job(tmp_path / "bare", lambda c: c["model"].update(base=str(folder)))
+    assert plan_of(bare, "h100-80gb") == plan_of(config, "h100-80gb")
+
+
 def test_what_does_not_fit_names_the_setting_that_mends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def long_steps(config: dict[str, Any]) -> None:
         config["contexts"] = [config["contexts"][0] | {"batch_size": 8, "micro_batch_size": None}]
@@ -132,9 +148,7 @@ def test_what_does_not_fit_names_the_setting_that_mends_it(tmp_path: Path, monke
     whole = plan_of(config, "h100-80gb")
     step = next(s for s in whole["stages"] if s["stage"] == "contexts/kv-8")
     with_room = (step["peak_memory_bytes"] - 1) / planning.USABLE
-    monkeypatch.setitem(
-        DEVICES, "small", planning.named_hardware("h100-80gb").__class__("small", with_room, 1e12, 1e12, 1, "")
-    )
+    monkeypatch.setitem(DEVICES, "small", small(with_room))
     result = plan_of(config, "small")
     assert not result["fits"]
     assert result["changes"] == ["contexts.kv-8.micro_batch_size: 4"]
@@ -142,9 +156,7 @@ def test_what_does_not_fit_names_the_setting_that_mends_it(tmp_path: Path, monke
         job(tmp_path / "again", lambda c: (long_steps(c), c["contexts"][0].update(micro_batch_size=4))), "small"
     )
     assert smaller["fits"], "what it says mends it"
-    monkeypatch.setitem(
-        DEVICES, "small", planning.named_hardware("h100-80gb").__class__("small", 1000.0, 1e12, 1e12, 1, "")
-    )
+    monkeypatch.setitem(DEVICES, "small", small(1000.0))
     [change] = plan_of(config, "small")["changes"]
     assert re.match(
         r"model\.shard: fsdp2 and \d+ devices of this kind \(the weights, .* do not fit one device\)", change
