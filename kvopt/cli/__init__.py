@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from kvopt.cli import bench as benchmarks
-from kvopt.cli import contexts, evaluation, exporting, merging, planning, report, sequence, shortest, starting, students
+from kvopt.cli import contexts, evaluation, exporting, merging, plans, report, sequence, shortest, starting, students
 from kvopt.errors import InputError, KvoptError
 from kvopt.storage.files import write_error
 from kvopt.version import VERSION
@@ -38,7 +38,7 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "demo": starting.demo,
         "init": starting.init,
         "validate": starting.validate,
-        "plan": planning.plan,
+        "plan": plans.plan,
         "config": starting.show_config,
     },
     "Contexts: find, compare, export": {

@@ -20,7 +20,7 @@ from kvopt.cli.common import (
     show_board,
 )
 from kvopt.cli.growing_board import growing_board
-from kvopt.cli.planning import say_plan
+from kvopt.cli.plans import say_plan
 from kvopt.cli.report import leave_page
 from kvopt.cli.students import prepared, show_students
 from kvopt.errors import counted

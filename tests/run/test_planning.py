@@ -214,11 +214,11 @@ def test_what_cannot_be_counted_is_named_and_stops_no_run(monkeypatch: pytest.Mo
         raise InputError("the work of this base cannot be counted: because", where="model.base")
 
     monkeypatch.setattr(Workload, "flops", fails)
-    from kvopt.cli.planning import say_plan
+    from kvopt.cli.plans import say_plan
 
     run = Run(*load_config(job(tmp_path / "again")), tmp_path / "run", say=lambda line: None, bars=False)
     said: list[str] = []
-    monkeypatch.setattr("kvopt.cli.planning.say", said.append)
+    monkeypatch.setattr("kvopt.cli.plans.say", said.append)
     with run.opened():
         say_plan(run)
     assert said == ["plan: none (model.base: the work of this base cannot be counted: because)"]
