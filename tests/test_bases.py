@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from kvopt.base import gguf, hub, loading
+from kvopt.base import gguf, hub, places
 from kvopt.base.attention import gated, watched
 from kvopt.base.identity import config_sha256
 from kvopt.base.loading import Base, load_base, load_tokenizer
@@ -198,10 +198,10 @@ def test_a_converted_base_in_a_cache_that_cannot_be_written_is_used(
     with monkeypatch.context() as inner:
         inner.setattr(hub, "acquire_lock", no_permission)
         with pytest.raises(InputError, match="no permission to write"):
-            loading.locate(str(tmp_path / "model.gguf"), None, lambda line: None)
-    folder = loading.locate(str(tmp_path / "model.gguf"), None, lambda line: None)
+            places.locate(str(tmp_path / "model.gguf"), None, lambda line: None)
+    folder = places.locate(str(tmp_path / "model.gguf"), None, lambda line: None)
     monkeypatch.setattr(hub, "acquire_lock", no_permission)
-    assert loading.locate(str(tmp_path / "model.gguf"), None, lambda line: None) == folder
+    assert places.locate(str(tmp_path / "model.gguf"), None, lambda line: None) == folder
 
 
 # ---- positions
@@ -289,25 +289,33 @@ def test_an_attention_that_the_base_cannot_do_is_one_line_with_the_mend_for_run_
     make: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     folder = make(tmp_path)
-    for attention in ("sdpa", "spda"):
-        line = rf"model\.attention {attention}: .*set model\.attention: eager"
-        with pytest.raises(InputError, match=line):
-            loaded(folder, attention=attention)
-        with pytest.raises(InputError, match=line):
-            load_tokenizer(ModelConfig(base=str(folder), attention=attention))
-    load_tokenizer(ModelConfig(base=str(folder), attention="eager"))
+    for key in ("attn_implementation", "attention"):  # the second is how it was said before 0.3
+        for attention in ("sdpa", "spda"):
+            line = rf"model\.attn_implementation {attention}: .*set model\.attn_implementation: eager"
+            with pytest.raises(InputError, match=line):
+                loaded(folder, **{key: attention})
+            with pytest.raises(InputError, match=line):
+                load_tokenizer(ModelConfig.model_validate({"base": str(folder), key: attention}))
+    load_tokenizer(ModelConfig(base=str(folder), attn_implementation="eager"))
 
 
 def test_an_attention_that_the_base_can_do_passes_both(tmp_path: Path) -> None:
     folder = made(tmp_path, LlamaConfig(**SMALL))
     for attention in ("sdpa", "eager", "flex_attention"):
-        load_tokenizer(ModelConfig(base=str(folder), attention=attention))
-    assert loaded(folder, attention="sdpa").model.config._attn_implementation == "sdpa"
+        load_tokenizer(ModelConfig(base=str(folder), attn_implementation=attention))
+    assert loaded(folder, attn_implementation="sdpa").model.config._attn_implementation == "sdpa"
 
 
-def test_a_whole_job_runs_on_gpt_oss(tmp_path: Path) -> None:
-    folder = gpt_oss(tmp_path / "base")
+@pytest.mark.parametrize("make", [gemma2, gpt_oss])
+def test_a_whole_job_runs_on_a_base_with_softcap_or_sinks(
+    make: Callable[[Path], Path], kvopt: Kvopt, tmp_path: Path
+) -> None:
+    """Saved to a folder, under default settings."""
+    folder = make(tmp_path / "base")
     config = write_job(tmp_path / "job", lambda c: c["model"].update(base=str(folder)))
+    code, out, err = kvopt("validate", config)
+    assert code == 0, err
+    assert out.rstrip().endswith("OK")
     board = run_job(config, tmp_path / "run")
     scores = {row["name"]: row["kl_forward"]["mean"] for row in board["contexts"]}
     assert scores["original"] < 1e-9

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kvopt.bench import steps
 from kvopt.bench.floor import fitting_rows, fitting_scores, products
 from kvopt.bench.long_gold import LongPoint, as_document, bench_long, long_rows
+from kvopt.bench.variants import as_json
 from kvopt.config.document import load_config
 from kvopt.task.seam import Row
 from tests.jobs import write_job
@@ -47,7 +48,7 @@ def test_a_step_and_scores_say_what_share_of_them_is_products(tmp_path: Path) ->
     scores = steps.our_scores(steps.ScoreCase(task.base, [task.original], task.encoded, task.reference))
     for title, variant in (("step", ours), ("score", scores)):
         assert variant.floor_seconds is not None
-        share = steps.as_json(title, [variant, variant])["floor_share"]
+        share = as_json(title, [variant, variant])["floor_share"]
         assert share == pytest.approx(variant.floor_seconds / variant.seconds)
 
 

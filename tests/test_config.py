@@ -161,6 +161,16 @@ def test_set_changes_values_and_list_items_by_name_or_position(load):
     assert load(sets=["contexts=[]"]).contexts == []
 
 
+def test_the_attention_of_transformers_may_be_named_as_before(load):
+    assert load().model.attention == load().model.attn_implementation == "auto"
+    older = load(model={"attention": "eager"}).model
+    assert (older.attention, older.attn_implementation) == ("auto", "eager")
+    both = load(model={"attention": "packed", "attn_implementation": "sdpa"}).model
+    assert (both.attention, both.attn_implementation) == ("packed", "sdpa")
+    line = fault(load, model={"attention": "sdpa", "attn_implementation": "eager"})
+    assert "model: attention is auto, packed or padded, not 'sdpa'" in line
+
+
 def test_set_finds_items_whose_names_hold_dots(load):
     contexts = [{"name": "kv"}, {"name": "kv.1"}, {"name": "kv.1.b"}]
     config = load(contexts=contexts, sets=["contexts.kv.1.steps=3", "contexts.kv.1.b.steps=4"])

@@ -18,6 +18,7 @@ from tests.gpu.device import require
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "tools" / "gpu_check.sh"
+PARTS = ("tests", "kernels", "attention", "steps")
 QUICK = "-k equal_hidden_states_give_exactly_zero"
 
 
@@ -46,9 +47,10 @@ def test_a_failing_part_does_not_stop_the_others_and_is_the_only_one_to_run_agai
     first = check(tmp_path, "--device", "cpu", GPU_CHECK_PYTEST="--no-such-option")
     assert first.returncode == 1, first.stdout
     assert not facts(tmp_path, "tests")["complete"]
-    assert [facts(tmp_path, part)["complete"] for part in ("kernels", "steps")] == [True, True], first.stdout
+    assert all(facts(tmp_path, part)["complete"] for part in PARTS[1:]), first.stdout
     _kernels_are_measured(tmp_path)
     _steps_are_measured(tmp_path)
+    _packed_rows_are_measured(tmp_path)
 
     again = check(tmp_path, "--device", "cpu", GPU_CHECK_PYTEST=QUICK)
     assert again.returncode == 0, again.stdout
@@ -56,10 +58,10 @@ def test_a_failing_part_does_not_stop_the_others_and_is_the_only_one_to_run_agai
     assert "steps: complete already" in again.stdout
     results = {item["name"]: item["result"] for item in facts(tmp_path, "tests")["items"]}
     assert results["test_kernels.py::test_equal_hidden_states_give_exactly_zero[torch]"] == "passed"
-    last = again.stdout.rstrip().splitlines()[-4:]
-    assert [line.split()[:2] for line in last[:3]] == [[part, "complete"] for part in ("tests", "kernels", "steps")]
+    last = again.stdout.rstrip().splitlines()[-5:]
+    assert [line.split()[:2] for line in last[:4]] == [[part, "complete"] for part in PARTS]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [*(f"{part}.{kind}" for part in ("tests", "kernels", "steps") for kind in ("json", "md")), "gpu_check.log"]
+        [*(f"{part}.{kind}" for part in PARTS for kind in ("json", "md")), "gpu_check.log"]
     )
 
 
@@ -82,12 +84,22 @@ def _steps_are_measured(out: Path) -> None:
     items = facts(out, "steps")["items"]
     for model in ("Qwen3-4B geometry", "Llama-3-8B geometry"):
         mine = {item["name"]: item for item in items if item["model"] == model}
-        step, peft = mine["kvopt"], mine["PEFT CARTRIDGE, full logits"]
+        step, peft = mine["kvopt, padded rows"], mine["PEFT CARTRIDGE, full logits"]
+        packed = mine["kvopt, packed rows"]
+        assert packed["kl"] == pytest.approx(step["kl"], rel=1e-4)
         scores, full = mine["kvopt: one prefix, bodies"], mine["plain transformers: full prompts"]
         assert step["kl"] == pytest.approx(peft["kl"], rel=1e-2)
         assert scores["kl"] == pytest.approx(full["kl"], rel=1e-2)
         assert min(item["seconds"] for item in (step, peft, scores, full)) > 0
         assert "x the time" in peft["note"]
+
+
+def _packed_rows_are_measured(out: Path) -> None:
+    items = facts(out, "attention")["items"]
+    assert [item["name"] for item in items] == ["padded", "packed"] * 2, "in float32 and bfloat16"
+    for item in items[1::2]:
+        assert "masks of numbers; outputs" in item["note"]
+        assert "x the time" in item["note"]
 
 
 def test_a_part_out_of_time_is_noted_and_a_wheel_that_does_not_fit_is_named(tmp_path: Path) -> None:
@@ -114,7 +126,7 @@ def test_a_gpu_that_was_asked_for_and_is_missing_fails(tmp_path: Path) -> None:
 def test_the_script_says_how_it_is_used() -> None:
     helped = subprocess.run([str(SCRIPT), "--help"], capture_output=True, text=True)
     assert helped.returncode == 0
-    for word in ("pydantic-core", "pip download", "SMOLLM2", "--again", "tests|kernels|steps"):
+    for word in ("pydantic-core", "pip download", "SMOLLM2", "--again", "tests|kernels|attention|steps"):
         assert word in helped.stdout
     wrong = subprocess.run([str(SCRIPT), "everything"], capture_output=True, text=True)
     assert wrong.returncode == 2

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kvopt.base.loading import Base
 from kvopt.base.packing import _first_fit, pack
-from kvopt.base.prefix import Prefix, empty_prefix, gold_hidden, prefill
+from kvopt.base.prefix import Prefix, empty_prefix, gold_hidden, lines_for, packing_for, prefill
 from kvopt.task.seam import Batch, Row, make_batch
+from tests.attentions import BASES, base_of
 from tests.tiny import tiny_base
 
 BODIES, GOLD = (9, 2, 6, 4, 14, 3), (5, 2, 1, 7, 3, 2)
@@ -28,13 +29,13 @@ def ragged_batch() -> Batch:
 
 
 def padding_only(base: Base) -> Base:
-    return replace(base, capability=replace(base.capability, packs=False))
+    return replace(base, attention="padded")
 
 
-@pytest.mark.parametrize("model", ["llama", "qwen3"])
+@pytest.mark.parametrize("model", BASES)
 @pytest.mark.parametrize("slots", [0, 11])
 def test_packed_rows_have_the_states_and_gradients_of_padded_ones(model: str, slots: int) -> None:
-    base, batch = tiny_base(model), ragged_batch()
+    base, batch = base_of(model), ragged_batch()
     assert base.capability.packs
     assert pack(batch.mask.sum(-1).tolist(), slots) is not None
     prefix = prefill(base, ids=torch.arange(20, 20 + slots)) if slots else empty_prefix(base)
@@ -49,13 +50,24 @@ def states_and_gradient(base: Base, prefix: Prefix, batch: Batch) -> tuple[Tenso
     hidden = gold_hidden(base, Prefix.unstack(leaf, base.dtype) if len(prefix) else prefix, batch)
     if len(prefix) == 0:
         return hidden.detach(), leaf.detach()
-    (hidden * torch.arange(1, len(hidden) + 1)[:, None]).mean().backward()
+    (hidden * torch.arange(1, len(hidden) + 1, device=hidden.device)[:, None]).mean().backward()
     assert leaf.grad is not None
     return hidden.detach(), leaf.grad
 
 
-def test_a_sliding_window_is_padded() -> None:
-    assert not tiny_base("gemma3").capability.packs
+def test_the_setting_decides_whether_rows_are_packed() -> None:
+    base, batch, same = tiny_base("llama"), ragged_batch(), make_batch([Row("r", (5, 6), (7,))] * 2, [0, 1])
+    assert packing_for(base, batch, 4) is not None
+    assert packing_for(base, same, 4) is None
+    always = packing_for(replace(base, attention="packed"), same, 4)
+    assert always is not None
+    assert packing_for(replace(base, attention="padded"), batch, 4) is None
+    assert lines_for(replace(base, attention="padded"), batch.lengths, 4) is None
+    on_gpu = replace(base, device=torch.device("cuda"))
+    assert packing_for(on_gpu, batch, 4) is None, "a mask of numbers costs a GPU its flash attention"
+    flexible = packing_for(replace(on_gpu, capability=replace(base.capability, flex=True)), batch, 4)
+    assert flexible is not None
+    assert (flexible.lines, flexible.width, flexible.in_blocks) == (1, 128, True)
 
 
 def test_rows_stay_whole_and_apart() -> None:
@@ -85,6 +97,8 @@ def test_a_token_attends_to_the_prefix_and_to_its_own_row_before_it() -> None:
     padded = _first_fit([2, 4], 4).mask(1)[1, 0]  # row 0 and two positions of padding
     assert padded.int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
     assert packing.positions(5).tolist() == [[5, 6, 7, 5], [5, 5, 5, 5]]
+    near = _first_fit([3, 1, 1], 4).mask(2, 3)[0, 0]  # row 0 begins at position 2, and sees 3 positions
+    assert near.int().tolist() == [[1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0], [1, 1, 0, 0, 0, 1]]
     assert packing.packed(torch.tensor([[7, 8, 9], [4, 0, 0], [3, 0, 0]])).tolist() == [[7, 8, 9, 4], [3, 0, 0, 0]]
 
 

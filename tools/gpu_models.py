@@ -4,6 +4,7 @@ the device, a made-up tokenizer, and a task for it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
+from kvopt.base.flex import with_flex
 from kvopt.base.loading import Base
 from kvopt.base.probe import probe
+from kvopt.config.model import ModelConfig
 from kvopt.contexts import TextContext
 from kvopt.task.examples import Example
 from kvopt.task.seam import Encoded, Encoder
@@ -68,22 +71,37 @@ SIZES = {
 }
 
 
-def random_base(name: str, size: str, device: torch.device) -> Base:
+def random_base(
+    name: str,
+    size: str,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    layers: int | None = None,
+    say: Callable[[str], None] = print,
+) -> Base:
     """A base of that geometry (a tiny one with ``size`` "small"), in bfloat16 on a GPU, else float32. Its weights are
     drawn on the device itself.
+
+    Args:
+        dtype: another dtype.
+        layers: fewer layers, and then a small vocabulary too.
+        say: gets the reason where FlexAttention cannot be used.
     """
     kind, values = GEOMETRIES[name]
     if size == "small":
         values = values | TINY | ({"head_dim": 20} if "head_dim" in values else {})
+    if layers is not None:
+        values = values | {"num_hidden_layers": layers, "vocab_size": TINY["vocab_size"]}
     config = kind(**values, bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.requires_grad_(False).eval()
     words = tokenizer()
     ordinary = list(islice((i for i in range(300, len(words))), 5))
-    found = probe(model, ordinary, name)
+    found = with_flex(model, ordinary, probe(model, ordinary, name), ModelConfig(), say)
     identity: dict[str, str | None] = dict.fromkeys(("weights", "config", "tokenizer"), f"random: {name}, {size}")
     return Base(model, words, name, device, dtype, found.geometry, identity | {"chat_template": None}, found)
 
@@ -143,6 +161,5 @@ def made_up_task(base: Base, sizes: Sizes) -> MadeUpTask:
 def stored_base(folder: Path, device: torch.device) -> Base:
     """A model folder, in the device's own dtype."""
     from kvopt.base.loading import load_base
-    from kvopt.config.model import ModelConfig
 
     return load_base(ModelConfig(base=str(folder), device=str(device)), say=lambda line: None)

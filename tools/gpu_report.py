@@ -36,7 +36,7 @@ class Part:
 
     Args:
         out: the folder of results.
-        name: tests, kernels or steps.
+        name: tests, kernels, attention or steps.
         size: "full" or "small". device: "cuda" or "cpu".
         columns: title of each column of the table, and the key of an item that it shows.
         title: the table's heading; ``notes`` are lines below it.

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,16 +20,16 @@ from gpu_report import Part
 
 from kvopt.base.loading import Base
 from kvopt.bench.steps import (
+    OTHER_ROWS,
     ScoreCase,
     StepCase,
-    Variant,
-    measured,
     naive_scores,
     our_scores,
     our_step,
     peft_step,
     step_case,
 )
+from kvopt.bench.variants import Variant, measured
 from kvopt.kernels.budget import wait_for
 from kvopt.kernels.memory import reset_peak
 from kvopt.learn.descent import differentiated_loss
@@ -97,6 +98,9 @@ class Steps:
         shape = f"{rows} rows of {len(first)} tokens, {len(first.gold)} of them gold"
         what = f"step, {sizes.slots} slots for {len(task.encoded.prefix)} tokens, {shape}"
         ours = self._variant(name, what, lambda: our_step(step, repeats), None, ours=True)
+        if ours is not None and ours.rows in OTHER_ROWS:
+            other = replace(step, base=replace(base, attention=OTHER_ROWS[ours.rows]))
+            self._variant(name, what, lambda: our_step(other, repeats), ours, ours=True)
         what_scores = (
             f"{len(task.mutations)} mutations of {len(task.encoded.prefix)} tokens x {len(task.encoded.rows)} rows"
         )

@@ -1,7 +1,6 @@
 """The base's own attention, watched or with gates on some keys.
 
-Both put a function of ours in the place of the base's attention while a block runs. It goes through PyTorch's
-scaled-dot-product attention, or through the model's own eager attention where that does more: a softcap, sinks.
+Both put a function of ours in the place of the base's attention while a block runs.
 
 Symbols: B rows, H query heads, h key/value heads, n queries, m keys, T prefix slots, d head dimension.
 """
@@ -9,7 +8,6 @@ Symbols: B rows, H query heads, h key/value heads, n queries, m keys, T prefix s
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvopt.base.loading import Base
+from kvopt.base.own_attention import own_attention
 
 _OURS = "kvopt_attention"
 KEPT_QUERIES = 512
@@ -41,7 +39,7 @@ def watched(base: Base, observe: Observe) -> Iterator[None]:
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         observe(module, query, key, value, mask, kwargs.get("scaling"))
-        return _attend(module, query, key, value, mask, **kwargs)
+        return own_attention(module, query, key, value, mask, **kwargs)
 
     with replaced(base, attention):
         yield
@@ -71,7 +69,7 @@ def gated(base: Base, gates: Tensor) -> Iterator[None]:
                 added = added * (1 - torch.eye(keys, device=added.device))
             low = torch.finfo(query.dtype).min
             whole = added.masked_fill(~allowed_keys(mask), low).to(query.dtype)
-            return _attend(module, query, key, value, whole, **kwargs)
+            return own_attention(module, query, key, value, whole, **kwargs)
 
         if queries > KEPT_QUERIES and torch.is_grad_enabled():  # its weights, [queries, keys], would be kept
             return checkpoint(attend, query, key, value, bias, use_reentrant=False)
@@ -79,20 +77,6 @@ def gated(base: Base, gates: Tensor) -> Iterator[None]:
 
     with replaced(base, attention):
         yield
-
-
-def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
-    """The attention that the base itself computes. PyTorch's knows no softcap and no sinks."""
-    if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-    eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
-    if mask is None:
-        queries, keys = query.shape[-2], key.shape[-2]
-        places = torch.arange(keys, device=query.device)
-        mask = (places[None] <= places[keys - queries :, None])[None, None]
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    return eager(module, query, key, value, mask, **kwargs)
 
 
 @contextlib.contextmanager

@@ -19,8 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvopt.base.launch import split
 from kvopt.base.loading import Base
-from kvopt.base.packing import pack
-from kvopt.base.prefix import Prefix, PrefixLayer, run_packed
+from kvopt.base.prefix import Prefix, PrefixLayer, lines_for, run_packed
 from kvopt.errors import InputError
 
 Progress = Callable[[int], None]
@@ -169,12 +168,10 @@ def _packed_start(base: Base, prefix: Prefix, bodies: Sequence[Sequence[int]], c
     padded on the left; hidden states [B, D] of their last tokens. None, and nothing done, where padding is cheaper.
     """
     lengths = [len(body) for body in bodies]
-    packing = None
-    if base.device.type == "cpu" and base.capability.packs:
-        packing = pack(lengths, len(prefix))
+    packing = lines_for(base, lengths, len(prefix))
     if packing is None:
         return None
-    ids = pad_sequence([torch.tensor(body) for body in bodies], batch_first=True)
+    ids = pad_sequence([torch.tensor(body) for body in bodies], batch_first=True).to(base.device)
     seen = Cache(layers=[KeepingLayer(k, v) for k, v in zip(prefix.keys, prefix.values, strict=True)])
     hidden = run_packed(base, prefix, ids, packing, seen)
     end = len(prefix) + max(lengths)

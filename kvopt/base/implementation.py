@@ -21,17 +21,17 @@ def implementation(config: ModelConfig, settings: Any) -> str | None:
     Raises InputError for sdpa where the attention's logits have a softcap, which sdpa leaves out or refuses.
     """
     softcap = getattr(text_config(settings), "attn_logit_softcapping", None)
-    if config.attention == "auto":
+    if config.attn_implementation == "auto":
         return "eager" if softcap else None
-    if softcap and config.attention == "sdpa":
+    if softcap and config.attn_implementation == "sdpa":
         raise refused(config, settings, "its softcap is not in sdpa")
-    return config.attention
+    return config.attn_implementation
 
 
 def check_implementation(config: ModelConfig, settings: Any) -> None:
     """Ask transformers for the model without its weights. Raises InputError where it refuses the attention."""
     asked = implementation(config, settings)
-    if config.attention in ("auto", "eager"):
+    if config.attn_implementation in ("auto", "eager"):
         return
     from transformers import AutoModelForCausalLM  # takes seconds, and is not needed without a wish
 
@@ -60,6 +60,6 @@ def refused(config: ModelConfig, settings: Any, why: str = "") -> InputError:
     name = type(settings).__name__.removesuffix("Config")
     return InputError(
         f"{name} cannot be computed with this attention" + (f": {why}" if why else ""),
-        where=f"model.attention {config.attention}",
-        fix="set model.attention: eager, or auto",
+        where=f"model.attn_implementation {config.attn_implementation}",
+        fix="set model.attn_implementation: eager, or auto",
     )

@@ -4,7 +4,6 @@ a GGUF file."""
 from __future__ import annotations
 
 import json
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,33 +12,30 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from kvopt.base import builtin, hub
+from kvopt.base import hub
 from kvopt.base.devices import automatic_dtype, choose_device, device_name, dtype_warning, is_out_of_memory
-from kvopt.base.gguf import save_gguf_as_folder
 from kvopt.base.identity import chat_template_sha256, config_sha256, tokenizer_sha256, weights_sha256
 from kvopt.base.implementation import check_implementation, implementation, is_refusal, reason, refused
+from kvopt.base.places import checked_folder, locate, source_of
 from kvopt.base.probe import Capability, Geometry, check_config, context_window, probe, text_config
 from kvopt.base.quantization import identity_of, keep_gradients, method_of, quantization_config
 from kvopt.base.rope import Rope
 from kvopt.config.model import BUILTIN_BASE, ModelConfig
 from kvopt.documents.part import BaseIdentity
-from kvopt.errors import InputError, KvoptError, counted
-from kvopt.storage.files import sha256_file
+from kvopt.errors import InputError, KvoptError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvopt.kernels import Head
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-GGUF_LAYOUT = 2  # part of the folder's name; raise it when the conversion changes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -56,7 +52,8 @@ class Base:
         identity: sha256 of ``weights``, ``config``, ``tokenizer``, ``chat_template`` (None without one), and
             ``source``, where the built-in or a converted base came from (None otherwise), and for a base that was
             quantized on loading, ``quantization``.
-        capability: what running it showed (head scale, softcap, how keys rotate).
+        capability: what running it showed (head scale, softcap, how keys rotate, whether rows can be packed).
+        attention: ``model.attention`` of the config: whether rows are packed or padded.
     """
 
     model: PreTrainedModel
@@ -67,6 +64,7 @@ class Base:
     geometry: Geometry
     identity: dict[str, str | None]
     capability: Capability
+    attention: Literal["auto", "packed", "padded"] = "auto"
 
     @property
     def document(self) -> BaseIdentity:
@@ -124,6 +122,8 @@ def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) 
     Raises InputError, one line, for a base that does not exist, has no tokenizer or config, is no causal LM, needs
     code that was not trusted, or cannot be run; KvoptError when no source of the built-in base can be reached.
     """
+    from kvopt.base.flex import with_flex  # loads torch's compiler, which a tokenizer alone does not need
+
     say, device, dtype = say or _to_stderr, choose_device(config.device), config.dtype
     torch_dtype = automatic_dtype(device) if dtype == "auto" else DTYPES[dtype]
     if warning := dtype_warning(device, torch_dtype, dtype == "auto"):
@@ -135,11 +135,14 @@ def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) 
         model = _load_model(folder, config, settings, torch_dtype, device)
     model.requires_grad_(False).eval()
     _check_vocabulary(model, tokenizer, config.base)
-    capability = probe(model, _ordinary_ids(model, tokenizer), config.base)
+    ids = _ordinary_ids(model, tokenizer)
+    capability = with_flex(model, ids, probe(model, ids, config.base), config, say)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     identity = _identity(folder, tokenizer, config)
-    return Base(model, tokenizer, config.base, device, torch_dtype, capability.geometry, identity, capability)
+    return Base(
+        model, tokenizer, config.base, device, torch_dtype, capability.geometry, identity, capability, config.attention
+    )
 
 
 def _identity(folder: Path, tokenizer: Any, config: ModelConfig) -> dict[str, str | None]:
@@ -148,7 +151,7 @@ def _identity(folder: Path, tokenizer: Any, config: ModelConfig) -> dict[str, st
         "config": config_sha256(folder),
         "tokenizer": tokenizer_sha256(tokenizer),
         "chat_template": chat_template_sha256(tokenizer),
-        "source": _source(folder),
+        "source": source_of(folder),
     }
     if config.quantization is not None:
         identity["quantization"] = identity_of(config.quantization)
@@ -201,62 +204,29 @@ def load_tokenizer(config: ModelConfig, *, say: Callable[[str], None] | None = N
         return _load_tokenizer(folder, config), context_window(text_config(settings))
 
 
-def locate(base: str, revision: str | None, say: Callable[[str], None], *, weights: bool = True) -> Path:
-    """The local folder with the config, tokenizer and weights of ``base``, fetched or converted if need be; without
-    ``weights``, those of a hub model are not fetched. Raises InputError."""
-    if base == BUILTIN_BASE:
-        return builtin.builtin_folder(say)
-    path, where = Path(base).expanduser(), f"model.base {base}"
-    if base.lower().endswith(".gguf"):
-        if not path.is_file():
-            raise InputError(f"no such GGUF file: {path.resolve()}", where=where)
-        return _converted(path, say)
-    if path.is_dir():
-        return _checked_folder(path, where)
-    if path.exists():
-        raise InputError("is a file; a base is a model folder, a hub id or a .gguf file", where=where)
-    if base.startswith((".", "/", "~")) or not HUB_ID.fullmatch(base):
-        raise InputError(
-            f"no such folder: {path.resolve()}", where=where, fix=f"give a model folder, a hub id or {BUILTIN_BASE}"
-        )
-    return _checked_folder(hub.snapshot(base, revision, weights=weights), where, weights=weights)
+def load_empty(
+    config: ModelConfig, dtype: torch.dtype, *, say: Callable[[str], None] | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """The model of ``config.base`` without weights, on torch's meta device, and its tokenizer; weights of a hub model
+    are not fetched. Raises InputError as :func:`load_base` does.
+    """
+    from transformers import AutoModelForCausalLM  # takes seconds, and a tokenizer alone does not need it
 
-
-def _checked_folder(folder: Path, where: str, *, weights: bool = True) -> Path:
-    if not (folder / "config.json").is_file():
-        fix = "an adapter or context folder is not a base; give the model that it belongs to"
-        raise InputError("the folder has no config.json", where=where, fix=fix)
-    if not hub.has_tokenizer(folder):
-        raise InputError("the base has no tokenizer", where=where, fix="save its tokenizer into the folder")
-    if weights and not hub.weight_files(folder):
-        raise InputError("the folder has no weights (*.safetensors or pytorch_model*.bin)", where=where)
-    if weights and (absent := hub.missing_weights(folder)):
-        what = f"the folder lacks {counted(len(absent), 'weight file')} that its index names, first {absent[0]}"
-        raise InputError(what, where=where, fix="complete it")
-    if (folder / "adapter_config.json").is_file():  # transformers would put the adapter on top of the weights
-        raise InputError(
-            "the folder holds a whole model and an adapter (adapter_config.json), which would be applied to it",
-            where=where,
-            fix="move the adapter_* files away if they are merged, else merge them first",
-        )
-    return folder
-
-
-def _converted(file: Path, say: Callable[[str], None]) -> Path:
-    digest = sha256_file(file)
-    folder = hub.cache_folder() / "bases" / f"gguf-{digest[:32]}-v{GGUF_LAYOUT}"
-    if (folder / "source.json").is_file():
-        return folder
-    with hub.locked(folder):
-        if not (folder / "source.json").is_file():
-            say(f"converting {file.name} to bf16 safetensors (once)")
-            save_gguf_as_folder(file, folder, {"source": f"gguf:{digest}"})
-    return folder
-
-
-def _source(folder: Path) -> str | None:
-    file = folder / "source.json"
-    return json.loads(file.read_text(encoding="utf-8"))["source"] if file.is_file() else None
+    path = Path(config.base).expanduser()
+    with quiet():
+        if path.is_dir():  # config and tokenizer are enough
+            folder = checked_folder(path, f"model.base {config.base}", weights=False)
+        else:
+            folder = locate(config.base, config.revision, say or _to_stderr, weights=False)
+        settings, tokenizer = _load_config(folder, config), _load_tokenizer(folder, config)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    settings, dtype=dtype, attn_implementation="eager", trust_remote_code=config.trust_remote_code
+                )
+        except Exception as error:  # architectures fail in their own ways
+            raise _fault(config, "cannot be built as a causal LM", error) from error
+    return model.requires_grad_(False).eval(), tokenizer
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
@@ -356,7 +326,7 @@ def _load_model(
                 f"model.base {config.base}: its weights do not fit the memory of {device_name(device)}; {half}use a"
                 " smaller base or another model.device"
             ) from error
-        if is_refusal(error) and config.attention not in ("auto", "eager"):
+        if is_refusal(error) and config.attn_implementation not in ("auto", "eager"):
             raise refused(config, settings, reason(error)) from error
         what = f"cannot be loaded as a causal LM{_quantisation(method)}"
         raise _fault(config, what, error) from error

@@ -1,22 +1,28 @@
 """Rows of different lengths side by side in one line of a batch, so that little is computed on padding.
 
 A line holds whole rows one after the other. Each row has positions of its own, from the prefix's end on, and a mask
-[B, 1, n, T + n] lets a token attend to the prefix and to the tokens of its own row before it. What a row gives is the
-same as in a padded batch, but for the order of sums.
+[B, 1, n, T + n] lets a token attend to the prefix and to the tokens of its own row before it, in sliding layers to the
+nearest of them. What a row gives is the same as in a padded batch, but for the order of sums.
 
 Symbols: R rows, B lines, n positions of a line, T prefix slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Mask = TypeVar("Mask")
 LEAST_SAVED = 0.05
 """Share of the work that packing must save: below, rows are padded as they are."""
+
+BLOCK = 128
+"""Positions of a block of FlexAttention."""
 
 LINEAR_SLOTS = 768
 """Attended slots that cost a token as much as all other layers do (SmolLM2-135M on a CPU; larger models: more)."""
@@ -24,39 +30,59 @@ LINEAR_SLOTS = 768
 
 @dataclass(frozen=True)
 class Packing:
-    """Where rows stand: the line and the first column of each [R], and how many lines of which width there are."""
+    """Where rows stand: the line and the first column of each [R], and how many lines of which width there are.
+
+    in_blocks: one line whose width is a multiple of BLOCK, for FlexAttention.
+    """
 
     line: Tensor
     column: Tensor
     lengths: Tensor
     lines: int
     width: int
+    in_blocks: bool = False
 
     def packed(self, ids: Tensor) -> Tensor:
         """Token ids [B, n] of rows [R, ·] that are padded on the right."""
         rows, within, lines, columns = self._tokens()
         out = ids.new_zeros(self.lines, self.width)
-        out[lines, columns] = ids[rows, within]
+        to, of = ((t.to(ids.device) for t in pair) for pair in ((lines, columns), (rows, within)))
+        out[tuple(to)] = ids[tuple(of)]
         return out
 
     def positions(self, start: int) -> Tensor:
-        """[B, n] positions of tokens, each row's from ``start`` on."""
+        """[B, n] positions of tokens, each row's from ``start`` on; padding is at ``start``."""
         _, within, lines, columns = self._tokens()
         out = torch.full((self.lines, self.width), start)
         out[lines, columns] = within + start
         return out
 
-    def mask(self, prefix: int) -> Tensor:
-        """[B, 1, n, T + n] bool: what each token attends to; padding attends to the prefix and to padding."""
+    def owners(self) -> Tensor:
+        """[B, n] the row that each token belongs to, -1 for padding."""
         rows, _, lines, columns = self._tokens()
         owner = torch.full((self.lines, self.width), -1)
         owner[lines, columns] = rows
+        return owner
+
+    def mask(self, prefix: int, window: int | None = None) -> Tensor:
+        """[B, 1, n, T + n] bool: what each token attends to; padding attends to the prefix and to padding.
+
+        Args:
+            window: of a sliding layer: only so many positions are seen, the token's own among them.
+        """
+        owner = self.owners()
         own = (owner[:, :, None] == owner[:, None, :]).tril_()
-        return torch.cat([own.new_ones(self.lines, self.width, prefix), own], -1)[:, None]
+        whole = torch.cat([own.new_ones(self.lines, self.width, prefix), own], -1)[:, None]
+        if window is not None:
+            queries = self.positions(prefix)
+            keys = torch.cat([torch.arange(prefix).expand(self.lines, prefix), queries], -1)
+            whole &= (queries[:, :, None] - keys[:, None, :] < window)[:, None]
+        return whole
 
     def places(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """(line, column) of tokens that are given by row and column in it."""
-        return self.line[rows], self.column[rows] + columns
+        line, column = self.line.to(rows.device), self.column.to(rows.device)
+        return line[rows], column[rows] + columns
 
     def _tokens(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Row, column in the row, line and column in the line of every token."""
@@ -65,14 +91,39 @@ class Packing:
         return rows, within, *self.places(rows, within)
 
 
-def pack(lengths: Sequence[int], prefix: int) -> Packing | None:
-    """The packing of rows after ``prefix`` slots that costs least, or None where padding them costs no more."""
+def by_layer(layer_types: Sequence[str], window: int | None, make: Callable[[int | None], Mask]) -> Any:
+    """The masks of a model, as transformers takes them: one where all layers are of one kind, else one for each kind by
+    its name.
+
+    Args:
+        layer_types: full_attention or sliding_attention, for each layer.
+        window: of the sliding ones.
+        make: the mask for a window, or for none.
+    """
+    masks = {kind: make(window if kind == "sliding_attention" else None) for kind in dict.fromkeys(layer_types)}
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def one_line(lengths: Sequence[int]) -> Packing:
+    """All rows in one line, in their order; its width is a multiple of BLOCK."""
+    ends = list(accumulate(lengths))
+    column = [end - length for end, length in zip(ends, lengths, strict=True)]
+    width = -(-ends[-1] // BLOCK) * BLOCK
+    return Packing(
+        torch.zeros(len(lengths), dtype=torch.int64), torch.tensor(column), torch.tensor(lengths), 1, width, True
+    )
+
+
+def pack(lengths: Sequence[int], prefix: int, *, always: bool = False) -> Packing | None:
+    """The packing of rows after ``prefix`` slots that costs least, or None where padding them costs no more (never with
+    ``always``).
+    """
     longest = max(lengths)
     widths = sorted({longest + extra for extra in (0, *lengths) if longest + extra <= 2 * longest})
     packings = [_first_fit(lengths, width) for width in widths]
     best = min(packings, key=lambda packing: _cost(packing.lines, packing.width, prefix))
     padded = _cost(len(lengths), longest, prefix)
-    return best if _cost(best.lines, best.width, prefix) < (1 - LEAST_SAVED) * padded else None
+    return best if always or _cost(best.lines, best.width, prefix) < (1 - LEAST_SAVED) * padded else None
 
 
 def _cost(lines: int, width: int, prefix: int) -> int:

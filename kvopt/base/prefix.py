@@ -20,8 +20,9 @@ from einops import rearrange, repeat
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from kvopt.base.flex import block_mask
 from kvopt.base.loading import Base
-from kvopt.base.packing import Packing, pack
+from kvopt.base.packing import Packing, by_layer, one_line, pack
 from kvopt.base.rope import Rope
 from kvopt.task.seam import Batch, Row, length_buckets, make_batch
 
@@ -178,7 +179,7 @@ def gold_hidden(base: Base, prefix: Prefix, batch: Batch) -> Tensor:
     """Hidden states [G, D] of the positions that predict the batch's gold tokens, row by row; no other position is
     ever scored.
 
-    On a CPU rows are packed where that is cheaper than padding them; a GPU would have to wait for their lengths.
+    Rows are packed or padded as :func:`packing_for` says.
     """
     rows, columns = batch.predicts.unbind(-1)
     packing = packing_for(base, batch, len(prefix))
@@ -188,12 +189,34 @@ def gold_hidden(base: Base, prefix: Prefix, batch: Batch) -> Tensor:
 
 
 def packing_for(base: Base, batch: Batch, length: int) -> Packing | None:
-    """How to pack the batch's rows after a prefix of so many slots, None where they are better padded (see
-    :func:`gold_hidden`).
+    """How to pack the batch's rows after a prefix of so many slots, None where they are padded: all in one line where
+    FlexAttention runs; else on a CPU in a few lines with a mask, where that is cheaper than padding them.
     """
-    if base.device.type != "cpu" or not base.capability.packs:
+    if base.attention == "padded":
         return None
-    return pack(batch.mask.sum(-1).tolist(), length)
+    return one_line(batch.lengths) if base.capability.flex else lines_for(base, batch.lengths, length)
+
+
+def lines_for(base: Base, lengths: Sequence[int], prefix: int) -> Packing | None:
+    """As :func:`packing_for`, for an attention that takes a mask of numbers."""
+    always = base.attention == "packed"
+    if base.attention == "padded" or not base.capability.packs or (base.device.type != "cpu" and not always):
+        return None
+    return pack(lengths, prefix, always=always)
+
+
+def packed_masks(base: Base, packing: Packing, prefix: int) -> Any:
+    """What transformers is given as the mask of packed rows: block masks, or [B, 1, n, T + n] in the form that the
+    model's attention adds or selects by.
+    """
+    geometry, device = base.geometry, base.device
+
+    def make(window: int | None) -> Any:
+        if packing.in_blocks:
+            return block_mask(packing, prefix, window, device)
+        return base.capability.mask(packing.mask(prefix, window).to(device), base.dtype)
+
+    return by_layer(geometry.layer_types, geometry.sliding_window, make)
 
 
 def run_packed(base: Base, prefix: Prefix, ids: Tensor, packing: Packing, cache: Cache | None = None) -> Tensor:
@@ -205,8 +228,8 @@ def run_packed(base: Base, prefix: Prefix, ids: Tensor, packing: Packing, cache:
         cache = prefix_cache(prefix)
     return base.backbone(
         input_ids=packing.packed(ids),
-        attention_mask=packing.mask(length),
-        position_ids=packing.positions(length),
+        attention_mask=packed_masks(base, packing, length),
+        position_ids=packing.positions(length).to(base.device),
         past_key_values=cache,
         use_cache=False,
     ).last_hidden_state

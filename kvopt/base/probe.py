@@ -8,14 +8,14 @@ backbone's output gives the logits; gradients reach the input. What fails is ref
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from kvopt.base.packing import pack
+from kvopt.base.packing import by_layer, pack
 from kvopt.base.quantization import no_gradient
 from kvopt.base.rope import Pairing, Rope, find_rotary, shift_angles, turn
 from kvopt.errors import InputError
@@ -47,8 +47,11 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Capability:
-    """What :func:`probe` found: sizes, the head's scale and softcap, how keys rotate, whether rows may be packed into
-    one line (it follows a mask of any form), and why no gradient comes through a quantized base (None where it does).
+    """What :func:`probe` found: sizes, the head's scale and softcap, how keys rotate, and whether rows may be packed.
+
+    packs: it follows a mask of any form. added: its attention adds masks to the logits, and does not select by them.
+    flex: FlexAttention passed its check on this device. no_gradient: why no gradient comes through a quantized base
+    (None where it does).
     """
 
     geometry: Geometry
@@ -57,6 +60,14 @@ class Capability:
     rope: Rope
     packs: bool = False
     no_gradient: str | None = None
+    added: bool = False
+    flex: bool = False
+
+    def mask(self, allowed: Tensor, dtype: torch.dtype) -> Tensor:
+        """A mask in the form that the model's attention takes, from booleans."""
+        if not self.added:
+            return allowed
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 def refuse(name: str, reason: str) -> InputError:
@@ -166,7 +177,6 @@ def probe(model: PreTrainedModel, ids: Sequence[int], name: str) -> Capability:
         _check_state(at, full)
         rope = _check_rope(at, keys)
         scale, softcap = _check_head(at, full)
-        packs = _packs(at, full)
     reason = no_gradient(model)
     _check_embeddings(at, full, backward=reason is None)
     text = text_config(model.config)
@@ -181,7 +191,9 @@ def probe(model: PreTrainedModel, ids: Sequence[int], name: str) -> Capability:
         sliding_window=text.sliding_window if "sliding_attention" in types else None,
         layer_types=types,
     )
-    return Capability(geometry, scale, softcap, rope, packs, reason)
+    added = model.config._attn_implementation == "eager"
+    found = Capability(geometry, scale, softcap, rope, no_gradient=reason, added=added)
+    return replace(found, packs=_packs(at, full, found))
 
 
 def _one_line(error: BaseException) -> str:
@@ -269,23 +281,26 @@ def _scales(text: Any) -> list[float]:
     return factors
 
 
-def _packs(at: _Probe, full: Tensor) -> bool:
+@torch.no_grad()
+def _packs(at: _Probe, full: Tensor, found: Capability) -> bool:
     """Whether two rows in one line, with a mask of their own, give what each gives alone.
 
-    Only "sdpa" is asked, whose masks are boolean, and no model with sliding windows, which has a mask for each kind of
-    layer.
+    Only "sdpa" and "eager" are asked, whose masks may have any form.
     """
-    if at.model.config._attn_implementation != "sdpa" or "sliding_attention" in layer_types(
-        text_config(at.model.config)
-    ):
+    if at.model.config._attn_implementation not in ("sdpa", "eager"):
         return False
     two = pack([LENGTH, PREFIX], 0)
     assert two is not None
     ids = torch.cat([at.ids, at.ids])
+    geometry = found.geometry
+
+    def make(window: int | None) -> Tensor:
+        return found.mask(two.mask(0, window).to(at.device), at.dtype)
+
     try:
         hidden = at.backbone(
             input_ids=two.packed(ids),
-            attention_mask=two.mask(0).to(at.device),
+            attention_mask=by_layer(geometry.layer_types, geometry.sliding_window, make),
             position_ids=two.positions(0).to(at.device),
             use_cache=False,
         ).last_hidden_state

@@ -8,26 +8,24 @@ can be measured in the same way, inside one process.
 from __future__ import annotations
 
 import multiprocessing
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from kvopt.base.loading import Base
-from kvopt.base.prefix import Prefix
+from kvopt.base.prefix import Prefix, packing_for
 from kvopt.bench.floor import fitting_rows, fitting_scores, products
+from kvopt.bench.variants import Variant, measured
 from kvopt.config.contexts import Init
 from kvopt.config.document import Config
 from kvopt.contexts import TextContext
-from kvopt.kernels.budget import wait_for
-from kvopt.kernels.memory import peak, reset_peak
+from kvopt.kernels.memory import reset_peak
 from kvopt.learn.descent import context_loss
 from kvopt.learn.start_task import StartTask, initial_tensor
 from kvopt.measure.reference import Reference, build_reference
@@ -36,25 +34,7 @@ from kvopt.run.run import Run
 from kvopt.task.seam import Encoded, Row, length_buckets, make_batch
 
 FULL_PROMPTS_PER_BATCH = 16
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row of a benchmark: median seconds, peak memory, and its KL to compare.
-
-    peak_bytes: the most memory in use while it ran, the model included: resident memory of the process on a CPU, what
-    torch's allocator gave out on a GPU. extra_bytes: how much of it came on top of what was in use before.
-    floor_seconds: median of the bare products (floor.py), measured in turn with it; None where they were not.
-    size: what was measured, in words.
-    """
-
-    name: str
-    seconds: float
-    peak_bytes: int
-    value: float
-    extra_bytes: int = 0
-    floor_seconds: float | None = None
-    size: str = ""
+OTHER_ROWS: dict[str, Literal["packed", "padded"]] = {"packed": "padded", "padded": "packed"}
 
 
 @dataclass(frozen=True)
@@ -88,10 +68,18 @@ def bench_step(
 ) -> list[Variant]:
     """One step (forward, backward) on a KV context: ours against PEFT's CARTRIDGE with a full-logits KL, same batch.
 
-    ``seconds``: rows of the batch and repeats are as many as take about so long for both; the loading comes on top.
+    Ours is measured as the config says, and a second time with its rows packed where they were padded, or padded where
+    they were packed, if the base can do both.
+
+    ``seconds``: rows of the batch and repeats are as many as take about so long for all; the loading comes on top.
     """
     ours, fitted = _in_own_process(_our_step, (config, base_dir, tokens, (batch_size, repeats), seconds))
-    return [ours, _in_own_process(_peft_step, (config, base_dir, tokens, fitted, None))[0]]
+    variants = [ours]
+    if ours.rows in OTHER_ROWS:
+        model = config.model.model_copy(update={"attention": OTHER_ROWS[ours.rows]})
+        other = config.model_copy(update={"model": model})
+        variants.append(_in_own_process(_our_step, (other, base_dir, tokens, fitted, None))[0])
+    return [*variants, _in_own_process(_peft_step, (config, base_dir, tokens, fitted, None))[0]]
 
 
 def bench_score(
@@ -115,46 +103,6 @@ NAIVE = 3.0
 def _in_own_process(function: Callable[..., Measured], job: tuple[Any, ...]) -> Measured:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, job)
-
-
-def measured(
-    name: str,
-    work: Callable[[], float],
-    device: torch.device,
-    repeats: int,
-    *,
-    before: int,
-    warm: Callable[[], object] | None = None,
-    floor: Callable[[], None] | None = None,
-) -> Variant:
-    """Median seconds and peak memory of ``work``, which returns the KL to compare, after ``warm`` (default: itself).
-
-    Args:
-        before: bytes in use when the variant began, from ``reset_peak``.
-        floor: bare products to be timed in turn with it.
-    """
-    (warm or work)()
-    seconds, floors, value = [], [], 0.0
-    for _ in range(repeats):
-        if floor is not None:
-            floors.append(timed(floor, device))
-        wait_for(device)
-        start = time.perf_counter()
-        value = work()
-        wait_for(device)
-        seconds.append(time.perf_counter() - start)
-    largest = peak(device)
-    bare = statistics.median(floors) if floors else None
-    return Variant(name, statistics.median(seconds), largest, value, max(0, largest - before), bare)
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call."""
-    wait_for(device)
-    start = time.perf_counter()
-    work()
-    wait_for(device)
-    return time.perf_counter() - start
 
 
 # ---- one step
@@ -184,7 +132,19 @@ def our_step(case: StepCase, repeats: int) -> Variant:
         head_products=3,
         backward=True,
     )
-    return measured("kvopt", step, case.base.device, repeats, before=reset_peak(case.base.device), floor=bare)
+    rows = rows_stand(case)
+    name = f"kvopt, {rows} rows" if rows else "kvopt"
+    result = measured(name, step, case.base.device, repeats, before=reset_peak(case.base.device), floor=bare)
+    return replace(result, rows=rows)
+
+
+def rows_stand(case: StepCase) -> str:
+    """How the step's rows stand after the prefix: packed, padded, or nothing where the base can only be padded."""
+    base = case.base
+    if not (base.capability.packs or base.capability.flex):
+        return ""
+    batch = make_batch(case.rows, range(len(case.rows)))
+    return "padded" if packing_for(base, batch, len(case.tensor)) is None else "packed"
 
 
 def peft_step(case: StepCase, repeats: int) -> Variant:
@@ -221,8 +181,9 @@ def _our_step(config: Config, base_dir: Path, tokens: int, sizes: tuple[int, int
         if seconds is not None:
             few = make(min(2, rows))
             row_seconds = our_step(few, 1).seconds / len(few.rows)
-            repeats = repeats if fitting_rows(rows, row_seconds, repeats * (2 + NAIVE / 2), seconds) == rows else 1
-            rows = fitting_rows(rows, row_seconds, (repeats + 1) * (2 + NAIVE / 2), seconds)
+            share = 3 + NAIVE / 2  # in steps: packed, padded, the bare products, PEFT's
+            repeats = repeats if fitting_rows(rows, row_seconds, repeats * share, seconds) == rows else 1
+            rows = fitting_rows(rows, row_seconds, (repeats + 1) * share, seconds)
         case = make(rows)
         return replace(our_step(case, repeats), size=_step_size(case, repeats)), (rows, repeats)
 
@@ -377,19 +338,3 @@ def _plain_kl(base: Base, teacher: Tensor, student: Tensor) -> Tensor:
     """Logits in the model's dtype, log-softmaxes and KL in float32."""
     log_p, log_q = (log_softmax(base.model.get_output_embeddings()(h).float(), -1) for h in (teacher, student))
     return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def as_json(title: str, variants: Sequence[Variant]) -> dict[str, Any]:
-    """The result as one document; ratios are of the last variant to the first.
-
-    floor_share: the share of the first variant's time that its bare products take.
-    """
-    first, last = variants[0], variants[-1]
-    return {
-        "benchmark": title,
-        "threads": torch.get_num_threads(),
-        "variants": [vars(v) for v in variants],
-        "time_ratio": last.seconds / first.seconds,
-        "floor_share": None if first.floor_seconds is None else first.floor_seconds / first.seconds,
-        "peak_memory_ratio": last.peak_bytes / first.peak_bytes,
-    }

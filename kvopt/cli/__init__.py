@@ -18,7 +18,7 @@ import typer
 
 from kvopt.base.launch import LAUNCH, is_first, one_process
 from kvopt.cli import bench as benchmarks
-from kvopt.cli import contexts, evaluation, exporting, merging, report, sequence, shortest, starting, students
+from kvopt.cli import contexts, evaluation, exporting, merging, plans, report, sequence, shortest, starting, students
 from kvopt.errors import InputError, KvoptError
 from kvopt.storage.files import write_error
 from kvopt.version import VERSION
@@ -39,6 +39,7 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "demo": starting.demo,
         "init": starting.init,
         "validate": starting.validate,
+        "plan": plans.plan,
         "config": starting.show_config,
     },
     "Contexts: find, compare, export": {

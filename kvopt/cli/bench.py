@@ -79,12 +79,16 @@ Seconds = Annotated[
 
 
 def bench_step(config: ConfigPath, seconds: Seconds = 60, sets: Sets = None, as_json: Json = False) -> None:
-    """Compare one optimization step with PEFT's CARTRIDGE and a KL of all logits: time and peak memory."""
+    """Compare one optimization step, its rows packed and padded, with PEFT's CARTRIDGE and a KL of all logits: time and
+    peak memory.
+    """
     from kvopt.bench import steps as benchmark
+    from kvopt.bench import variants
     from kvopt.config.document import load_config
 
     settings, base_dir = load_config(config, sets or ())
-    show_bench(benchmark.as_json("step", benchmark.bench_step(settings, base_dir, seconds=seconds or None)), as_json)
+    measured = benchmark.bench_step(settings, base_dir, seconds=seconds or None)
+    show_bench(variants.as_json("step", measured), as_json)
 
 
 def bench_score(
@@ -97,11 +101,12 @@ def bench_score(
 ) -> None:
     """Compare scoring mutations after a shared prefix with running every full prompt: time."""
     from kvopt.bench import steps as benchmark
+    from kvopt.bench import variants
     from kvopt.config.document import load_config
 
     settings, base_dir = load_config(config, sets or ())
-    variants = benchmark.bench_score(settings, base_dir, mutations=mutations, rows=rows, seconds=seconds or None)
-    show_bench(benchmark.as_json("score", variants), as_json)
+    measured = benchmark.bench_score(settings, base_dir, mutations=mutations, rows=rows, seconds=seconds or None)
+    show_bench(variants.as_json("score", measured), as_json)
 
 
 def bench_long(

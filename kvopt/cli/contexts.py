@@ -20,6 +20,7 @@ from kvopt.cli.common import (
     show_board,
 )
 from kvopt.cli.growing_board import growing_board
+from kvopt.cli.plans import say_plan
 from kvopt.cli.report import leave_page
 from kvopt.cli.students import prepared, show_students
 from kvopt.errors import counted
@@ -33,6 +34,7 @@ def run_all(config: ConfigPath, sets: Sets = None, out: Out = None, as_json: Jso
     run = open_run(config, sets, out)
     train_students = prepared(run)
     with run.opened():
+        say_plan(run)
         with growing_board(run.directory.path) as show:
             board = run.run(show)
         records = train_students()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from kvopt.config.section import Section
 
@@ -31,10 +31,16 @@ class ModelConfig(Section):
     )
     trust_remote_code: bool = Field(False, description="allow Python code that comes with the model to run")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
-    attention: str = Field(
+    attention: Literal["auto", "packed", "padded"] = Field(
         "auto",
-        description="attention implementation of transformers (attn_implementation); auto: sdpa where the model's"
-        " attention can be computed so, else eager",
+        description="how the rows of a batch stand behind a shared prefix. packed: one after the other in one line, by"
+        " FlexAttention on a CUDA GPU; padded: each in a line of its own. auto: packed on a CUDA GPU if FlexAttention"
+        " passes a check of itself, on a CPU where packing saves work, else padded",
+    )
+    attn_implementation: str = Field(
+        "auto",
+        description="the attention of transformers (its attn_implementation); auto: sdpa where the model's attention"
+        " can be computed so, else eager. One that is named is used for packed rows, too, in place of FlexAttention",
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
@@ -46,3 +52,13 @@ class ModelConfig(Section):
         if isinstance(value, dict) and not value.get("quant_method"):
             raise ValueError("a mapping needs its quant_method, such as bitsandbytes or torchao")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_attention(cls, tree: Any) -> Any:
+        """``attention`` named the attention of transformers before there was a key of its own for it."""
+        if not isinstance(tree, dict) or tree.get("attention", "auto") in ("auto", "packed", "padded"):
+            return tree
+        if "attn_implementation" in tree:
+            raise ValueError(f"attention is auto, packed or padded, not {tree['attention']!r}")
+        return tree | {"attention": "auto", "attn_implementation": tree["attention"]}

@@ -29,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvopt.base.attention import allowed_keys, replaced
 from kvopt.base.loading import Base
-from kvopt.base.prefix import Prefix, PrefixLayer, packing_for
+from kvopt.base.prefix import Prefix, PrefixLayer, lines_for
 from kvopt.contexts.key_fit import attention_weights, moved_keys
 from kvopt.task.seam import Row, make_batch
 
@@ -122,9 +122,10 @@ class _Compaction:
         rank = torch.rand(batch.mask.shape, generator=torch.Generator().manual_seed(seed)).to(batch.mask.device)
         chosen = rank.masked_fill(~batch.mask, torch.inf).flatten().argsort()[: min(places, batch.tokens)]
         at = chosen // batch.mask.shape[1], chosen % batch.mask.shape[1]
-        packing = packing_for(self.base, batch, length)
+        packing = lines_for(self.base, batch.lengths, length) if self.base.geometry.sliding_window is None else None
         if packing is not None:
-            ids, mask, positions = packing.packed(batch.ids), packing.mask(length), packing.positions(length)
+            ids = packing.packed(batch.ids)
+            mask, positions = packing.mask(length).to(ids.device), packing.positions(length).to(ids.device)
             at = packing.places(*at)
         else:
             ids, mask = batch.ids, torch.cat([batch.mask.new_ones(len(rows), length), batch.mask], dim=1).long()

@@ -109,7 +109,7 @@ def base_lines(base: str) -> str:
     if base == BUILTIN_BASE:
         return "from kvopt.base.builtin import builtin_folder\n\nbase = str(builtin_folder(print))  # the built-in base"
     if base.lower().endswith(".gguf"):
-        return f"from kvopt.base.loading import locate\n\nbase = str(locate({base!r}, None, print))  # converted once"
+        return f"from kvopt.base.places import locate\n\nbase = str(locate({base!r}, None, print))  # converted once"
     return f"base = {base!r}"
 
 

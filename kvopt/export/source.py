@@ -18,7 +18,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kvopt.base.identity import check_base, config_sha256, tokenizer_sha256
-from kvopt.base.loading import Base, load_base, load_tokenizer, locate
+from kvopt.base.loading import Base, load_base, load_tokenizer
+from kvopt.base.places import locate
 from kvopt.config.model import ModelConfig
 from kvopt.contexts.adapter import adapter_config, check_finite, kind_of, read_record, read_tensor
 from kvopt.documents.context_record import ContextRecord

@@ -308,7 +308,7 @@ class Run:
         names = list(names)
         mutated = any(name.form in ("counted", "mutation") for name in names) and self.config.mutations.count > 0
         ranked = any(name.form == "counted" and name.order != "random" for name in names)
-        limit = math.inf if self.config.score.max_kl is None else self.config.score.max_kl
+        limit = self.config.score.max_kl or math.inf
         wanted = [name.argument for name in names if name.argument in self.inputs.context_names]
         learned = {name: self.learned([name])[0] for name in dict.fromkeys(wanted)}
         return Catalogue(
@@ -395,8 +395,6 @@ class Run:
             board.add(self._learn(config))
         document = board.finished()
         top = [context for context, _ in self.ranked_mutations()[: min(1, best)]]
-        make_samples(
-            self.task(), self.reference(), top, self.learned(), self.token_scores, self.task_metrics(), self.at
-        )
+        make_samples(task, self.reference(), top, self.learned(), self.token_scores, self.task_metrics(), self.at)
         stages.set_aside_others(task, self.reference(), self.at)
         return document

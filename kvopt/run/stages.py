@@ -38,6 +38,7 @@ from kvopt.run.scoring import drop_other_scores
 from kvopt.run.shorter_texts import ShorterTexts
 from kvopt.storage.files import key_of
 from kvopt.storage.tensors import check_tensors
+from kvopt.task.seam import Row
 from kvopt.task.template import Template
 
 MATCHING_ROWS = 64
@@ -239,6 +240,11 @@ def drawn_rows(task: EncodedTask) -> set[str]:
     return {train[i] for i in drawn}
 
 
+def drawn_tokens(rows: Sequence[Row], batch_size: int, steps: int, seed: int) -> int:
+    """Tokens of all the rows that so many steps of a descent draw."""
+    return sum(len(rows[i]) for step in range(steps) for i in batch_at(step, len(rows), batch_size, seed))
+
+
 def make_learned(
     task: EncodedTask,
     config: ContextConfig,
@@ -313,7 +319,7 @@ def make_learned(
             report=step_reporter(bar),
         )
         entry.steps = descent.steps
-        read = descent.steps * min(config.batch_size, len(train.rows)) * sum(map(len, train.rows)) // len(train.rows)
+        read = drawn_tokens(train.rows, config.batch_size, descent.steps, seed)
         entry.tokens_back = read + (descent.steps * tokens if config.kind == "soft" else 0)
         entry.tokens_in = entry.tokens_back + len(descent.history) * sum(map(len, held_out.rows))
     context: TensorContext = (

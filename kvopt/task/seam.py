@@ -249,6 +249,7 @@ class Batch:
         mask: [B, n] bool, true for real tokens.
         predicts: [G, 2] int64, (row, column) of every position that predicts a gold token, row by row.
         gold: [G] int64, the token that each of them predicts.
+        lengths: real tokens of each row, known without a look at the device.
     """
 
     index: tuple[int, ...]
@@ -256,15 +257,21 @@ class Batch:
     mask: Tensor
     predicts: Tensor
     gold: Tensor
+    lengths: tuple[int, ...]
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(
-            self.index, self.ids.to(device), self.mask.to(device), self.predicts.to(device), self.gold.to(device)
+            self.index,
+            self.ids.to(device),
+            self.mask.to(device),
+            self.predicts.to(device),
+            self.gold.to(device),
+            self.lengths,
         )
 
     @property
     def tokens(self) -> int:
-        return int(self.mask.sum())
+        return sum(self.lengths)
 
 
 def make_batch(rows: Sequence[Row], index: Sequence[int], pad_id: int = 0) -> Batch:
@@ -281,7 +288,8 @@ def make_batch(rows: Sequence[Row], index: Sequence[int], pad_id: int = 0) -> Ba
         mask[r, : len(tokens)] = True
         predicts += [(r, column) for column in range(len(row.body) - 1, len(tokens))]
         gold += row.gold
-    return Batch(tuple(index), ids, mask, torch.tensor(predicts), torch.tensor(gold))
+    lengths = tuple(len(row) - 1 for row in chosen)
+    return Batch(tuple(index), ids, mask, torch.tensor(predicts), torch.tensor(gold), lengths)
 
 
 def length_buckets(rows: Sequence[Row], batch_size: int) -> list[list[int]]:
