@@ -1,4 +1,4 @@
-"""Where a base's files are: the built-in model's, those of a hub id that are fetched, a folder, a converted GGUF file."""
+"""Where a base's files are: the built-in model, a fetched hub id, a folder, or a converted GGUF file."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ NUMBER = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*")
 
 
 @dataclass(frozen=True)
-class Literal:
+class NeededLiteral:
     """A literal of a template: its ``text``, the ``kind`` of protected span, and how often at ``least`` it must stand
     in the whole prompt.
     """
@@ -41,24 +41,24 @@ class Literal:
     least: int = 1
 
 
-def needed_literals(template: Template, protect: Sequence[re.Pattern[str]] = ()) -> list[Literal]:
+def needed_literals(template: Template, protect: Sequence[re.Pattern[str]] = ()) -> list[NeededLiteral]:
     """What every wording of the template must hold, in the template's order."""
     whole = _whole(template)
-    found: dict[str, Literal] = {}
+    found: dict[str, NeededLiteral] = {}
     for span in find_spans(whole, protect):
         text = whole[span.start : span.end]
         if span.slot:
             for part in SLOT.split(text)[::3] if span.kind == "fence" else ():
                 for fence in re.findall(r"(?:```|~~~)\w*", part):
-                    found.setdefault(fence, Literal(fence, "fence"))
+                    found.setdefault(fence, NeededLiteral(fence, "fence"))
             continue
         if span.kind == "user":
-            found[text] = Literal(text, "user", whole.count(text))
+            found[text] = NeededLiteral(text, "user", whole.count(text))
         elif span.kind in NEEDED:
             bare = text.rstrip(".,;:") if span.kind in ("path", "url", "number", "identifier") else _bare(text)
-            found.setdefault(bare, Literal(bare, span.kind))
+            found.setdefault(bare, NeededLiteral(bare, span.kind))
         elif span.kind in NAMES and text in FORMATS:
-            found.setdefault(text, Literal(text, span.kind))
+            found.setdefault(text, NeededLiteral(text, span.kind))
     return [literal for literal in found.values() if literal.text]
 
 
@@ -97,7 +97,7 @@ def _bare(text: str) -> str:
     return text.strip().strip("\"'“”«»‘’")
 
 
-def _stands(literal: Literal, whole: str) -> int:
+def _stands(literal: NeededLiteral, whole: str) -> int:
     """Whether it stands in the text, not as part of a longer word; layout (white space, escapes) does not count."""
     if re.search(r"\s", literal.text) or literal.kind == "json":
         squeezed = re.sub(r"[\s\\]+", "", whole)
