@@ -118,3 +118,86 @@ def test_a_refusal_for_another_reason_stays_the_failure_that_it_is(text: str, re
         endpoint.ask(client, MESSAGES, 0)
     assert len(server.asked) == requests
     assert said == []
+
+
+# ---- settings that an endpoint refuses, and thoughts
+
+
+def answers(body: dict[str, Any], content: str | None, **message: Any) -> httpx.Response:
+    choice = {"message": {"content": content, **message}, "finish_reason": "stop"}
+    return httpx.Response(200, json={"choices": [choice]})
+
+
+def endpoint_asked(handle: Any, **settings: Any) -> tuple[ChatEndpoint, list[str], list[dict[str, Any]]]:
+    said: list[str] = []
+    bodies: list[dict[str, Any]] = []
+
+    def noted(request: httpx.Request) -> httpx.Response:
+        bodies.append(json.loads(request.content))
+        return handle(bodies[-1])
+
+    config = EndpointSettings(base_url="http://localhost/v1", model="m", retries=0, **settings)
+    endpoint = ChatEndpoint(config, "here", first_wait=0.001, transport=httpx.MockTransport(noted), say=said.append)
+    return endpoint, said, bodies
+
+
+@pytest.mark.parametrize("field", ["seed", "temperature", "max_tokens"])
+def test_a_setting_that_is_refused_by_name_is_left_out_and_said_once(field: str):
+    def handle(body: dict[str, Any]) -> httpx.Response:
+        if field in body:
+            return httpx.Response(400, text=f"Unsupported parameter: '{field}' is not supported with this model.")
+        return answers(body, "yes")
+
+    endpoint, said, bodies = endpoint_asked(handle, max_tokens=9)
+    with endpoint.client() as client:
+        assert [endpoint.ask(client, MESSAGES, 0) for _ in range(3)] == ["yes"] * 3
+    assert [field in body for body in bodies] == [True, False, False, False]
+    assert said == [f"warning: here: the endpoint refuses {field}; it is left out of every request"]
+
+
+def test_settings_are_sent_as_they_are_given_and_null_sends_none():
+    endpoint, _, bodies = endpoint_asked(
+        lambda body: answers(body, "yes"), temperature=None, send_seed=False, extra_body={"reasoning_effort": "low"}
+    )
+    with endpoint.client() as client:
+        endpoint.ask(client, MESSAGES, 3)
+    assert bodies == [{"model": "m", "messages": MESSAGES, "reasoning_effort": "low"}]
+    endpoint, _, bodies = endpoint_asked(lambda body: answers(body, "yes"), max_tokens=7)
+    with endpoint.client() as client:
+        endpoint.ask(client, MESSAGES, 3)
+    assert {name: bodies[0][name] for name in ("temperature", "seed", "max_tokens")} == {
+        "temperature": 1.0,
+        "seed": 3,
+        "max_tokens": 7,
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [
+        ("<think>hm</think>\n\nyes", "\n\nyes"),
+        ("<reasoning>a <b> c</reasoning>yes", "yes"),
+        ("begun by the template</think>yes", "yes"),
+        ("I <think> so", "I <think> so"),
+    ],
+)
+def test_thoughts_are_no_part_of_the_answer(content: str, answer: str):
+    endpoint, _, _ = endpoint_asked(lambda body: answers(body, content))
+    with endpoint.client() as client:
+        assert endpoint.ask(client, MESSAGES, 0) == answer
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("<think>on and on", {}), ("", {"reasoning_content": "hm"}), (None, {"reasoning": "hm"})]
+)
+def test_thoughts_alone_are_no_answer(content: str | None, message: dict[str, str]):
+    endpoint, _, _ = endpoint_asked(lambda body: answers(body, content, **message))
+    with endpoint.client() as client, pytest.raises(ChatFailure, match="thoughts without an answer") as caught:
+        endpoint.ask(client, MESSAGES, 0)
+    assert caught.value.answered
+
+
+def test_new_settings_change_no_identity_of_what_was_stored():
+    plain = EndpointSettings(base_url="http://localhost/v1", model="m")
+    assert plain.identity() == {"model": "m", "temperature": 1.0}
+    assert EndpointSettings(base_url="http://localhost/v1", model="m", max_tokens=5).identity()["max_tokens"] == 5

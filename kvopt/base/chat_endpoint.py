@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 LONGEST_WAIT = 60.0
 REFUSES_SYSTEM = re.compile(r"\broles?\b|\bsystem[ _-]*(message|prompt|instruction)", re.IGNORECASE)
 """What an answer says that is no completion, where the model behind the endpoint may have no system role."""
+THOUGHTS = re.compile(r"\A\s*<(think|thinking|reasoning)>.*?(?:</\1>|\Z)", re.S | re.I)
+"""What a reasoning model writes before its answer, where the endpoint does not part the two."""
+OPTIONAL = ("seed", "temperature", "max_tokens")
+"""Settings of a request that are left out where an endpoint refuses them by name."""
 GIVEN_UP_AFTER = 3
 """After so many questions in a row that no try could bring to the endpoint, each of the next ones has one try: hundreds
 of them would else wait for a server that is not there.
@@ -76,6 +80,7 @@ class ChatEndpoint:
     _key: str = field(init=False, repr=False)
     _not_reached: int = field(default=0, init=False, repr=False)
     _no_system: bool = field(default=False, init=False, repr=False)
+    _refused: set[str] = field(default_factory=set, init=False, repr=False)
     _lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -149,18 +154,37 @@ class ChatEndpoint:
 
         url = self.settings.base_url
         url = url if url.endswith("/chat/completions") else f"{url}/chat/completions"
-        body = {
-            "model": self.settings.model,
-            "messages": list(messages),
+        asked = {
             "temperature": self.settings.temperature,
-            "seed": seed,
+            "seed": seed if self.settings.send_seed else None,
+            "max_tokens": self.settings.max_tokens,
         }
+        body: dict[str, object] = {"model": self.settings.model, "messages": list(messages)}
+        body |= {name: value for name, value in asked.items() if value is not None and name not in self._refused}
         try:
-            return client.post(url, json=body)
+            response = client.post(url, json=body | (self.settings.extra_body or {}))
+            if response.status_code in (400, 422) and (field := self._refused_in(response.text, body)):
+                del body[field]
+                again = client.post(url, json=body | (self.settings.extra_body or {}))
+                if again.status_code == 200:
+                    self._leave_out(field)
+                    return again
+            return response
         except httpx.TransportError as error:
             raise _Unreachable(f"{type(error).__name__}: {error}") from None
         except (httpx.RequestError, httpx.InvalidURL) as error:
             raise ChatFailure(f"{type(error).__name__}: {error}") from None
+
+    @staticmethod
+    def _refused_in(text: str, body: dict[str, object]) -> str | None:
+        """A setting of the request that a refusal names."""
+        return next((name for name in OPTIONAL if name in body and re.search(rf"\b{name}\b", text)), None)
+
+    def _leave_out(self, name: str) -> None:
+        with self._lock:
+            if name not in self._refused:
+                self._refused.add(name)
+                self.say(f"warning: {self.where}: the endpoint refuses {name}; it is left out of every request")
 
     def _without_key(self, message: str) -> str:
         return message.replace(self._key, "***") if self._key else message
@@ -189,7 +213,13 @@ def _content(response: httpx.Response) -> str:
     except (ValueError, KeyError, IndexError, TypeError):
         raise ChatFailure(f"not a chat completion: {response.text[:200]}") from None
     if not isinstance(content, str) or not content.strip():
-        raise ChatFailure("an empty answer", answered=True)
+        thinks = any(choice["message"].get(name) for name in ("reasoning_content", "reasoning"))
+        raise ChatFailure("thoughts without an answer" if thinks else "an empty answer", answered=True)
     if choice.get("finish_reason") == "length":
         raise ChatFailure("the answer was cut off at the token limit", answered=True)
-    return content
+    answer = THOUGHTS.sub("", content)
+    if "</think>" in answer:  # the chat template began the thoughts, so that the answer has only their end
+        answer = answer.rpartition("</think>")[2]
+    if not answer.strip():
+        raise ChatFailure("thoughts without an answer", answered=True)
+    return answer

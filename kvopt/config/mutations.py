@@ -42,7 +42,21 @@ class EndpointSettings(FrozenSection):
     api_key_env: str | None = Field(
         None, description="environment variable that holds the key; the key itself is never stored"
     )
-    temperature: float = Field(1.0, ge=0, le=2, description="of the sampling")
+    temperature: float | None = Field(1.0, ge=0, le=2, description="of the sampling; null sends none")
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=lambda tokens: tokens is None,  # mutations and verdicts were stored before these could be said
+        description="the longest answer, thoughts included; null leaves it to the endpoint",
+    )
+    send_seed: bool = Field(
+        True, exclude_if=lambda sends: sends, description="whether a request has a seed; some endpoints refuse it"
+    )
+    extra_body: dict[str, Any] | None = Field(
+        None,
+        exclude_if=lambda extra: extra is None,
+        description="further fields of every request, such as {reasoning_effort: low}",
+    )
     timeout: float = Field(120.0, gt=0, description="seconds for one request")
     retries: int = Field(
         4,
@@ -76,7 +90,7 @@ class MeaningCheck(EndpointSettings):
     """A judge at an OpenAI-compatible endpoint says whether a paraphrase demands the same as the template."""
 
     kind: Literal["judge"]
-    temperature: float = Field(0.0, ge=0, le=2, description="of the judge's sampling")
+    temperature: float | None = Field(0.0, ge=0, le=2, description="of the judge's sampling; null sends none")
     faults: Literal["reject", "flag"] = Field(
         "reject", description="what becomes of a wording that it finds different: refused, or accepted with its verdict"
     )

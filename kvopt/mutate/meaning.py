@@ -28,7 +28,6 @@ RUBRIC = (
     "are the same, and each label means the same. Wording, order, tone, layout and language style do not count. "
     'Reply with one line of JSON and nothing else: {"same": true or false, "difference": "the first difference, or empty"}'  # noqa: E501
 )
-THOUGHTS = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.S | re.I)
 VERDICT = re.compile(r"\{[^{}]*\"same\"[^{}]*\}", re.S)
 PLAIN = re.compile(r"^[\s*_\-\"'#>]*(yes|true|same|no|false|different)\b", re.I)
 
@@ -94,10 +93,10 @@ def shown(template: Template) -> str:
 
 
 def read_verdict(reply: str) -> Opinion:
-    """The opinion that a reply states: JSON with ``same``, perhaps after thoughts or in a code fence, or a plain yes or
-    no at its start.
+    """The opinion that a reply states: JSON with ``same``, perhaps in a code fence or after other text, or a plain yes
+    or no at its start.
     """
-    said = THOUGHTS.sub("", reply).strip()
+    said = reply.strip()
     for found in reversed(VERDICT.findall(said)):
         try:
             verdict = json.loads(found)

@@ -54,7 +54,7 @@ def honest(first: str, second: str) -> str:
     [
         ('{"same": true, "difference": ""}', True, ""),
         ('{"same": false, "difference": "B drops a rule"}', False, "B drops a rule"),
-        ('<think>A has {"same": true}? No.</think>\n```json\n{"same": false, "difference": "x"}\n```', False, "x"),
+        ('```json\n{"same": false, "difference": "x"}\n```', False, "x"),
         ('I compare. {"same": false} ... Correction: {"same": true, "difference": ""}', True, ""),
         ("Yes, they do.", True, "they do"),
         ("**No**: B asks for prose.", False, "** B asks for prose"),
@@ -67,7 +67,7 @@ def test_a_verdict_is_read_from_json_thoughts_fences_and_plain_words(reply: str,
     assert opinion.reason.lstrip("*: ") == reason.lstrip("*: ")
 
 
-@pytest.mark.parametrize("reply", ["", "Hm, hard to say.", '{"same": "maybe"}', "<think>never ends", "{same: true}"])
+@pytest.mark.parametrize("reply", ["", "Hm, hard to say.", '{"same": "maybe"}', "{same: true}"])
 def test_a_reply_without_a_verdict_is_none(reply: str) -> None:
     opinion = read_verdict(reply)
     assert opinion.same is None

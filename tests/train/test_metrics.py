@@ -230,8 +230,44 @@ def test_a_judges_number_is_scaled_to_one():
     assert "from 1 (wrong) to 5" in seen[0]["messages"][0]["content"]
 
 
-@pytest.mark.parametrize("reply", ["4/5", "four", "9", "0", "Score: 4", "4.5", "٤"])
-def test_a_reply_that_is_not_the_number_alone_is_a_failure_and_no_score(reply):
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "4.",
+        "**4**",
+        "4/5",
+        "4 out of 5",
+        " `4` ",
+        "Score: 4",
+        "**Score:** 4/5",
+        "Rating is 4.",
+        '{"score": 4}',
+        "Only the day is wrong.\n\nScore: 4",
+        "<think>The answer 2 is odd, a score of 1?</think>\n4",
+        "a long thought that the template began</think>4",
+    ],
+)
+def test_a_number_is_read_through_marks_scales_words_json_and_thoughts(reply):
+    assert judge(reply).verdict(item("answer")).ratios == {"judge": (0.75, 1.0), "judge.failed": (0.0, 1.0)}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "four",
+        "9",
+        "0",
+        "4.5",
+        "Score: 4.5",
+        "٤",
+        "4 or 5",
+        "Score: 3, no: score: 4",
+        "The answer 4 is wrong.",
+        "4/6",
+        "-4",
+    ],
+)
+def test_a_reply_that_states_no_number_of_the_scale_is_a_failure_and_no_score(reply):
     verdict = judge(reply).verdict(item("answer"))
     assert verdict.ratios == {"judge": (0.0, 0.0), "judge.failed": (1.0, 1.0)}
     assert "not a number from 1 to 5" in verdict.note

@@ -1,7 +1,8 @@
 """An LLM judge behind an OpenAI-compatible endpoint: one whole number for each answer, scaled to 0 … 1.
 
-The judge must reply with the number and nothing else. What cannot be read, or was never answered, is recorded as a
-failure and takes no part in the mean; ``NAME.failed`` is the share of such answers.
+The judge is asked for the number and nothing else. Marks around it (``5.``, ``**5**``), the scale behind it (``5/5``),
+a word before it (``Score: 5``) and JSON are read too; two different numbers are not. What cannot be read, or was never
+answered, is recorded as a failure and takes no part in the mean; ``NAME.failed`` is the share of such answers.
 """
 
 from __future__ import annotations
@@ -33,6 +34,27 @@ INSTRUCTION = (
 QUESTION = "<input>\n{input}\n</input>\n<reference>\n{gold}\n</reference>\n<answer>\n{answer}\n</answer>"
 
 
+NAMED = re.compile(
+    r"\b(?:score|grade|rating|verdict)\b(?:\s+(?:is|of))?[\s\"'*_:=-]*([+-]?\d{1,9})(?![\d.,]*\d)", re.I | re.ASCII
+)
+BARE = re.compile(r"(?:-\s+)?[\s*_`\"'#>(\[]*([+-]?\d{1,9})[\s*_`\"'.!)\]]*", re.ASCII)
+
+
+def read_number(reply: str, highest: int) -> int | None:
+    """The whole number that a judge's reply gives, None where it gives none, or several.
+
+    Args:
+        highest: of the scale: ``4/5`` and ``4 out of 5`` are 4.
+    """
+    text = re.sub(rf"\s*(?:/|out of|of)\s*{highest}\b", "", reply.strip())
+    if alone := BARE.fullmatch(text):
+        return int(alone[1])
+    named = {int(number) for number in NAMED.findall(text)}
+    if len(named) == 1:
+        return named.pop()
+    return None
+
+
 class Judge(Metric, EndpointSettings):
     """Scores by a model behind an OpenAI-compatible endpoint, scaled to 0 … 1."""
 
@@ -42,7 +64,7 @@ class Judge(Metric, EndpointSettings):
     )
     lowest: int = Field(1, description="the number that is scored 0")
     highest: int = Field(5, description="the number that is scored 1")
-    temperature: float = Field(0.0, ge=0, le=2, description="of the judge's sampling")
+    temperature: float | None = Field(0.0, ge=0, le=2, description="of the judge's sampling; null sends none")
     remote: ClassVar[bool] = True
     _transport: Any = PrivateAttr(None)
 
@@ -92,7 +114,7 @@ class Judge(Metric, EndpointSettings):
             reply = self._chat.ask(client, self._messages(item), seed=0)
         except ChatFailure as error:
             return self._failed(f"failed: {error}")
-        number = int(reply) if re.fullmatch(r"\s*[+-]?\d{1,9}\s*", reply, re.ASCII) else None
+        number = read_number(reply, self.highest)
         if number is None or not self.lowest <= number <= self.highest:
             return self._failed(f"not a number from {self.lowest} to {self.highest}: {reply[:200]!r}")
         scaled = (number - self.lowest) / (self.highest - self.lowest)

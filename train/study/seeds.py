@@ -13,7 +13,8 @@ is taken on the same rows; the variance of their mean is that between seeds, div
 bootstrap draws, of the mean over seeds), and t has the degrees of freedom of such a sum (Satterthwaite 1946). Equal
 arms are told apart in 2 to 6 % of studies of three or five seeds, where 5 % is meant (``tools/simulate_pairs.py
 --studies``). That two arms' intervals over seeds do not overlap is no such test: equal arms are told apart in 0 to 29 %
-of studies by it, as seeds differ more or less than rows. One seed says nothing of other seeds, and gives no test. Of several arms, :func:`kvopt.measure.paired.holm` corrects.
+of studies by it, as seeds differ more or less than rows. One seed says nothing of other seeds, and gives no test. Of
+several arms, :func:`kvopt.measure.paired.holm` corrects.
 """
 
 from __future__ import annotations
