@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from threading import Lock
@@ -70,6 +71,9 @@ class ChatEndpoint:
         first_wait: seconds before the first repeat; doubles with each.
         transport: an httpx transport in the place of the network's.
         say: gets a line where the model turns out to have no system role; default: stderr.
+
+    Attributes:
+        usage: ``prompt_tokens`` and ``completion_tokens`` of all answers, where the endpoint counts them.
     """
 
     settings: EndpointSettings
@@ -77,6 +81,7 @@ class ChatEndpoint:
     first_wait: float = 1.0
     transport: httpx.BaseTransport | None = None
     say: Callable[[str], None] = field(default=lambda line: print(line, file=sys.stderr, flush=True), repr=False)
+    usage: dict[str, int] = field(default_factory=dict, init=False, repr=False)
     _key: str = field(init=False, repr=False)
     _not_reached: int = field(default=0, init=False, repr=False)
     _no_system: bool = field(default=False, init=False, repr=False)
@@ -133,13 +138,21 @@ class ChatEndpoint:
     def _ask_once(self, client: httpx.Client, messages: Sequence[dict[str, str]], seed: int) -> str:
         merges = bool(messages) and messages[0]["role"] == "system"
         if merges and self._no_system:
-            return _content_or_failure(self._post(client, system_in_front(messages), seed))
+            return self._read(self._post(client, system_in_front(messages), seed))
         response = self._post(client, messages, seed)
         if merges and response.status_code not in (200, 429) and REFUSES_SYSTEM.search(response.text):
             merged = self._post(client, system_in_front(messages), seed)
             if merged.status_code == 200:
                 self._merge_from_now_on()
                 response = merged
+        return self._read(response)
+
+    def _read(self, response: httpx.Response) -> str:
+        if response.status_code == 200:
+            with suppress(ValueError, AttributeError), self._lock:
+                for name, count in (response.json().get("usage") or {}).items():
+                    if name in ("prompt_tokens", "completion_tokens") and isinstance(count, int):
+                        self.usage[name] = self.usage.get(name, 0) + count
         return _content_or_failure(response)
 
     def _merge_from_now_on(self) -> None:

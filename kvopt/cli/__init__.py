@@ -18,7 +18,19 @@ import typer
 
 from kvopt.base.launch import LAUNCH, is_first, one_process
 from kvopt.cli import bench as benchmarks
-from kvopt.cli import contexts, evaluation, exporting, merging, plans, report, sequence, shortest, starting, students
+from kvopt.cli import (
+    contexts,
+    endpoints,
+    evaluation,
+    exporting,
+    merging,
+    plans,
+    report,
+    sequence,
+    shortest,
+    starting,
+    students,
+)
 from kvopt.errors import InputError, KvoptError
 from kvopt.storage.files import write_error
 from kvopt.version import VERSION
@@ -40,6 +52,7 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "init": starting.init,
         "validate": starting.validate,
         "plan": plans.plan,
+        "check-endpoint": endpoints.check_endpoint,
         "config": starting.show_config,
     },
     "Contexts: find, compare, export": {

@@ -67,12 +67,12 @@ class MeaningJudge:
     def __post_init__(self) -> None:
         """Raises InputError without the extra ``endpoint``, or a key that is not set."""
         said = {"say": self.say} if self.say else {}
-        self._chat = ChatEndpoint(self.config, "mutations.check", 1.0, self.transport, **said)
+        self.chat = ChatEndpoint(self.config, "mutations.check", 1.0, self.transport, **said)
 
     def __call__(self, original: Template, candidate: Template) -> Opinion:
         """Both ways; the first difference that either names."""
         pairs = ((original, candidate), (candidate, original))
-        with self._chat.client() as client, ThreadPoolExecutor(2) as pool:
+        with self.chat.client() as client, ThreadPoolExecutor(2) as pool:
             opinions = list(pool.map(lambda pair: self._one_way(client, *pair), pairs))
         return min(opinions, key=lambda opinion: (opinion.asked, opinion.same is not None, opinion.same is True))
 
@@ -80,7 +80,7 @@ class MeaningJudge:
         question = f"<A>\n{shown(first)}\n</A>\n<B>\n{shown(second)}\n</B>"
         messages = [{"role": "system", "content": RUBRIC}, {"role": "user", "content": question}]
         try:
-            return read_verdict(self._chat.ask(client, messages, seed=0))
+            return read_verdict(self.chat.ask(client, messages, seed=0))
         except ChatFailure as error:
             return Opinion(None, str(error), asked=error.answered)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -67,6 +67,7 @@ class Judge(Metric, EndpointSettings):
     temperature: float | None = Field(0.0, ge=0, le=2, description="of the judge's sampling; null sends none")
     remote: ClassVar[bool] = True
     _transport: Any = PrivateAttr(None)
+    _say: Any = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _range(self) -> Judge:
@@ -81,17 +82,21 @@ class Judge(Metric, EndpointSettings):
             importlib.import_module("tenacity")
         return self
 
-    def through(self, transport: httpx.BaseTransport) -> Judge:
-        """The same judge behind an httpx transport in the place of the network's."""
+    def through(self, transport: httpx.BaseTransport | None, say: Callable[[str], None] | None = None) -> Judge:
+        """The same judge behind an httpx transport in the place of the network's; ``say`` gets the lines that else go
+        to stderr.
+        """
         judge = self.model_copy()
-        judge._transport = transport
+        judge._transport, judge._say = transport, say
         return judge
 
     @cached_property
-    def _chat(self) -> ChatEndpoint:
+    def chat(self) -> ChatEndpoint:
+        """The client that it asks through."""
         from kvopt.base.chat_endpoint import ChatEndpoint
 
-        return ChatEndpoint(self, self.place, transport=self._transport)
+        said = {"say": self._say} if self._say else {}
+        return ChatEndpoint(self, self.place, 1.0, self._transport, **said)
 
     def verdict(self, item: Item) -> Verdict:
         """The number that the judge gives."""
@@ -100,7 +105,7 @@ class Judge(Metric, EndpointSettings):
     def verdicts(self, items: Sequence[Item], progress: Progress | None = None) -> list[Verdict]:
         """One for each answer, in order; several are asked for at once."""
         verdicts = []
-        with self._chat.client() as client, ThreadPoolExecutor(self.concurrency) as pool:
+        with self.chat.client() as client, ThreadPoolExecutor(self.concurrency) as pool:
             for verdict in pool.map(lambda item: self._judged(client, item), items):
                 verdicts.append(verdict)
                 if progress:
@@ -111,7 +116,7 @@ class Judge(Metric, EndpointSettings):
         from kvopt.base.chat_endpoint import ChatFailure
 
         try:
-            reply = self._chat.ask(client, self._messages(item), seed=0)
+            reply = self.chat.ask(client, self._messages(item), seed=0)
         except ChatFailure as error:
             return self._failed(f"failed: {error}")
         number = read_number(reply, self.highest)

@@ -63,10 +63,10 @@ class EndpointParaphraser:
     def __post_init__(self) -> None:
         self.batch = self.config.concurrency
         said = {"say": self.say} if self.say else {}
-        self._chat = ChatEndpoint(self.config, "mutations.generator", self.first_wait, self.transport, **said)
+        self.chat = ChatEndpoint(self.config, "mutations.generator", self.first_wait, self.transport, **said)
 
     def propose(self, requests: Sequence[Request]) -> list[Proposal]:
-        with self._chat.client() as client, ThreadPoolExecutor(self.config.concurrency) as pool:
+        with self.chat.client() as client, ThreadPoolExecutor(self.config.concurrency) as pool:
             return list(pool.map(lambda request: self._propose(client, request), requests))
 
     def _propose(self, client: httpx.Client, request: Request) -> Proposal:
@@ -89,9 +89,7 @@ class EndpointParaphraser:
         """The source of a rewritten field, or why there is none."""
         form = marked(field.text)
         try:
-            answer = self._chat.ask(
-                client, [SYSTEM_MESSAGE, {"role": "user", "content": f"{way}\n\n{form.text}"}], seed
-            )
+            answer = self.chat.ask(client, [SYSTEM_MESSAGE, {"role": "user", "content": f"{way}\n\n{form.text}"}], seed)
         except ChatFailure as error:
             return Rejection("generation-failed" if error.answered else REQUEST_FAILED, str(error))
         if not field.text.endswith((" ", "\n")) or field.fixed_end:
