@@ -157,7 +157,7 @@ def test_from_python_a_wrong_option_is_one_line(to: str, options: dict[str, Any]
 
 
 def test_options_reach_what_is_written(context: Path) -> None:
-    folder = package.export_context(context, "vllm", context.parent / "out", block_size=4)
+    folder = package.export_context(context, "vllm", context.parent / "out", block_size=4, partial_block=False)
     facts = json.loads((folder / "kvopt-export.json").read_text())
     assert (facts["block_size"], facts["partial_block"]) == (4, False)
     assert chosen_format("peft", {"peft_type": "prefix_tuning"}).peft_type == "PREFIX_TUNING"  # type: ignore[attr-defined]

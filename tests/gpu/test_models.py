@@ -17,6 +17,7 @@ from kvopt.base.prefix import gold_states, prefill
 from kvopt.config.contexts import ContextConfig, Init
 from kvopt.contexts import KVContext, SoftContext, load_context, save_context
 from kvopt.kernels import KLOptions
+from kvopt.learn import descent_state
 from kvopt.learn.descent import Descent, context_loss, optimize
 from kvopt.learn.start_task import StartTask, initial_tensor
 from kvopt.measure.moments import StoredMoments
@@ -153,7 +154,10 @@ class _Cut(Exception):
     pass
 
 
-def test_a_cut_optimization_is_taken_up_again(pair: Pair, tmp_path: Path) -> None:
+def test_a_cut_optimization_is_taken_up_again(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descent_state, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(descent_state, "WRITES_BETWEEN_CHECKPOINTS", 0.0)
+
     def cut(step: int, train: float | None, held_out_kl: float | None) -> None:
         if step == 3:
             raise _Cut
@@ -163,7 +167,7 @@ def test_a_cut_optimization_is_taken_up_again(pair: Pair, tmp_path: Path) -> Non
         learn(pair.here, "kv", checkpoint=checkpoint, key="k", report=cut)
     steps: list[int] = []
     resumed = learn(pair.here, "kv", checkpoint=checkpoint, key="k", report=lambda step, *_: steps.append(step))
-    assert steps[:2] == [2, 3], "where it goes on, and its first step"
+    assert steps[:2] == [3, 4], "where it goes on, and its first step"
     assert held_out(resumed) == pytest.approx(held_out(learn(pair.here, "kv")), rel=1e-3)
 
 
