@@ -130,8 +130,11 @@ def in_launch(out: str, folder: str, settings: str) -> None:
     found = worked(mine)
     assert mine.shards is not None
     layer = mine.backbone.layers[0]
+    mine.shards.need(0)
+    whole, sizes = layer.mlp.up_proj.weight, sum(p.numel() for p in layer.parameters())
     mine.shards.need(1)
-    found["kept"] = sum(p.to_local().numel() for p in layer.parameters()) / sum(p.numel() for p in layer.parameters())
+    found["kept"] = sum(p.to_local().numel() for p in layer.parameters()) / sizes
+    found["freed"] = whole.untyped_storage().size() == 0
     try:
         split(mine, failing, [[0], [1], [2]], prefill(mine, ids=torch.arange(30, 37)), progress=None)
     except InputError as error:
@@ -172,7 +175,7 @@ def test_passes_answers_and_gradients_are_those_of_a_whole_base(name: str, tmp_p
         both = gradient(whole, [3, 4], slots, soft)
         assert all(torch.equal(*pair) for pair in zip(gradients, both, strict=True))
     assert len(found["both"]) == 2
-    assert found["kept"] == 0.5
+    assert (found["kept"], found["freed"]) == (0.5, True)
     assert found["failed"] == "nothing can be done with row 1"
     assert len(found["after"]) == 1
 

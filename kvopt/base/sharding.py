@@ -63,7 +63,8 @@ class Shards:
         self._parts: list[Any] = []
         for place, layer in enumerate(layers):
             self._parts.append(fully_shard(_Part(layer), mesh=mesh))
-            layer.register_forward_pre_hook(partial(self._before_layer, place))
+            for module in layer.modules():  # a layer that is computed again for its way back is not called itself
+                module.register_forward_pre_hook(partial(self._before_layer, place))
         of_layers = {id(t) for part in self._parts for t in (*part.parameters(), *part.buffers())}
         for tensor in (*model.parameters(), *model.buffers()):
             if id(tensor) not in of_layers:
