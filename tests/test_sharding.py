@@ -148,7 +148,8 @@ def in_launch(out: str, folder: str, settings: str) -> None:
     LAUNCH.end(0)
 
 
-@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n != "llama")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_passes_answers_and_gradients_are_those_of_a_whole_base(name: str, tmp_path: Path) -> None:
     settings, kind = MODELS[name], name if name in ("llama", "gemma3") else "llama"
     folder = save_tiny(tmp_path / "base", kind, "gemma" if kind == "gemma3" else "chatml")
