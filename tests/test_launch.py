@@ -177,7 +177,7 @@ def test_a_batch_that_leaves_a_process_without_a_row_is_one_line(
     kvopt: Any, job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LAUNCH, "count", 3)
-    monkeypatch.setattr(LAUNCH, "start", lambda device: None)
+    monkeypatch.setattr(LAUNCH, "start", lambda device, shares: None)
     monkeypatch.setattr(LAUNCH, "may_speak", lambda: True)
     monkeypatch.setattr(LAUNCH, "end", lambda code: None)
     code, _, err = kvopt("optimize", job, "--out", "out", "--set", "contexts.1.batch_size=2")
