@@ -148,11 +148,15 @@ def test_training_and_evaluating_a_student_is_divided(tmp_path: Path) -> None:
     assert [name for name in measured if ours[name] != theirs[name]] == []
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_process_that_is_killed_ends_all_with_one_line(tmp_path: Path, rank: int) -> None:
+@pytest.mark.parametrize(
+    ("rank", "shard"),
+    [(1, "null"), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(0, "null"), (1, "fsdp2")])],
+)
+def test_a_process_that_is_killed_ends_all_with_one_line(tmp_path: Path, rank: int, shard: str) -> None:
     job = write(tmp_path / "job")
     out, err = tmp_path / "out", tmp_path / "stderr"
     command = [*TORCHRUN, "optimize", str(job), "--out", str(out), "--set", "contexts.0.steps=100000", "--only", "kv-8"]
+    command += ["--set", f"model.shard={shard}"]
     with err.open("w") as stderr:
         process = subprocess.Popen(command, env=ENVIRONMENT, stderr=stderr, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -173,7 +177,7 @@ def test_a_batch_that_leaves_a_process_without_a_row_is_one_line(
     kvopt: Any, job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LAUNCH, "count", 3)
-    monkeypatch.setattr(LAUNCH, "start", lambda device: None)
+    monkeypatch.setattr(LAUNCH, "start", lambda device, shares: None)
     monkeypatch.setattr(LAUNCH, "may_speak", lambda: True)
     monkeypatch.setattr(LAUNCH, "end", lambda code: None)
     code, _, err = kvopt("optimize", job, "--out", "out", "--set", "contexts.1.batch_size=2")

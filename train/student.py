@@ -69,6 +69,7 @@ def twin(base: Base, name: str | None = None) -> Base:
     """A copy of the base's module tree that shares its (frozen) parameters: modules can be injected into it, and the
     base stays as it is, at the price of the buffers alone.
     """
+    base.check_whole("a student")
     shared: dict[int, Any] = {id(p): p for p in base.model.parameters()}
     return replace(base, model=copy.deepcopy(base.model, shared), name=name or base.name)
 
@@ -122,6 +123,7 @@ def full_student(base: Base, name: str, dtype: torch.dtype = torch.float32) -> S
     """A copy of all weights in ``dtype`` (the masters), each trainable; tied weights stay tied. Weights are copied one
     by one into ``dtype``, so that no copy in the base's own stands beside them.
     """
+    base.check_whole("a student")
     masters: dict[int, Any] = {id(p): nn.Parameter(p.detach().to(dtype, copy=True)) for p in base.model.parameters()}
     model = copy.deepcopy(base.model, masters).to(dtype).requires_grad_(True)
     return Student(replace(base, model=model, name=name, dtype=dtype), "full")
@@ -249,6 +251,7 @@ def load_student(folder: Path, base: Base) -> Base:
         InputError: no student, another base, missing or foreign or misshaped tensors, values that are not finite, a
             damaged file.
     """
+    base.check_whole("a student")
     name, digest = check_student(folder, base)
     adapter = (folder / "adapter_config.json").is_file()
     student = _load_lora(folder, base, name) if adapter else _load_full(folder, base, name)

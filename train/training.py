@@ -68,6 +68,12 @@ def chosen(inputs: Inputs, only: Sequence[str] = ()) -> list[StudentConfig]:
 
 def check_student(inputs: Inputs, config: StudentConfig) -> None:
     """Refuse, before any work, contexts, a teacher, checks or a start that cannot be. Raises InputError."""
+    if inputs.config.model.shard is not None:
+        raise InputError(
+            "students cannot be trained from a sharded base",
+            where=f"students.{config.name}",
+            fix="train them with a base that fits one device, without model.shard",
+        )
     check_choices(inputs, config)
     check_teacher(inputs, config)
     check_own_answers(inputs, config)

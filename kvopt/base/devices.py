@@ -70,6 +70,18 @@ def _current(device: torch.device, where: str) -> torch.device:
     return device
 
 
+def check_gpus(name: str, processes: int) -> None:
+    """Each of so many processes of this machine needs a GPU of its own. Raises InputError where there are fewer, and
+    for a name that says which GPU.
+    """
+    if ":" in name:
+        what = f"is one device for {counted(processes, 'process', 'processes')}"
+        raise InputError(what, where=f"model.device {name}", fix="use auto: each process takes a GPU of its own")
+    if processes > (there := torch.cuda.device_count()):
+        what = f"{counted(processes, 'process', 'processes')} on a machine with {counted(there, 'GPU')}"
+        raise InputError(what, fix=f"launch at most {there}, or set model.device: cpu")
+
+
 def device_name(device: torch.device) -> str:
     """``cuda:1 (NVIDIA H100)``: the device as messages name it."""
     if device.type in ("cuda", "xpu"):

@@ -69,11 +69,12 @@ class Launch:
 
     Attributes:
         count, rank: W, and this process's number from 0.
+        shares: whether a base's layers are shared out, so that each process needs the others to compute with it.
         busy: whether all processes are at work on an order; what is asked for then is done by each for itself.
     """
 
     def __init__(self) -> None:
-        self.count, self.rank, self.busy = 1, 0, False
+        self.count, self.rank, self.busy, self.shares = 1, 0, False, False
         self._own: dict[str, Any] = {}
         self._makers: dict[str, Callable[[], Any]] = {}
         self._device: Any = "cpu"
@@ -86,7 +87,7 @@ class Launch:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def start(self, device: str) -> None:
+    def start(self, device: str, shares: bool = False) -> None:
         """Join the other processes, each on its own GPU where the base is to run on one; call it before the base is
         loaded. Raises InputError for a device that they cannot share.
         """
@@ -97,12 +98,14 @@ class Launch:
 
         cpu = device == "cpu" or not torch.cuda.is_available()
         if not cpu:
-            _check_gpus(device, torch.cuda.device_count())
+            from kvopt.base.devices import check_gpus
+
+            check_gpus(device, int(os.environ.get("LOCAL_WORLD_SIZE", processes())))
         waiting = timedelta(seconds=SECONDS_TO_WAIT)
         with _noticing(processes()):
             state = PartialState(cpu=cpu, timeout=waiting)
             self._orders = torch.distributed.new_group(backend="gloo", timeout=waiting)
-        self.count, self.rank = state.num_processes, state.process_index
+        self.count, self.rank, self.shares = state.num_processes, state.process_index, shares
         self._device = torch.device("cpu") if cpu else state.device
         signal.signal(signal.SIGTERM, self._terminated)
 
@@ -152,7 +155,7 @@ class Launch:
         self._raise_first(self._gathered(None))
 
     def agreed(self, value: Any) -> Any:
-        """The first process's value in every process, inside of work that is done in step."""
+        """The first process's value in every process, where all ask at once."""
         if self.count == 1:
             return value
         import torch
@@ -161,6 +164,16 @@ class Launch:
         with _noticing(self.count):
             torch.distributed.broadcast_object_list(box, src=0, group=self._orders)
         return box[0]
+
+    def wished(self, layer: int) -> int:
+        """The layer that the first process wants of those that want one, where all ask at once; -1: none does."""
+        import torch
+
+        mine = torch.tensor([layer])
+        wishes = [torch.empty_like(mine) for _ in range(self.count)]
+        with _noticing(self.count):
+            torch.distributed.all_gather(wishes, mine, group=self._orders)
+        return next((int(wish) for wish in wishes if wish >= 0), -1)
 
     def end(self, code: int) -> None:
         """The last order: leave, with this exit code."""
@@ -204,10 +217,7 @@ class Launch:
         return packed(value, self._own)
 
     def _send(self, order: _Order) -> None:
-        import torch
-
-        with _noticing(self.count):
-            torch.distributed.broadcast_object_list([order], src=0, group=self._orders)
+        self.agreed(order)
 
     # ---- the others
 
@@ -219,7 +229,7 @@ class Launch:
         """
         self._makers = makers
         try:
-            while (order := self._received()).code is None:
+            while (order := self.agreed(None)).code is None:
                 self._follow(order)
         except KeyboardInterrupt:
             sys.exit(130)
@@ -229,15 +239,6 @@ class Launch:
             sys.exit(error.exit_code)
         self._leave()
         sys.exit(order.code)
-
-    def _received(self) -> _Order:
-        import torch
-
-        box: list[Any] = [None]
-        with _noticing(self.count):
-            torch.distributed.broadcast_object_list(box, src=0, group=self._orders)
-        order: _Order = box[0]
-        return order
 
     def _called(self, order: _Order) -> Any:
         work, arguments = self._unpacked(order.call)
@@ -281,8 +282,13 @@ class Launch:
         return None if order.summed else result
 
     def _gathered(self, result: Any) -> list[Any]:
-        """The results of all processes, in the first; nothing in the others."""
+        """The results of all processes, in the first; nothing in the others. One that has its own helps until all have
+        theirs, where layers are shared out.
+        """
         import torch
+
+        while self.shares and (layer := self.wished(-1)) >= 0:
+            self._mine("shards").hold(layer)
 
         boxes: list[Any] | None = [None] * self.count if self.is_first else None
         with _noticing(self.count):
@@ -387,14 +393,3 @@ def _noticing(count: int) -> Iterator[None]:
 
 def _forget(name: str) -> None:
     LAUNCH._own.pop(name, None)
-
-
-def _check_gpus(device: str, there: int) -> None:
-    """Each process of this machine needs a GPU of its own."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
-    if ":" in device:
-        what = f"is one device for {counted(processes(), 'process', 'processes')}"
-        raise InputError(what, where=f"model.device {device}", fix="use auto: each process takes a GPU of its own")
-    if here > there:
-        what = f"{counted(here, 'process', 'processes')} on a machine with {counted(there, 'GPU')}"
-        raise InputError(what, fix=f"launch at most {there}, or set model.device: cpu")

@@ -34,6 +34,7 @@ from kvopt.errors import InputError, KvoptError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from kvopt.base.sharding import Shards
     from kvopt.kernels import Head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,6 +55,7 @@ class Base:
             quantized on loading, ``quantization``.
         capability: what running it showed (head scale, softcap, how keys rotate, whether rows can be packed).
         attention: ``model.attention`` of the config: whether rows are packed or padded.
+        shards: of a base whose layers are shared out over processes, None where it is whole.
     """
 
     model: PreTrainedModel
@@ -65,6 +67,7 @@ class Base:
     identity: dict[str, str | None]
     capability: Capability
     attention: Literal["auto", "packed", "padded"] = "auto"
+    shards: Shards | None = None
 
     @property
     def document(self) -> BaseIdentity:
@@ -111,6 +114,12 @@ class Base:
                 fix="set model.quantization to nf4 or int8, or use a base with 16-bit weights",
             )
 
+    def check_whole(self, what: str) -> None:
+        """Raises InputError where the base's layers are shared out over processes, for ``what`` needs them whole."""
+        if self.shards is not None:
+            fix = "use a base that fits one device, without model.shard"
+            raise InputError(f"{what} needs the whole base", where="model.shard fsdp2", fix=fix)
+
 
 def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) -> Base:
     """Load ``config.base``, check by running it that kvopt can work with it, and hash it.
@@ -131,17 +140,35 @@ def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) 
     with quiet():
         folder = locate(config.base, config.revision, say)
         settings = _load_config(folder, config)
+        if config.shard is not None:
+            from kvopt.base.sharding import check_sharding
+
+            check_sharding(device, getattr(settings, "quantization_config", None) is not None)
         tokenizer = _load_tokenizer(folder, config)
         model = _load_model(folder, config, settings, torch_dtype, device)
     model.requires_grad_(False).eval()
     _check_vocabulary(model, tokenizer, config.base)
+    shards = None
+    if config.shard is not None:
+        from kvopt.base.sharding import Shards  # loads torch.distributed
+
+        shards = Shards(model, device)
     ids = _ordinary_ids(model, tokenizer)
     capability = with_flex(model, ids, probe(model, ids, config.base), config, say)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     identity = _identity(folder, tokenizer, config)
     return Base(
-        model, tokenizer, config.base, device, torch_dtype, capability.geometry, identity, capability, config.attention
+        model,
+        tokenizer,
+        config.base,
+        device,
+        torch_dtype,
+        capability.geometry,
+        identity,
+        capability,
+        config.attention,
+        shards,
     )
 
 
@@ -307,7 +334,7 @@ def _load_model(
                 fix="leave it out, or give the base that it was made of",
             )
         method = wanted["quantization_config"] = quantization_config(config.quantization, dtype)
-    if device.type != "cpu" or method:
+    if (device.type != "cpu" and config.shard is None) or method:  # layers to be sharded go there one by one
         wanted["device_map"] = {"": str(device)}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(

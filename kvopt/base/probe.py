@@ -110,6 +110,13 @@ def _has_rope(text: Any) -> bool:
     return any(getattr(text, field, None) for field in ("rope_parameters", "rope_theta", "rope_scaling"))
 
 
+def decoder_layers(model: Any) -> nn.ModuleList | None:
+    """The list of a transformers model's decoder layers, None where it has none."""
+    count = text_config(model.config).num_hidden_layers
+    lists = (module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList))
+    return next((layers for layers in lists if len(layers) == count), None)
+
+
 def layer_types(text: Any) -> tuple[str, ...]:
     """The attention kind of each layer; configurations that do not list them have one kind, sliding when they set a
     window."""

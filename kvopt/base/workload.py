@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvopt.base.prefix import CaptureLayer, Prefix, prefix_cache
-from kvopt.base.probe import layer_types, text_config
+from kvopt.base.probe import decoder_layers, layer_types, text_config
 from kvopt.errors import InputError
 from kvopt.kernels.memory import AllocationMeter
 
@@ -95,6 +95,14 @@ class Workload:
         """Of all parameters and buffers, tied ones once."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
+
+    def sharded_bytes(self, processes: int) -> int:
+        """Of the weights in one of so many processes that share out the decoder layers, at its peak: while it gathers
+        the largest layer there are two copies of it.
+        """
+        layers = decoder_layers(self.model) or ()
+        sizes = [sum(t.numel() * t.element_size() for t in layer.parameters()) for layer in layers]
+        return self.weight_bytes - sum(sizes) + sum(sizes) // processes + 2 * max(sizes, default=0)
 
     @property
     def head_bytes(self) -> int:

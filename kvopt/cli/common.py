@@ -70,7 +70,7 @@ def open_run(config: Path, sets: list[str] | None, out: Path | None) -> Run:
     from kvopt.config.document import load_config
 
     settings, base_dir = load_config(config, sets or ())
-    LAUNCH.start(settings.model.device)
+    LAUNCH.start(settings.model.device, shares=settings.model.shard is not None)
     from kvopt.run.run import Run
 
     folder = out or Path("runs") / settings.name

@@ -29,6 +29,11 @@ class ModelConfig(Section):
         description="fewer bits a weight, as the model is loaded: nf4 or int8 (bitsandbytes), or any mapping that is"
         " transformers' quantization_config, with its quant_method (torchao, …)",
     )
+    shard: Literal["fsdp2"] | None = Field(
+        None,
+        description="fsdp2: in a launch of several processes, each keeps its part of every decoder layer, for a base"
+        " that does not fit one device",
+    )
     trust_remote_code: bool = Field(False, description="allow Python code that comes with the model to run")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     attention: Literal["auto", "packed", "padded"] = Field(
@@ -52,6 +57,12 @@ class ModelConfig(Section):
         if isinstance(value, dict) and not value.get("quant_method"):
             raise ValueError("a mapping needs its quant_method, such as bitsandbytes or torchao")
         return value
+
+    @model_validator(mode="after")
+    def _shards_plain_weights(self) -> ModelConfig:
+        if self.shard and self.quantization is not None:
+            raise ValueError("shard and quantization do not go together: set one of them")
+        return self
 
     @model_validator(mode="before")
     @classmethod

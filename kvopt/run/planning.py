@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import psutil
 import torch
 
 from kvopt.base.hardware import EFFICIENCY, HERE, Hardware, named_hardware
+from kvopt.base.launch import LAUNCH
 from kvopt.base.loading import Base, automatic_dtype, choose_device, load_empty
 from kvopt.base.probe import Capability, Geometry, context_window, layer_types, text_config
 from kvopt.base.workload import Workload
@@ -17,7 +18,7 @@ from kvopt.config.model import ModelConfig
 from kvopt.errors import InputError, counted
 from kvopt.run.calibration import Rates, measured_rates, typical_shape
 from kvopt.run.encoded_task import EncodedTask, encode_task
-from kvopt.run.forecast import Forecast, Stage
+from kvopt.run.forecast import Forecast
 from kvopt.run.inputs import Inputs
 
 GIB = 2**30
@@ -29,6 +30,8 @@ SmolLM2-135M with glibc); a process gives little of it back, so a later stage pe
 """
 LOADED_BYTES = 60 * 2**20
 """What loading leaves in a process on a CPU beside the weights."""
+MOST_DEVICES = 64
+"""That a plan shares a base out to."""
 CALIBRATION = 5.0
 """Seconds of measurement for ``--device here``."""
 
@@ -70,15 +73,18 @@ def plan_of_run(task: EncodedTask) -> dict[str, Any]:
     base = task.base
     model, _ = load_empty(task.config.model, base.dtype)
     workload = Workload(model, copies=base.device.type == "cpu")
-    return document(Forecast(task, workload, _kind(base.device)), _on(base.device, base.dtype, 1, 1.0))
+    target = _on(base.device, base.dtype, 1, 1.0)
+    if base.shards is not None and target.kind == "cuda":  # processes on a CPU share one memory
+        target = replace(target, count=LAUNCH.count)
+    return document(Forecast(task, workload, target.kind), target)
 
 
 def document(forecast: Forecast, target: Target) -> dict[str, Any]:
     """A forecast on a target, as ``kvopt plan --json`` prints it."""
     rates = target.rates(forecast.workload, forecast)
     weights = forecast.workload.weight_bytes
-    sharded = forecast.config.model.model_dump().get("shard") == "fsdp2" and target.count > 1
-    held = target.process_bytes + (weights // target.count if sharded else weights)
+    sharded = forecast.config.model.shard is not None and target.count > 1
+    held = target.process_bytes + (forecast.workload.sharded_bytes(target.count) if sharded else weights)
     if target.kind == "cpu":  # a CPU's products put the head's rows into another order
         held += LOADED_BYTES + forecast.workload.head_bytes
     stages: list[dict[str, Any]] = []
@@ -110,21 +116,22 @@ def document(forecast: Forecast, target: Target) -> dict[str, Any]:
         "peak_memory_bytes": max(int(s["peak_memory_bytes"]) for s in stages),
         "seconds": sum(s["seconds"] for s in stages),
         "fits": all(s["fits"] for s in stages),
-        "changes": _changes(forecast.stages, held, weights, target, sharded),
+        "changes": _changes(forecast, held, target, sharded),
         "not_counted": forecast.not_counted,
     }
 
 
-def _changes(stages: list[Stage], held: int, weights: int, target: Target, sharded: bool) -> list[str]:
+def _changes(forecast: Forecast, held: int, target: Target, sharded: bool) -> list[str]:
     """What to write into the config, or another device, where a stage does not fit."""
     if held > target.memory:
-        needed = -int(-weights // max(1.0, target.memory - target.process_bytes))
-        if sharded or target.kind == "cpu":
-            return [f"the weights alone take {held / GIB:.1f} GiB a device: take a larger device, or more of them"]
-        devices = "" if needed <= target.count else f" and {needed + 1} devices of this kind"
-        return [f"model.shard: fsdp2{devices} (the weights, {weights / GIB:.1f} GiB, do not fit one device)"]
+        work, room = forecast.workload, target.memory - target.process_bytes
+        needed = next((n for n in range(2, MOST_DEVICES + 1) if work.sharded_bytes(n) <= room), None)
+        if needed is None or target.kind == "cpu":
+            return [f"the weights alone take {held / GIB:.1f} GiB a device: take a larger device"]
+        devices = "" if needed <= target.count else f" and {needed} devices of this kind"
+        return [f"model.shard: fsdp2{devices} (the weights, {work.weight_bytes / GIB:.1f} GiB, do not fit one device)"]
     changes: dict[str, str] = {}
-    for stage in stages:
+    for stage in forecast.stages:
         if held + target.taken(stage.work.extra_bytes) <= target.memory or stage.smaller is None:
             continue
         rows = stage.rows

@@ -103,16 +103,15 @@ class Run:
         return self.at.directory
 
     def follow(self) -> NoReturn:
-        """Do what the first process of a launch asks for, and exit when it has no more: it alone writes the run
-        directory.
-        """
+        """Do what the first process of a launch, which alone writes, asks for, and exit when it has no more."""
 
         def task() -> EncodedTask:
             self.directory.read_manifest()  # as the first process left it
             return self.task()
 
-        silent = Workspace(self.directory, Progress(lambda line: None, False))
-        LAUNCH.serve({"base": lambda: task().base, "task": task, "at": lambda: silent})
+        at = Workspace(self.directory, Progress(lambda line: None, False))
+        shards = lambda: self.load_base().shards  # noqa: E731 (wanted before there is a manifest)
+        LAUNCH.serve({"base": lambda: task().base, "task": task, "at": lambda: at, "shards": shards})
 
     # ---- what everything stands on
 

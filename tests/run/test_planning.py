@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from kvopt.run.inputs import read_inputs
 from kvopt.run.run import Run
 from tests.attentions import BASES, base_of, saved
 from tests.jobs import write_job
-from tests.tiny import tiny_folder
+from tests.tiny import save_tiny, tiny_folder
 
 Kvopt = Callable[..., tuple[int, str, str]]
 
@@ -158,9 +159,30 @@ def test_what_does_not_fit_names_the_setting_that_mends_it(tmp_path: Path, monke
     assert smaller["fits"], "what it says mends it"
     monkeypatch.setitem(DEVICES, "small", small(1000.0))
     [change] = plan_of(config, "small")["changes"]
-    assert re.match(
-        r"model\.shard: fsdp2 and \d+ devices of this kind \(the weights, .* do not fit one device\)", change
+    assert re.fullmatch(r"the weights alone take .* GiB a device: take a larger device", change)
+
+
+def test_a_base_that_fits_no_device_is_shared_out_over_as_many_as_hold_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def many_layers(config: dict[str, Any], **settings: str) -> None:
+        folder = save_tiny(tmp_path / "deep", "llama", "chatml", num_hidden_layers=24)
+        config["model"].update(base=str(folder), **settings)
+
+    config = job(tmp_path / "whole", many_layers)
+    weights = plan_of(config, "h100-80gb")["weights_bytes"]
+    monkeypatch.setitem(DEVICES, "small", small(0.6 * weights / planning.USABLE))
+    [change] = plan_of(config, "small")["changes"]
+    found = re.fullmatch(
+        r"model\.shard: fsdp2 and (\d+) devices of this kind \(the weights, .* do not fit one device\)", change
     )
+    assert found
+    sharded = job(tmp_path / "sharded", partial(many_layers, shard="fsdp2"))
+    held = [plan_of(sharded, "small", count)["peak_memory_bytes"] for count in (int(found[1]) - 1, int(found[1]))]
+    work = plan_of(config, "h100-80gb")["peak_memory_bytes"] - weights
+    assert held[0] - work > 0.6 * weights >= held[1] - work
+    [change] = plan_of(config, "small", int(found[1]))["changes"]
+    assert change.startswith("model.shard: fsdp2 (the weights, ")
 
 
 def test_the_command_prints_a_table_or_one_document(kvopt: Kvopt, tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def subject(task: EncodedTask, name: str, at: Workspace) -> Subject:
             raise InputError("is not trained yet", where=f"student {name}", fix="kvopt train trains it")
         fix = "known: " + ", ".join([BASE, *configured])
         raise InputError(f"no student {name!r}", where="--student", fix=fix)
+    task.base.check_whole(f"student {name}")
     if record is not None and record.template_sha256 not in (None, task.template.sha256):
         at.say(f"warning: student {name} was trained for another template than the config's")
     return Subject(task.base, name, folder, record)
