@@ -59,7 +59,15 @@ def settings(base: str) -> dict[str, Any]:
                 "eval_every": 2,
             },
             {"name": "kv-best", "kind": "kv", "init": "best-mutation", "steps": 3, "batch_size": 4, "eval_every": 2},
-            {"name": "soft-6", "kind": "soft", "tokens": 6, "steps": 3, "batch_size": 4, "eval_every": 2},
+            {
+                "name": "soft-6",
+                "kind": "soft",
+                "tokens": 6,
+                "init": "template",
+                "steps": 3,
+                "batch_size": 4,
+                "eval_every": 2,
+            },
         ],
     }
 
