@@ -91,11 +91,11 @@ def test_tokens_and_flops_of_every_stage_are_those_of_the_run(
     assert not any(stage["about"] for stage in stages)
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", [name for name in BASES if name != "qwen3"])
 @pytest.mark.parametrize("slots", [0, 11])
 def test_a_batch_stands_as_the_run_has_it(name: str, slots: int, tmp_path: Path) -> None:
     """Under default settings, on a CPU."""
-    folder = tiny_folder(name) if name in ("llama", "qwen3", "gemma3") else saved(name, tmp_path / "base")
+    folder = tiny_folder(name) if name in ("llama", "gemma3") else saved(name, tmp_path / "base")
     config = job(tmp_path / "job", lambda c: c["model"].update(base=str(folder), attn_implementation="auto"))
     task = Run(*load_config(config), tmp_path / "run", say=lambda line: None, bars=False).task()
     rows = task.rows("train").rows[:5]
@@ -105,7 +105,7 @@ def test_a_batch_stands_as_the_run_has_it(name: str, slots: int, tmp_path: Path)
     packing = packing_for(task.base, batch, slots)
     lines = (packing.lines, packing.width) if packing else tuple(batch.ids.shape)
     assert (shape.lines, shape.width, shape.prefix) == (*lines, slots)
-    assert (shape.pairs is not None) == bool(packing and packing.apart) == (name in ("llama", "qwen3") and slots > 0)
+    assert (shape.pairs is not None) == bool(packing and packing.apart) == (name == "llama" and slots > 0)
     if shape.pairs is not None:
         assert shape.pairs == sum(n * (slots + n) for n in batch.lengths)
 
