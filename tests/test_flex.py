@@ -121,6 +121,7 @@ class OnGpu:
 
     def __init__(self, model: Any) -> None:
         self.model = copy.deepcopy(model)
+        self.model.set_attn_implementation("sdpa")
 
     def __getattr__(self, name: str) -> Any:
         return torch.device("cuda") if name == "device" else getattr(self.model, name)

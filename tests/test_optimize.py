@@ -253,7 +253,7 @@ def test_steps_of_a_soft_prompt_are_those_of_muon(llama: Base, tmp_path: Path) -
 
 
 def test_a_diverging_run_stops_with_the_step_and_what_is_kept(llama: Base, tmp_path: Path) -> None:
-    task = make_task(llama, tmp_path / "reference")
+    task = make_task(replace(llama, attention="padded"), tmp_path / "reference")
     config = ContextConfig(name="wild", tokens=6, steps=50, batch_size=4, learning_rate=1e20, eval_every=1, warmup=0)
     with pytest.raises(KvoptError, match=r"contexts\.wild: .* at step \d+.*lower learning_rate"):
         learn(task, config, checkpoint=tmp_path / "state.safetensors", key="k")

@@ -56,7 +56,7 @@ def states_and_gradient(base: Base, prefix: Prefix, batch: Batch) -> tuple[Tenso
 
 
 def test_the_setting_decides_whether_rows_are_packed() -> None:
-    base, batch, same = tiny_base("llama"), ragged_batch(), make_batch([Row("r", (5, 6), (7,))] * 2, [0, 1])
+    base, batch, same = tiny_base("gemma3"), ragged_batch(), make_batch([Row("r", (5, 6), (7,))] * 2, [0, 1])
     assert packing_for(base, batch, 4) is not None
     assert packing_for(base, same, 4) is None
     always = packing_for(replace(base, attention="packed"), same, 4)

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvopt.base.launch import split
 from kvopt.base.loading import Base
-from kvopt.base.prefix import Prefix, PrefixLayer, lines_for, run_packed
+from kvopt.base.prefix import Prefix, PrefixLayer, line_for, lines_for, run_packed
 from kvopt.errors import InputError
 
 Progress = Callable[[int], None]
@@ -168,7 +168,7 @@ def _packed_start(base: Base, prefix: Prefix, bodies: Sequence[Sequence[int]], c
     padded on the left; hidden states [B, D] of their last tokens. None, and nothing done, where padding is cheaper.
     """
     lengths = [len(body) for body in bodies]
-    packing = lines_for(base, lengths, len(prefix))
+    packing = line_for(base, lengths, len(prefix)) or lines_for(base, lengths, len(prefix))
     if packing is None:
         return None
     ids = pad_sequence([torch.tensor(body) for body in bodies], batch_first=True).to(base.device)

@@ -132,6 +132,7 @@ def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) 
     code that was not trusted, or cannot be run; KvoptError when no source of the built-in base can be reached.
     """
     from kvopt.base.flex import with_flex  # loads torch's compiler, which a tokenizer alone does not need
+    from kvopt.base.merged import with_merged
 
     say, device, dtype = say or _to_stderr, choose_device(config.device), config.dtype
     torch_dtype = automatic_dtype(device) if dtype == "auto" else DTYPES[dtype]
@@ -155,6 +156,7 @@ def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) 
         shards = Shards(model, device)
     ids = _ordinary_ids(model, tokenizer)
     capability = with_flex(model, ids, probe(model, ids, config.base), config, say)
+    with_merged(model, ids, capability, config)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     identity = _identity(folder, tokenizer, config)

@@ -10,7 +10,7 @@ Symbols: R rows, B lines, n positions of a line, T prefix slots.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -32,7 +32,8 @@ LINEAR_SLOTS = 768
 class Packing:
     """Where rows stand: the line and the first column of each [R], and how many lines of which width there are.
 
-    in_blocks: one line whose width is a multiple of BLOCK, for FlexAttention.
+    in_blocks: one line whose width is a multiple of BLOCK, for FlexAttention. apart: one line without padding, whose
+    rows attend to the prefix and to themselves apart (:mod:`kvopt.base.merged`).
     """
 
     line: Tensor
@@ -41,6 +42,7 @@ class Packing:
     lines: int
     width: int
     in_blocks: bool = False
+    apart: bool = False
 
     def packed(self, ids: Tensor) -> Tensor:
         """Token ids [B, n] of rows [R, ·] that are padded on the right."""
@@ -106,12 +108,16 @@ def by_layer(layer_types: Sequence[str], window: int | None, make: Callable[[int
 
 def one_line(lengths: Sequence[int]) -> Packing:
     """All rows in one line, in their order; its width is a multiple of BLOCK."""
+    packing = end_to_end(lengths)
+    return replace(packing, width=-(-packing.width // BLOCK) * BLOCK, in_blocks=True, apart=False)
+
+
+def end_to_end(lengths: Sequence[int]) -> Packing:
+    """All rows in one line, in their order, and nothing else; they are apart from their prefix."""
     ends = list(accumulate(lengths))
     column = [end - length for end, length in zip(ends, lengths, strict=True)]
-    width = -(-ends[-1] // BLOCK) * BLOCK
-    return Packing(
-        torch.zeros(len(lengths), dtype=torch.int64), torch.tensor(column), torch.tensor(lengths), 1, width, True
-    )
+    line = torch.zeros(len(lengths), dtype=torch.int64)
+    return Packing(line, torch.tensor(column), torch.tensor(lengths), 1, ends[-1], apart=True)
 
 
 def pack(lengths: Sequence[int], prefix: int, *, always: bool = False) -> Packing | None:

@@ -22,7 +22,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvopt.base.flex import block_mask
 from kvopt.base.loading import Base
-from kvopt.base.packing import Packing, by_layer, one_line, pack
+from kvopt.base.merged import NAME as MERGED
+from kvopt.base.merged import Apart
+from kvopt.base.packing import Packing, by_layer, end_to_end, one_line, pack
 from kvopt.base.rope import Rope
 from kvopt.task.seam import Batch, Row, length_buckets, make_batch
 
@@ -70,7 +72,11 @@ class Prefix:
 
 
 class PrefixLayer(DynamicLayer):
-    """One layer's read-only prefix: ``update`` returns prefix ⧺ new states and keeps neither."""
+    """One layer's read-only prefix: ``update`` returns prefix ⧺ new states and keeps neither; with ``apart`` it returns
+    the new ones alone.
+    """
+
+    apart: bool = False
 
     def __init__(self, keys: Tensor, values: Tensor):
         super().__init__()
@@ -78,6 +84,8 @@ class PrefixLayer(DynamicLayer):
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.apart:
+            return key_states, value_states
         rows = key_states.shape[0]
         return (
             torch.cat([repeat(self.keys, "1 h t d -> b h t d", b=rows), key_states], dim=-2),
@@ -190,11 +198,20 @@ def gold_hidden(base: Base, prefix: Prefix, batch: Batch) -> Tensor:
 
 def packing_for(base: Base, batch: Batch, length: int) -> Packing | None:
     """How to pack the batch's rows after a prefix of so many slots, None where they are padded: all in one line where
-    FlexAttention runs; else on a CPU in a few lines with a mask, where that is cheaper than padding them.
+    FlexAttention runs, or on a CPU rows and prefix can be apart; else on a CPU in a few lines with a mask, where that
+    is cheaper than padding them.
     """
     if base.attention == "padded":
         return None
-    return one_line(batch.lengths) if base.capability.flex else lines_for(base, batch.lengths, length)
+    if base.capability.flex:
+        return one_line(batch.lengths)
+    return line_for(base, batch.lengths, length) or lines_for(base, batch.lengths, length)
+
+
+def line_for(base: Base, lengths: Sequence[int], prefix: int) -> Packing | None:
+    """All rows in one line, apart from the prefix, where the base's attention can take them so."""
+    able = base.model.config._attn_implementation == MERGED and base.attention != "padded"
+    return end_to_end(lengths) if able and prefix else None
 
 
 def lines_for(base: Base, lengths: Sequence[int], prefix: int) -> Packing | None:
@@ -226,9 +243,15 @@ def run_packed(base: Base, prefix: Prefix, ids: Tensor, packing: Packing, cache:
     length = len(prefix)
     if cache is None and length:
         cache = prefix_cache(prefix)
+    if packing.apart and cache is not None:
+        for layer in cache.layers:
+            layer.apart = True  # type: ignore[attr-defined]
+        seen = Apart(prefix.keys, prefix.values, packing.lengths.tolist()).arguments
+    else:
+        seen = {"attention_mask": packed_masks(base, packing, length)}
     return base.backbone(
         input_ids=packing.packed(ids),
-        attention_mask=packed_masks(base, packing, length),
+        **seen,
         position_ids=packing.positions(length).to(base.device),
         past_key_values=cache,
         use_cache=False,

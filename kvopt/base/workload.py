@@ -51,8 +51,8 @@ EXPERTS = {torch.ops.aten._grouped_mm: _grouped_flops}
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a batch: B lines of n positions after T prefix slots; ``pairs`` of positions that attend to each other, where
-    not all do (FlexAttention computes no others).
+    """Of a batch: B lines of n positions after T prefix slots; ``pairs`` of positions whose logits are computed, where
+    not all are (FlexAttention; rows apart from their prefix on a CPU). Keys and values are not copied then.
     """
 
     lines: int
@@ -88,6 +88,8 @@ class Workload:
         self.hidden_size: int = text.hidden_size
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.capped = bool(getattr(text, "attn_logit_softcapping", None)) or model.config.model_type == "gpt_oss"
+        self.plain = not self.capped and set(layer_types(text)) == {"full_attention"}
+        self.plain &= not getattr(text, "attention_dropout", 0)
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
 
     @cached_property
@@ -137,14 +139,14 @@ class Workload:
             return tensor
 
         kept: list[Tensor] = []
-        with self._fused(), saved_tensors_hooks(pack, lambda tensor: tensor):
+        with self._fused(shape), saved_tensors_hooks(pack, lambda tensor: tensor):
             hidden = self._run(shape, gradient)
         del hidden
         return sum(sizes.values())
 
     def passing_bytes(self, shape: Shape) -> int:
         """The most that a pass without a gradient holds at a time."""
-        with self._fused(), AllocationMeter() as meter:
+        with self._fused(shape), AllocationMeter() as meter:
             self._run(shape, "none")
         return meter.peak
 
@@ -213,12 +215,12 @@ class Workload:
         return self.dtype if self.model.config._attn_implementation == "eager" else torch.bool
 
     @contextmanager
-    def _fused(self) -> Iterator[None]:
+    def _fused(self, shape: Shape) -> Iterator[None]:
         """The model with an attention that keeps what a fused kernel keeps; the eager one where that is computed."""
         if self.capped and self.copies:
             yield
             return
-        AttentionInterface.register(_FUSED, _fused_attention(self.copies))
+        AttentionInterface.register(_FUSED, _fused_attention(self.copies and shape.pairs is None))
         AttentionMaskInterface.register(_FUSED, sdpa_mask)
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation(_FUSED)

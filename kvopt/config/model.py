@@ -40,12 +40,14 @@ class ModelConfig(Section):
         "auto",
         description="how the rows of a batch stand behind a shared prefix. packed: one after the other in one line, by"
         " FlexAttention on a CUDA GPU; padded: each in a line of its own. auto: packed on a CUDA GPU if FlexAttention"
-        " passes a check of itself, on a CPU where packing saves work, else padded",
+        " passes a check of itself; on a CPU if attention to the prefix and within rows can be computed apart, or where"
+        " packing saves work; else padded",
     )
     attn_implementation: str = Field(
         "auto",
         description="the attention of transformers (its attn_implementation); auto: sdpa where the model's attention"
-        " can be computed so, else eager. One that is named is used for packed rows, too, in place of FlexAttention",
+        " can be computed so, else eager. One that is named is used for packed rows, too, in place of FlexAttention, or"
+        " on a CPU of the two attentions to prefix and row",
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"

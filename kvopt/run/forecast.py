@@ -301,10 +301,17 @@ class Forecast:
             if self.device.type == "cuda" and self.config.model.attn_implementation == "auto":
                 pairs = sum(n * slots + n * (n + 1) // 2 for n in lengths)
                 return Shape(1, one_line(lengths).width, slots, pairs)
+            if slots and self._apart:
+                return Shape(1, sum(lengths), slots, sum(n * (slots + n) for n in lengths))
             packed = pack(lengths, slots, always=attention == "packed") if self._packs else None
             if packed is not None:
                 return Shape(packed.lines, packed.width, slots)
         return Shape(len(lengths), max(lengths), slots)
+
+    @property
+    def _apart(self) -> bool:
+        named = self.config.model.attn_implementation == "auto"
+        return named and self.device.type == "cpu" and self.workload.plain
 
     @property
     def _packs(self) -> bool:

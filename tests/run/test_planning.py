@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kvopt.base.hardware import DEVICES, Hardware
 from kvopt.base.loading import load_empty
+from kvopt.base.prefix import packing_for
 from kvopt.base.workload import EXPERTS, Shape, Workload
 from kvopt.config.document import load_config
 from kvopt.config.model import ModelConfig
@@ -24,8 +25,10 @@ from kvopt.documents.ledger import LedgerEntry, read_ledger
 from kvopt.errors import InputError
 from kvopt.run import calibration, planning
 from kvopt.run.directory import RunDirectory
+from kvopt.run.forecast import Forecast
 from kvopt.run.inputs import read_inputs
 from kvopt.run.run import Run
+from kvopt.task.seam import make_batch
 from tests.attentions import BASES, base_of, saved
 from tests.jobs import write_job
 from tests.tiny import save_tiny, tiny_folder
@@ -87,6 +90,25 @@ def test_tokens_and_flops_of_every_stage_are_those_of_the_run(
     assert {stage["stage"]: stage["tokens_in"] for stage in stages} == tokens
     assert {stage["stage"]: stage["flops"] for stage in stages} == flops
     assert not any(stage["about"] for stage in stages)
+
+
+@pytest.mark.parametrize("name", [name for name in BASES if name != "qwen3"])
+@pytest.mark.parametrize("slots", [0, 11])
+def test_a_batch_stands_as_the_run_has_it(name: str, slots: int, tmp_path: Path) -> None:
+    """Under default settings, on a CPU."""
+    folder = tiny_folder(name) if name in ("llama", "gemma3") else saved(name, tmp_path / "base")
+    config = job(tmp_path / "job", lambda c: c["model"].update(base=str(folder), attn_implementation="auto"))
+    task = Run(*load_config(config), tmp_path / "run", say=lambda line: None, bars=False).task()
+    rows = task.rows("train").rows[:5]
+    workload = Workload(load_empty(task.config.model, torch.float32)[0], copies=True)
+    shape = Forecast(task, workload, "cpu").shape_of(rows, slots)
+    batch = make_batch(rows, range(len(rows)))
+    packing = packing_for(task.base, batch, slots)
+    lines = (packing.lines, packing.width) if packing else tuple(batch.ids.shape)
+    assert (shape.lines, shape.width, shape.prefix) == (*lines, slots)
+    assert (shape.pairs is not None) == bool(packing and packing.apart) == (name == "llama" and slots > 0)
+    if shape.pairs is not None:
+        assert shape.pairs == sum(n * (slots + n) for n in batch.lengths)
 
 
 @pytest.mark.parametrize("name", [name for name in BASES if name != "gpt-oss"])
