@@ -307,7 +307,7 @@ def test_steps_are_those_of_torchs_adamw_with_clipped_gradients(
 def test_frozen_slots_stay_however_many_there_are(llama: Base, tmp_path: Path, frozen: int, steps: int) -> None:
     task = make_task(llama, tmp_path)
     initial = start(task, "kv", tokens=12)
-    config = ContextConfig(name="c", tokens=12, steps=1, batch_size=4, learning_rate=0.1, warmup=0, frozen=frozen)
+    config = ContextConfig(name="c", steps=1, batch_size=4, learning_rate=0.1, warmup=0, frozen=frozen)
     rows = task.encoded.rows
     newest = count()
     learned = optimize(

@@ -16,11 +16,19 @@ from tests.jobs import artefacts, run_job, write_job
 ROOT = Path(__file__).parents[1]
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 PATIENCE = 240
+IMPATIENT = """
+import sys
+from kvopt.cli import main
+from kvopt.learn import descent_state
+descent_state.SECONDS_BETWEEN_CHECKPOINTS = descent_state.WRITES_BETWEEN_CHECKPOINTS = 0.0
+sys.exit(main())
+"""
+"""The command with a checkpoint after every step, as in runs that take long."""
 
 
 def start(config, out):
     """``kvopt run`` in a process of its own, with Ctrl-C as a terminal has it (a background shell has it ignored)."""
-    command = [sys.executable, "-m", "kvopt.cli", "run", str(config), "--out", str(out), "--json"]
+    command = [sys.executable, "-c", IMPATIENT, "run", str(config), "--out", str(out), "--json"]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
