@@ -87,6 +87,10 @@ def merged_attention(
         keys, values: of the prefix, [h, T, d].
         scale: factor on the logits.
     """
+    dtype = query.dtype  # under autocast, rotated queries, values and the prefix can have three
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+    query, key, value, keys, values = (t.to(dtype) for t in (query, key, value, keys, values))
     output: Tensor = _Merged.apply(query, key, value, keys, values, lengths, scale)
     return output
 
