@@ -226,10 +226,9 @@ def campaign(place: Path, *, kills: int, full: int, pairs: int, short: bool, see
 
 def prepare() -> None:
     """Import everything before the first fork, and compute nothing."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    import torch
-
-    torch.set_num_threads(1)
+    # one thread by the environment: a number that is set by a call is set again in every new thread, and after a fork
+    # torch's pool of threads, which that needs, is not there any more
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     import kvopt.export.writing
     import kvopt.learn.descent_state
     import kvopt.report.page
