@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvopt.base.loading import Base
 from kvopt.base.own_attention import own_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _OURS = "kvopt_attention"
 KEPT_QUERIES = 512
@@ -81,14 +84,21 @@ def gated(base: Base, gates: Tensor) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(base: Base, attention: Callable[..., Any]) -> Iterator[None]:
-    """The base with this attention; the two registrations that transformers asks for are taken back at the end."""
+    """The base with this attention."""
+    with computed_by(base.model, attention):
+        yield
+
+
+@contextlib.contextmanager
+def computed_by(model: PreTrainedModel, attention: Callable[..., Any]) -> Iterator[None]:
+    """The model with this attention; the two registrations that transformers asks for are taken back at the end."""
     AttentionInterface.register(_OURS, attention)
     AttentionMaskInterface.register(_OURS, sdpa_mask)
-    before = base.model.config._attn_implementation
-    base.model.set_attn_implementation(_OURS)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_OURS)
     try:
         yield
     finally:
-        base.model.set_attn_implementation(before)
+        model.set_attn_implementation(before)
         for interface in (AttentionInterface, AttentionMaskInterface):
             interface._global_mapping.pop(_OURS, None)

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AttentionInterface
 from transformers.cache_utils import Cache
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from kvopt.base.attention import computed_by
 from kvopt.base.prefix import CaptureLayer, Prefix, prefix_cache
 from kvopt.base.probe import decoder_layers, layer_types, text_config
 from kvopt.errors import InputError
@@ -37,7 +36,6 @@ Gradient = Literal["none", "prefix", "inputs"]
 """What a pass gives a gradient to: nothing, the keys and values of the prefix, or input embeddings that keys and values
 are made of (a soft prompt's).
 """
-_FUSED = "kvopt_counted"
 
 
 def _grouped_flops(rows: Any, weights: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -220,16 +218,8 @@ class Workload:
         if self.capped and self.copies:
             yield
             return
-        AttentionInterface.register(_FUSED, _fused_attention(self.copies and shape.pairs is None))
-        AttentionMaskInterface.register(_FUSED, sdpa_mask)
-        before = self.model.config._attn_implementation
-        self.model.set_attn_implementation(_FUSED)
-        try:
+        with computed_by(self.model, _fused_attention(self.copies and shape.pairs is None)):
             yield
-        finally:
-            self.model.set_attn_implementation(before)
-            for interface in (AttentionInterface, AttentionMaskInterface):
-                interface._global_mapping.pop(_FUSED, None)
 
 
 class _Kept(torch.autograd.Function):

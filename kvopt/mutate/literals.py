@@ -98,10 +98,15 @@ def _bare(text: str) -> str:
 
 
 def _stands(literal: NeededLiteral, whole: str) -> int:
-    """Whether it stands in the text, not as part of a longer word; layout (white space, escapes) does not count."""
+    """How often it stands there, not as part of a longer word; with white space in it whether, its layout aside."""
     if re.search(r"\s", literal.text) or literal.kind == "json":
         squeezed = re.sub(r"[\s\\]+", "", whole)
         return int(re.sub(r"[\s\\]+", "", literal.text) in squeezed)
-    before = r"(?<!\w)" if re.match(r"\w", literal.text) else ""
-    after = r"(?!\w)" if re.search(r"\w\Z", literal.text) else ""
-    return int(re.search(before + re.escape(literal.text) + after, whole) is not None)
+    return occurrences(whole, literal.text)
+
+
+def occurrences(text: str, literal: str) -> int:
+    """How often ``literal`` stands alone in ``text`` (not as part of a longer word)."""
+    before = r"(?<!\w)" if re.match(r"\w", literal) else ""
+    after = r"(?!\w)" if re.search(r"\w\Z", literal) else ""
+    return len(re.findall(before + re.escape(literal) + after, text))

@@ -28,7 +28,7 @@ from functools import cached_property
 from typing import Literal
 
 from kvopt.errors import InputError, counted
-from kvopt.mutate.literals import invented_literal, lost_literal
+from kvopt.mutate.literals import invented_literal, lost_literal, occurrences
 from kvopt.mutate.spans import find_spans, numbering
 from kvopt.task.template import SLOT, Slot, Template, parse
 
@@ -91,13 +91,6 @@ def _without_markers(source: str) -> str:
     for start, end in reversed(numbering(source)):
         source = source[:start] + re.sub(r"[^\s]+", "", source[start:end]) + source[end:]
     return source
-
-
-def _occurrences(text: str, literal: str) -> int:
-    """How often ``literal`` stands alone in ``text`` (not as part of a longer word)."""
-    before = r"(?<!\w)" if re.match(r"\w", literal) else ""
-    after = r"(?!\w)" if re.search(r"\w\Z", literal) else ""
-    return len(re.findall(before + re.escape(literal) + after, text))
 
 
 def probes(slots: Sequence[str]) -> dict[str, str]:
@@ -187,7 +180,7 @@ class Checker:
             before, after = _without_markers(source), _without_markers(other)
             known = Counter(before[s.start : s.end] for s in find_spans(before, self.protect))
             for literal in known:
-                had, has = _occurrences(before, literal), _occurrences(after, literal)
+                had, has = occurrences(before, literal), occurrences(after, literal)
                 if has < had or (has > had and not PLAIN_WORDS.fullmatch(literal)):
                     return Rejection("changed-literal", f"{literal!r} is there {has} times instead of {had}")
             for span in find_spans(after, self.protect):
@@ -195,7 +188,7 @@ class Checker:
                 if (
                     span.kind in HARD_KINDS
                     and not PLAIN_WORDS.fullmatch(literal)
-                    and _occurrences(before, literal) < _occurrences(after, literal)
+                    and occurrences(before, literal) < occurrences(after, literal)
                 ):
                     return Rejection("changed-literal", f"{literal!r} is new")
             for character in "{}%$\\`":
