@@ -154,11 +154,12 @@ def test_passes_answers_and_gradients_are_those_of_a_whole_base(name: str, tmp_p
     settings, kind = MODELS[name], name if name in ("llama", "gemma3") else "llama"
     folder = save_tiny(tmp_path / "base", kind, "gemma" if kind == "gemma3" else "chatml")
     script = tmp_path / "script.py"
+    root = Path(__file__).parents[1]
     script.write_text("import sys; from tests.test_sharding import in_launch; in_launch(*sys.argv[1:])")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launcher, script, tmp_path / "found", folder, json.dumps(settings)],
-        env=ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(root), *sys.path])},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -10,15 +10,16 @@ Symbols: W processes.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from kvopt.base.orders import GO_ON, Failed, WorkOrder
 from kvopt.errors import InputError, KvoptError, counted
 
 if TYPE_CHECKING:
@@ -43,25 +44,6 @@ def one_process(what: str) -> None:
     """Refuse a launch of several processes for what takes one alone. Raises InputError."""
     if processes() > 1:
         raise InputError(f"{what} runs in one process", fix="start it without accelerate launch or torchrun")
-
-
-@dataclass(frozen=True)
-class _Order:
-    """What the first process asks the others for: to call a function, without exchange between the processes.
-
-    Attributes:
-        call: function and arguments, packed.
-        kept: name under which each process keeps the result for later orders; None: the first gets it.
-        summed: the results are tensors, and the first gets their sum.
-        in_step: the function talks to the other processes by itself.
-        code: leave, with this exit code.
-    """
-
-    call: bytes = b""
-    kept: str | None = None
-    summed: bool = False
-    in_step: bool = False
-    code: int | None = None
 
 
 class Launch:
@@ -147,7 +129,7 @@ class Launch:
         if self.count == 1 or self.busy:
             yield
             return
-        self._send(_Order(self._packed((work, arguments)), in_step=True))
+        self._send(WorkOrder(self._packed((work, arguments)), in_step=True))
         self.busy = True
         with _noticing(self.count):
             yield
@@ -176,11 +158,14 @@ class Launch:
         return next((int(wish) for wish in wishes if wish >= 0), -1)
 
     def end(self, code: int) -> None:
-        """The last order: leave, with this exit code."""
-        if self.count > 1 and self.is_first and not self.busy:
+        """The last order: leave, with this exit code; this process of a launch leaves with it, too."""
+        if self.count == 1:
+            return
+        if self.is_first and not self.busy:
             with suppress(KvoptError):  # they have gone
-                self._send(_Order(code=code))
+                self._send(WorkOrder(code=code))
                 self._leave()
+        _exit(code)
 
     def may_speak(self) -> bool:
         """Whether this process is the one that says what went wrong: one line for a launch."""
@@ -195,11 +180,11 @@ class Launch:
             return self.rank <= 1
 
     def _ordered(self, work: Callable[..., Any], arguments: tuple[Any, ...], **options: Any) -> list[Any]:
-        order = _Order(self._packed((work, arguments)), **options)
+        order = WorkOrder(self._packed((work, arguments)), **options)
         self._send(order)
         self.busy = True
         found = self._gathered(self._done(order, lambda: work(*arguments)))
-        if order.summed and self.agreed(not any(isinstance(result, _Failed) for result in found)):
+        if order.summed and self.agreed(not any(isinstance(result, Failed) for result in found)):
             found = [self._total()]
         self.busy = False
         self._raise_first(found)
@@ -208,7 +193,7 @@ class Launch:
     def _raise_first(self, found: Sequence[Any]) -> None:
         """Raise the error of the first process that had one: its own as it was."""
         for rank, result in enumerate(found):
-            if isinstance(result, _Failed):
+            if isinstance(result, Failed):
                 raise self._error if rank == self.rank and self._error is not None else result.error
 
     def _packed(self, value: Any) -> bytes:
@@ -216,7 +201,7 @@ class Launch:
 
         return packed(value, self._own)
 
-    def _send(self, order: _Order) -> None:
+    def _send(self, order: WorkOrder) -> None:
         self.agreed(order)
 
     # ---- the others
@@ -232,15 +217,15 @@ class Launch:
             while (order := self.agreed(None)).code is None:
                 self._follow(order)
         except KeyboardInterrupt:
-            sys.exit(130)
+            _exit(130)
         except KvoptError as error:
             if self.may_speak():
                 print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(error.exit_code)
+            _exit(error.exit_code)
         self._leave()
-        sys.exit(order.code)
+        _exit(order.code)
 
-    def _called(self, order: _Order) -> Any:
+    def _called(self, order: WorkOrder) -> Any:
         work, arguments = self._unpacked(order.call)
         return work(*arguments)
 
@@ -254,7 +239,7 @@ class Launch:
             self._own[name] = self._makers[name]()
         return self._own[name]
 
-    def _follow(self, order: _Order) -> None:
+    def _follow(self, order: WorkOrder) -> None:
         self.busy = True
         if order.in_step:
             with _noticing(self.count):
@@ -268,13 +253,13 @@ class Launch:
 
     # ---- all
 
-    def _done(self, order: _Order, call: Callable[[], Any]) -> Any:
+    def _done(self, order: WorkOrder, call: Callable[[], Any]) -> Any:
         """What this process sends of an order's result, or what it failed with."""
         try:
             result = call()
         except Exception as error:
             self._error = error if self.is_first else None
-            return _Failed.of(error, self.rank)
+            return Failed.of(error, self.rank)
         if order.kept is not None:
             self._own[order.kept] = result
             return None
@@ -317,7 +302,6 @@ class Launch:
             raise KvoptError(f"stopped by another process of this launch, or from outside{GO_ON}")
 
 
-GO_ON = "; finished work is kept: run the same command again to go on"
 LAUNCH = Launch()
 """The launch that this process belongs to."""
 
@@ -364,20 +348,6 @@ class _Mine:
         return _Mine, ()
 
 
-@dataclass(frozen=True)
-class _Failed:
-    """An error of one process, as the first raises it."""
-
-    error: KvoptError
-
-    @classmethod
-    def of(cls, error: Exception, rank: int) -> _Failed:
-        if isinstance(error, KvoptError):
-            return cls(error)
-        reason = " ".join(str(error).split())[:300]
-        return cls(KvoptError(f"process {rank} of the launch failed: {type(error).__name__}: {reason}{GO_ON}"))
-
-
 @contextmanager
 def _noticing(count: int) -> Iterator[None]:
     """Turn what torch raises where another process is gone into one line."""
@@ -389,6 +359,17 @@ def _noticing(count: int) -> Iterator[None]:
         if not isinstance(error, DistError) and "gloo" not in str(error) and "NCCL" not in str(error):
             raise
         raise KvoptError(f"one of the {counted(count, 'process', 'processes')} of this launch ended{GO_ON}") from error
+
+
+def _exit(code: int) -> NoReturn:
+    """Leave without taking Python apart: there, a thread of gloo that frees its last tensor waits for a lock that it
+    cannot get, and now and then aborts the process (torch 2.13).
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _forget(name: str) -> None:

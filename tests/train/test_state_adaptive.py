@@ -51,10 +51,11 @@ def main() -> None:
     from kvopt.train.pool import PoolContext
     from kvopt.train.trainer import StudentTrainer, train_student
     from tests.tasks import make_task
-    from tests.tiny import tiny_base
+    from tests.tiny import tiny_base, tiny_folder
     from tests.train.pools import job, pool, weights
 
     torch.set_num_threads(1)
+    tiny_folder("llama")  # while this process is alone: in a launch only the first one would write the files
     LAUNCH.start("cpu")
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     if rank:
