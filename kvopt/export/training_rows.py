@@ -23,7 +23,7 @@ from kvopt.mutate.orders import first_mutations
 from kvopt.run.inputs import Inputs
 from kvopt.task.examples import Example
 from kvopt.task.template import Template
-from kvopt.task.template_files import template_from_file
+from kvopt.task.template_files import name_of_file, template_from_file
 
 FORMATS = ("prompt-completion", "messages")
 RUN_FIRST = "kvopt run makes and ranks them"
@@ -88,7 +88,7 @@ def _named(inputs: Inputs, run: Path, spec: str, seed: int, taken: set[str]) -> 
         raise InputError("has no prompt to write", where=spec, fix="kvopt train trains under it")
     if name.form == "text":
         path = inputs.base_dir / name.argument
-        return [(Path(name.argument).stem, template_from_file(path, inputs.template))]
+        return [(name_of_file(name.argument), template_from_file(path, inputs.template))]
     if name.argument in inputs.written:
         return [(name.argument, inputs.written[name.argument])]
     if name.argument in inputs.context_names or (name.argument and (inputs.base_dir / name.argument).is_dir()):

@@ -17,7 +17,7 @@ from kvopt.mutate.orders import first_mutations
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.storage.files import missing_file
 from kvopt.task.template import Template
-from kvopt.task.template_files import template_from_file
+from kvopt.task.template_files import name_of_file, template_from_file
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Catalogue:
         return [self.mutations[key] for key in names]
 
     def _text(self, path: Path, shown: str) -> TextContext:
-        stem = Path(shown).stem
+        stem = name_of_file(shown)
         name = shown if stem in ("original", "none") else stem
         return self.task.text_context(name, template_from_file(path, self.task.template))
 

@@ -53,13 +53,29 @@ def template_from_file(path: Path, original: Template) -> Template:
 
     ``.json``, ``.yaml`` and ``.yml`` hold chat messages (a list of them), or ``messages`` or ``text``. Any other file
     is plain text: with the original's slots it is the whole prompt (one user message for a chat template); without
-    slots it takes the place of the static text before the first slot.
+    slots it takes the place of the static text before the first slot. ``FILE#NAME`` is one of several templates in a
+    file (:mod:`kvopt.task.template_lists`).
 
     Raises:
         InputError: the file cannot be read, or its slots are not the original's.
     """
+    file, mark, name = path.name.rpartition("#")
+    if mark and "." not in name and not path.is_file():
+        from kvopt.task.template_lists import read_templates
+
+        templates = read_templates(path.with_name(file), original)
+        if name not in templates:
+            few = ", ".join(list(templates)[:5]) + (", …" if len(templates) > 5 else "")
+            raise InputError(f"has no template {name!r}", where=str(path.with_name(file)), fix=f"known: {few}")
+        return templates[name]
     source = read_text(path)
     return template_of(_prompt(source, path) if is_structured(path) else source, original, where=str(path))
+
+
+def name_of_file(argument: str) -> str:
+    """What a context is called that is the text of a file: the file's name without its ending, or NAME of FILE#NAME."""
+    _, mark, name = Path(argument).name.rpartition("#")
+    return name if mark and "." not in name else Path(argument).stem
 
 
 def template_of(source: str | Mapping[str, Any], original: Template, *, where: str) -> Template:

@@ -13,8 +13,9 @@ from kvopt import cli
 from kvopt.errors import InputError
 from kvopt.storage.keyed_rows import stored_rows, write_rows
 from kvopt.task.template import Template
+from kvopt.task.template_files import name_of_file, template_from_file
+from kvopt.task.template_lists import read_templates
 from kvopt.train.evaluation.frozen import frozen_template, task_likeness
-from kvopt.train.evaluation.templates import read_templates
 from tests.train.evaluated import write_evaluated
 
 CHAT = Template.from_messages(
@@ -60,6 +61,37 @@ def test_json_is_read_as_json_with_tabs_and_surrogate_pairs(tmp_path):
     entries = [{"name": "smile", "text": "😀 Other words."}]
     path = written(tmp_path, "t.json", json.dumps(entries, indent="\t"))
     assert read_templates(path, CHAT)["smile"].messages[0].content == "😀 Other words."
+
+
+def test_a_pool_of_wordings_is_read_line_by_line(tmp_path):
+    messages = [{"role": "system", "content": "Sort."}, {"role": "user", "content": "{{text}} {{more}}"}]
+    lines = [{"name": "p1", "family": "mood", "distance": "far", "messages": messages}, {"text": "Other words."}]
+    path = written(tmp_path, "my pool.jsonl", "\n".join(map(json.dumps, lines)) + "\n\n")
+    found = read_templates(path, CHAT)
+    assert list(found) == ["p1", "my-pool-2"]
+    assert [m.content for m in found["p1"].messages] == ["Sort.", "{{text}} {{more}}"]
+    assert found["my-pool-2"].messages[0].content == "Other words."
+    for line, message in (
+        ("{", r"p\.jsonl:2: not JSON"),
+        ("[1]", r"p\.jsonl:2: the entry has no usable name"),
+        ('{"family": "mood"}', r"p\.jsonl: p-2: needs either messages or text"),
+        ('{"text": "Only {{text}}"}', r"p\.jsonl: p-2: has the slots text"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_templates(written(tmp_path, "p.jsonl", '{"text": "Words."}\n' + line), CHAT)
+
+
+def test_one_of_several_templates_of_a_file_is_named_after_a_mark(tmp_path):
+    written(tmp_path, "pool.jsonl", '{"name": "near", "text": "Near words."}\n{"name": "far", "text": "Far words."}')
+    found = template_from_file(tmp_path / "pool.jsonl#far", CHAT)
+    assert [m.content for m in found.messages] == ["Far words.", "Text: {{text}}\nNow: {{more}}"]
+    assert [name_of_file(argument) for argument in ("a/pool.jsonl#far", "a/b.txt", "no#2.txt")] == ["far", "b", "no#2"]
+    with pytest.raises(InputError, match=r"pool\.jsonl: has no template 'fax' \(known: near, far\)"):
+        template_from_file(tmp_path / "pool.jsonl#fax", CHAT)
+    with pytest.raises(InputError, match=r"other\.jsonl: no such file"):
+        template_from_file(tmp_path / "other.jsonl#far", CHAT)
+    written(tmp_path, "no#2", "Whole words.")  # a file of that name comes first
+    assert template_from_file(tmp_path / "no#2", CHAT).messages[0].content == "Whole words."
 
 
 def test_templates_of_a_text_file_are_divided_by_lines(tmp_path):
