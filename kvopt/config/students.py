@@ -74,7 +74,8 @@ class StudentConfig(Section):
     contexts: list[ContextChoice] = Field(
         min_length=1,
         description="the contexts that it is trained under: original, none, best-mutations:K, diverse-mutations:K, "
-        "random-mutations:K, text:FILE (or FILE#NAME), a mutation, a learned context, a context folder; or {context: …, weight: …}",
+        "spread-mutations:K, random-mutations:K, text:FILE (or FILE#NAME), a mutation, a learned context, a context "
+        "folder; or {context: …, weight: …}",
     )
     own_answers: OwnAnswersConfig | None = Field(
         None, description="train on the base's own answer where it is right; default: on gold outputs alone"

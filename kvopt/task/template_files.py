@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import yaml
 
+from kvopt.config.section import LABEL
 from kvopt.config.sections import MessageConfig, TemplateConfig
 from kvopt.errors import InputError
 from kvopt.storage.files import RELATIVE, parsed_json, read_text
@@ -22,6 +23,8 @@ from kvopt.task.template import Slot, Template, parse, unparse
 
 ROLES = get_args(MessageConfig.model_fields["role"].annotation)
 MARK = re.compile(r"\{\{keep:(.*?)\}\}", re.DOTALL)
+BETWEEN = re.compile(r"^---[ \t]*\r?(?:\n|\Z)", re.MULTILINE)
+KEYS = ("name", "text", "messages")
 
 
 def take_marks(template: Template, *, where: str = "template") -> tuple[Template, tuple[str, ...]]:
@@ -54,15 +57,13 @@ def template_from_file(path: Path, original: Template) -> Template:
     ``.json``, ``.yaml`` and ``.yml`` hold chat messages (a list of them), or ``messages`` or ``text``. Any other file
     is plain text: with the original's slots it is the whole prompt (one user message for a chat template); without
     slots it takes the place of the static text before the first slot. ``FILE#NAME`` is one of several templates in a
-    file (:mod:`kvopt.task.template_lists`).
+    file (:func:`read_templates`).
 
     Raises:
         InputError: the file cannot be read, or its slots are not the original's.
     """
     file, mark, name = path.name.rpartition("#")
     if mark and "." not in name and not path.is_file():
-        from kvopt.task.template_lists import read_templates
-
         templates = read_templates(path.with_name(file), original)
         if name not in templates:
             few = ", ".join(list(templates)[:5]) + (", …" if len(templates) > 5 else "")
@@ -167,3 +168,73 @@ def _with_leading(original: Template, text: str, where: str) -> Template:
     return Template.from_messages(
         [{"role": original.messages[0].role, "content": text.rstrip("\n")}, *kept], where=where
     )
+
+
+def read_templates(path: Path, original: Template) -> dict[str, Template]:
+    """The templates of a file by name, in its order.
+
+    ``.yaml``, ``.yml`` or ``.json``: a list of entries with a ``name`` and either ``messages`` or ``text``. ``.jsonl``:
+    an entry a line, as pools of wordings have them; other keys are passed over, and one without a name is
+    ``FILE-LINE``. Any other file: texts with a line ``---`` between them, named ``FILE-1``, ``FILE-2``, …. A text with
+    slots is the whole prompt (one user message for a chat template); one without takes the place of the static text
+    before the first slot.
+
+    Raises:
+        InputError: for the first template that cannot be used.
+    """
+    source = read_text(path, RELATIVE)
+    if path.suffix.lower() == ".jsonl":
+        entries = _lines(source, path)
+    else:
+        entries = _listed(source, path) if is_structured(path) else _divided(source, path)
+    if not entries:
+        raise InputError("holds no templates", where=str(path))
+    templates: dict[str, Template] = {}
+    for name, value in entries:
+        if name in templates:
+            raise InputError(f"two templates are named {name!r}", where=str(path))
+        templates[name] = template_of(value, original, where=f"{path}: {name}")
+    return templates
+
+
+def _lines(source: str, path: Path) -> list[tuple[str, Any]]:
+    entries = []
+    for number, line in enumerate(source.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            item = parsed_json(line)
+        except ValueError as error:
+            raise InputError(f"not JSON: {error}", where=where) from None
+        if isinstance(item, dict):
+            item = {"name": f"{_stem(path)}-{number}"} | {key: item[key] for key in KEYS if key in item}
+        entries.append(_entry(item, where))
+    return entries
+
+
+def _stem(path: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "-", path.stem)
+
+
+def _divided(source: str, path: Path) -> list[tuple[str, Any]]:
+    texts = [text.strip("\n") for text in BETWEEN.split(source)]
+    return [(f"{_stem(path)}-{number}", text) for number, text in enumerate((t for t in texts if t.strip()), 1)]
+
+
+def _listed(source: str, path: Path) -> list[tuple[str, Any]]:
+    value = structured(source, path)
+    if not isinstance(value, list):
+        raise InputError("is not a list of templates", where=str(path), fix="write - {name: …, text: …}")
+    return [_entry(item, f"{path}[{i}]") for i, item in enumerate(value)]
+
+
+def _entry(item: Any, where: str) -> tuple[str, Any]:
+    if not isinstance(item, dict) or not isinstance(item.get("name"), str) or not re.match(LABEL, item["name"]):
+        fix = "letters, digits, - and _; an entry has name and text, or name and messages"
+        raise InputError("the entry has no usable name", where=where, fix=fix)
+    if unknown := sorted(item.keys() - {*KEYS}):
+        raise InputError(f"unknown key {unknown[0]!r}", where=where, fix="known: name, text, messages")
+    if isinstance(item.get("text"), str) and "messages" not in item:
+        return item["name"], item["text"]
+    return item["name"], {key: item[key] for key in ("messages", "text") if key in item}

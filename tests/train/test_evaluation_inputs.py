@@ -13,8 +13,7 @@ from kvopt import cli
 from kvopt.errors import InputError
 from kvopt.storage.keyed_rows import stored_rows, write_rows
 from kvopt.task.template import Template
-from kvopt.task.template_files import name_of_file, template_from_file
-from kvopt.task.template_lists import read_templates
+from kvopt.task.template_files import name_of_file, read_templates, template_from_file
 from kvopt.train.evaluation.frozen import frozen_template, task_likeness
 from tests.train.evaluated import write_evaluated
 

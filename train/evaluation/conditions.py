@@ -18,7 +18,7 @@ from kvopt.run.catalogue import Catalogue
 from kvopt.run.inputs import Inputs
 from kvopt.storage.files import file_name, sha256_json
 from kvopt.task.template import Template
-from kvopt.task.template_lists import read_templates
+from kvopt.task.template_files import read_templates
 from kvopt.train.losses.on_policy import OnPolicyDivergence
 from kvopt.train.pool import names_of
 
