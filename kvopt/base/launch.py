@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from kvopt.base.orders import GO_ON, Failed, WorkOrder
+from kvopt.base.work_orders import GO_ON, Failed, WorkOrder
 from kvopt.errors import InputError, KvoptError, counted
 
 if TYPE_CHECKING:
