@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kvopt.kernels.budget import wait_for
-from kvopt.kernels.memory import peak
+from kvopt.kernels.memory import peak, what_is_counted
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Variant:
     floor_seconds: median of the bare products (floor.py), measured in turn with it; None where they were not.
     size: what was measured, in words.
     rows: how rows stood after the prefix, ``packed`` or ``padded``, where the base can do both; else empty.
+    memory_of: what peak_bytes counts: ``resident``, or ``allocated on cuda:0``.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Variant:
     floor_seconds: float | None = None
     size: str = ""
     rows: str = ""
+    memory_of: str = "resident"
 
 
 def measured(
@@ -63,7 +65,8 @@ def measured(
         seconds.append(time.perf_counter() - start)
     largest = peak(device)
     bare = statistics.median(floors) if floors else None
-    return Variant(name, statistics.median(seconds), largest, value, max(0, largest - before), bare)
+    extra, counted = max(0, largest - before), what_is_counted(device)
+    return Variant(name, statistics.median(seconds), largest, value, extra, bare, memory_of=counted)
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:

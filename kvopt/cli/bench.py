@@ -154,7 +154,8 @@ def show_bench(result: dict[str, Any], as_json: bool) -> None:
     for row in result["variants"]:
         memory = row["peak_bytes"] / 2**20
         print(
-            f"{row['name']:36s} {row['seconds']:8.2f} s  {memory:8.0f} MiB peak  KL {row['value']:.5f}  ({row['size']})"
+            f"{row['name']:36s} {row['seconds']:8.2f} s  {memory:8.0f} MiB at most, {row['memory_of']}  "
+            f"KL {row['value']:.5f}  ({row['size']})"
         )
     print(f"time ratio {result['time_ratio']:.2f}, peak memory ratio {result['peak_memory_ratio']:.2f}")
     if result["floor_share"] is not None:
