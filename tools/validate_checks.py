@@ -15,9 +15,9 @@ The checks:
 - words: the share of the template's words that the wording has; few is wrong.
 
 ``AUC``: how often a right wording ranks before a wrong one; 0.5 is a guess. Precision and recall are of "right": for
-the first check as it decides, for a score at the limit that keeps 90 % of the right ones. ``base rate``: the share of
-right ones, which is the precision of accepting all. With ``--judge CONFIG2``, whose ``mutations.check`` names an
-endpoint, its verdict is a row more.
+the first check as it decides, for a score at the limit that keeps 90 % of the right ones that have one. ``base rate``:
+the share of right ones, which is the precision of accepting all. With ``--judge CONFIG2``, whose ``mutations.check``
+names an endpoint, its verdict is a row more.
 """
 
 from __future__ import annotations
@@ -76,12 +76,10 @@ def measure(
         known = {line["name"]: line for line in map(json.loads, path.read_text("utf-8").splitlines())}
     found = []
     for name, entry, right in wordings:
+        template = _template(task.template, entry)
         if name not in known:
-            fact: dict[str, Any] = {"name": name, "right": right, "refused": "other messages", "kl": None, "nll": None}
-            template = _template(task.template, entry)
+            fact: dict[str, Any] = {"name": name, "right": right, "kl": None, "nll": None}
             if template is not None:
-                refusal = checker.check(template, written=True)
-                fact["refused"] = f"{refusal.reason}: {refusal.detail}" if refusal else None
                 fact["restated"] = restated(task.base, shown(task.template), shown(template))
                 fact["words"] = shared_words(shown(task.template), shown(template))
                 fact |= _scores(task, name, template, reference)
@@ -91,7 +89,8 @@ def measure(
             known[name] = fact
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(fact, ensure_ascii=False) + "\n")
-        found.append(known[name])
+        refusal = checker.check(template, written=True) if template is not None else None
+        found.append(known[name] | {"refused": template is None or refusal is not None})
     print(table(found, len(task.rows("selection").rows)))
 
 
@@ -110,7 +109,7 @@ def table(found: Sequence[dict[str, Any]], rows: int) -> str:
     worst = float("inf")
     kl = np.array([worst if fact.get("kl") is None else fact["kl"] for fact in found])
     nll = np.array([worst if fact.get("nll") is None else fact["nll"] for fact in found])
-    refused = np.array([fact["refused"] is not None for fact in found])
+    refused = np.array([fact["refused"] for fact in found])
     scores = {
         "KL": kl,
         "pre-update loss": nll,
@@ -126,7 +125,8 @@ def table(found: Sequence[dict[str, Any]], rows: int) -> str:
         _row("slots and literals", None, right, ~refused),
     ]
     for name, values in scores.items():
-        limit = np.sort(values[right])[int(np.ceil(RECALL * right.sum())) - 1]
+        known = np.sort(values[right & np.isfinite(values)])  # what the literals refuse has no score to be limited
+        limit = known[int(np.ceil(RECALL * len(known))) - 1]
         lines.append(_row(name, auc(-values, right), right, values <= limit))
     if any("judge" in fact for fact in found):
         same = np.array([fact.get("judge") is True for fact in found])

@@ -27,6 +27,8 @@ LABELS_OF_PARTS = re.compile(
     r"[ \t]*(\d{1,3})\b(?:\.\d+)*|^[\W_]*(\d{1,3})(?:\.\d+)*[.):\]]",
     re.I | re.M,
 )
+LABELS_OF_SLOTS = re.compile(r"(?<![\w.])(\d{1,2})[ \t]*[:=.)\]][\s\"'“‘«`<\[]*\{\{")
+"""``Word 1: {{first}}``: a number that names an input, one of as many as there are."""
 NUMBER = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*")
 
 
@@ -81,6 +83,8 @@ def invented_literal(template: Template, candidate: Template) -> str | None:
         if found.search(after) and not found.search(before):
             return f"{name} is new: another format"
     labels = {match.start(group) for match in LABELS_OF_PARTS.finditer(after) for group in (1, 2) if match[group]}
+    inputs = len(candidate.slot_sequence)
+    labels |= {match.start(1) for match in LABELS_OF_SLOTS.finditer(after) if 1 <= int(match[1]) <= inputs}
     known = set(NUMBER.findall(before))
     for match in NUMBER.finditer(after):
         if match[0] not in known and match.start() not in labels:

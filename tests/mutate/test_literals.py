@@ -99,6 +99,23 @@ def test_what_would_change_the_answer_is_refused(old: str, new: str, fault: str)
     assert (lost_literal(ORIGINAL, changed) or invented_literal(ORIGINAL, changed)) == fault
 
 
+PAIR = Template.from_text("Which word has more letters, {{one}} or {{two}}?\nAnswer:")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("Compare two words.\nWord 1: {{one}}\nWord 2: {{two}}\nThe longer one:", None),
+        ('The longer of\n(1) = "{{one}}"\nB 2. {{two}}', None),
+        ("Compare.\nWord 1: {{one}}\nWord 3: {{two}}", "the number 3 is new"),  # there are two
+        ("Compare.\nWord 1: {{one}}, at most 2 {{two}}", "the number 2 is new"),
+        ("Compare.\nWord 1: {{one}}\nWord 2: {{two}}\nIn 1 word:", "the number 1 is new"),
+    ],
+)
+def test_numbers_that_name_the_inputs_are_layout(text: str, fault: str | None) -> None:
+    assert invented_literal(PAIR, Template.from_text(text)) == fault
+
+
 def test_what_the_author_marked_stays_as_often_as_it_was() -> None:
     protect = ("table",)
     assert reason(wording(SYSTEM.replace("Read the request", "See the request")), protect) is None
