@@ -397,6 +397,20 @@ def test_an_arm_that_cannot_be_trained_is_told_before_contexts_are_learned(kvopt
     assert not (tmp_path / "out" / "mutations.jsonl").exists()
 
 
+def test_arms_that_come_to_the_same_contexts_are_named_before_any_is_trained(tmp_path):
+    def change(config):
+        config["mutations"]["count"] = 8
+        config["evaluate"]["held_out_mutations"] = 2
+        config["students"] = [student("near", "best-mutations:2"), student("far", "diverse-mutations:2")]
+        config["students"].append(student("again", "original", "best-mutations:2"))
+        config["students"].append({**student("twin", "best-mutations:2", "original"), "log_every": 3})
+        del config["study"]["curve"], config["study"]["equal_seconds"]
+
+    with pytest.raises(InputError, match=r"study\.arms: again and twin are the same student: m\d+, m\d+, original"):
+        conducted(write_study(tmp_path, change), tmp_path / "out")
+    assert not (tmp_path / "out" / "students").exists()
+
+
 def test_quantities_of_the_curve_that_nothing_measures_are_told_before_an_arm_is_trained(tmp_path):
     config = write_study(tmp_path, lambda c: c["study"]["curve"].update(quantities=["orignal/rouge-l"]))
     with pytest.raises(InputError, match=r"nothing is measured as 'orignal/rouge-l' \(did you mean 'original/rouge-l'"):

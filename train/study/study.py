@@ -6,7 +6,7 @@ after each student and says with ``complete`` whether all are in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -20,12 +20,12 @@ from kvopt.documents.ledger import read_ledger
 from kvopt.documents.student_record import StudentRecord
 from kvopt.documents.study_file import StudyDocument
 from kvopt.documents.validated import write_document
-from kvopt.errors import KvoptError
+from kvopt.errors import InputError, KvoptError
 from kvopt.measure.reference import Reference
 from kvopt.measure.score import Score
 from kvopt.run.catalogue import Catalogue
 from kvopt.run.directory import Workspace
-from kvopt.storage.files import read_json, write_json
+from kvopt.storage.files import canonical_json, read_json, write_json
 from kvopt.train.arms import EQUAL_SECONDS, Arm, reference_of, settings_of, study_arms
 from kvopt.train.evaluation.evaluate import Evaluator
 from kvopt.train.evaluation.models import BASE, subject
@@ -33,7 +33,7 @@ from kvopt.train.evaluation.results import Measured
 from kvopt.train.pool import names_of
 from kvopt.train.study.summary import Result, build_document, check_quantities
 from kvopt.train.study.values import draws_by_path
-from kvopt.train.training import make_students
+from kvopt.train.training import UNRELATED, make_students
 
 Placed = tuple[int, int, int | None]
 """A student of a study: its arm's number, its seed, and its steps where they replace the budget."""
@@ -90,6 +90,7 @@ class StudyRunner:
             beforehand: trains and evaluates these students, none of which needs another of them, in this run directory
                 (:mod:`kvopt.train.workers`); they are then found there.
         """
+        self._check_distinct()
         base = self.evaluator.evaluate(subject(self.catalogue.task, BASE, self.at))
         check_quantities(self.config, base)
         if beforehand is not None:
@@ -198,19 +199,38 @@ class StudyRunner:
 
     # ---- the contexts themselves
 
-    def _context_set(self, config: StudentConfig) -> tuple[float, float]:
-        """Weighted means of forward KL and of gold NLL under the base (the loss before any update) of the contexts that
-        a student is trained under, on selection rows.
-        """
-        total = kl = nll = 0.0
+    def _chosen(self, config: StudentConfig) -> Iterator[tuple[Context, float]]:
+        """The contexts that a student is trained under, with their weights."""
         taken: set[str] = set()
         where = f"students.{config.name}.contexts"
         for choice, name in zip(config.contexts, names_of(config), strict=True):
             for context in self.catalogue.named(name, where, seed=config.seed or 0, taken=taken):
                 taken.add(context.name)
-                if context.name not in self._context_scores:
-                    score = self.score(context)
-                    self._context_scores[context.name] = (score.kl_forward.mean, score.gold_nll.mean)
-                of_kl, of_nll = self._context_scores[context.name]
-                total, kl, nll = total + choice.weight, kl + choice.weight * of_kl, nll + choice.weight * of_nll
+                yield context, choice.weight
+
+    def _check_distinct(self) -> None:
+        """Raises InputError where two arms come to the same contexts with every seed, and have the same settings: of
+        few mutations, the best four may be the most different four too.
+        """
+        seen: dict[str, str] = {}
+        for arm in self.arms:
+            students = [arm.student(seed) for seed in self.settings.seeds]
+            contexts = [sorted((context.name, weight) for context, weight in self._chosen(s)) for s in students]
+            settings = students[0].model_dump(mode="json", exclude=(UNRELATED | {"seed"}) - {"start"})
+            first = seen.setdefault(canonical_json([arm.budget, settings, contexts]), arm.name)
+            if first != arm.name:
+                what = f"{first} and {arm.name} are the same student: {', '.join(name for name, _ in contexts[0])}"
+                raise InputError(what, where="study.arms", fix="leave one out, or make more mutations to choose from")
+
+    def _context_set(self, config: StudentConfig) -> tuple[float, float]:
+        """Weighted means of forward KL and of gold NLL under the base (the loss before any update) of the contexts that
+        a student is trained under, on selection rows.
+        """
+        total = kl = nll = 0.0
+        for context, weight in self._chosen(config):
+            if context.name not in self._context_scores:
+                score = self.score(context)
+                self._context_scores[context.name] = (score.kl_forward.mean, score.gold_nll.mean)
+            of_kl, of_nll = self._context_scores[context.name]
+            total, kl, nll = total + weight, kl + weight * of_kl, nll + weight * of_nll
         return kl / total, nll / total
