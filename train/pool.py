@@ -19,6 +19,7 @@ from kvopt.errors import InputError, counted
 from kvopt.run.catalogue import Catalogue
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.run.inputs import Inputs
+from kvopt.run.race import check_raced
 from kvopt.storage.files import sha256_json
 from kvopt.task.seam import Encoded, Row, SeamError
 from kvopt.task.template_files import template_from_file
@@ -151,6 +152,7 @@ def check_choice(inputs: Inputs, spec: str, where: str) -> None:
     if name.form == "counted" and name.count > count:
         what = f"{spec!r} wants more mutations than mutations.count ({count})"
         raise InputError(what, where=where, fix="raise mutations.count")
+    check_raced(inputs.config, name, where)
     if name.form == "text":
         template_from_file(inputs.base_dir / name.argument, inputs.template)
     elif name.form == "of-run" and not (inputs.base_dir / name.run / "manifest.json").is_file():
