@@ -108,6 +108,7 @@ def test_a_search_goes_on_from_its_journal_and_buys_nothing_again(tmp_path: Path
         (lambda items: json.dumps([items[0], wording("Answer with one word about the note.", "Note:")]),
          "lost-slot", "note"),
         (lambda items: json.dumps([items[0], items[0]]), "duplicate", "m001"),
+        (lambda items: json.dumps([items[0], wording("Answer \ud800 it.")]), "generation-failed", "surrogates"),
     ],
 )  # fmt: skip
 def test_what_a_model_spoils_is_rejected_by_name_and_asked_for_again(

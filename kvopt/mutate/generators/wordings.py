@@ -122,6 +122,7 @@ def _proposal(template: Template, value: Any, family: str, distance: str | None)
         return Proposal(rejection=Rejection("generation-failed", texts), operators=operators)
     detail = f"{family}, {distance}" if distance else family
     try:
+        "".join(texts).encode("utf-8")  # JSON can write half of a surrogate pair, which is not a character
         return Proposal(template.with_fields(texts), detail=detail, operators=operators, written=True)
     except ValueError as error:
         return Proposal(rejection=Rejection("generation-failed", str(error)), operators=operators)
