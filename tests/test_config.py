@@ -56,7 +56,10 @@ def test_a_good_config_is_read_with_defaults(load):
             "unknown key 'mutations.generator.sampels' (did you mean 'samples'?)",
         ),
         ({"mutations": {"operators": ["lexcal"]}}, "did you mean 'lexical'?"),
-        ({"score": {"qqqq": 1}}, "unknown key 'score.qqqq' (known here: batch_size, resamples, select, max_kl, best)"),
+        (
+            {"score": {"qqqq": 1}},
+            "unknown key 'score.qqqq' (known here: batch_size, resamples, select, max_kl, best, race)",
+        ),
     ],
 )
 def test_an_unknown_key_is_named_with_what_was_meant(load, sections, line):

@@ -123,7 +123,7 @@ def test_a_member_may_be_imported_before_the_config(module: str) -> None:
 @pytest.mark.parametrize("kind", LOSSES.kinds)
 def test_every_loss_says_what_the_base_sees(kind: str) -> None:
     loss = StudentConfig.model_validate({"name": "s", "contexts": ["original"], "loss": kind}).loss
-    assert loss.anchor in ("none", "original", "same")
+    assert loss.anchor in ("none", "original", "same", "other")
 
 
 def test_a_new_file_alone_adds_a_loss(tmp_path: Path) -> None:

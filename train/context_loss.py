@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,30 @@ from kvopt.measure.reference import Reference
 from kvopt.task.seam import Row, make_batch
 from kvopt.train.gold_tokens import Gold
 from kvopt.train.pool import Pool, PoolContext
+from kvopt.train.row_draws import other_context, seen_slots
 
 LEAST_SHARED = 16
 """Tokens of a text's prefix from which on it is run once for all rows of a micro-batch."""
 
 Item = tuple[int, int]
 """(row, context), positions in the pool."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of a micro-batch that stand after one prefix.
+
+    Attributes:
+        context: position in the pool; None: whole prompts, of any context.
+        rows: what follows the prefix.
+        items: (row, context) of each.
+        positions: of each in the training stream.
+    """
+
+    context: int | None
+    rows: list[Row]
+    items: list[Item]
+    positions: list[int]
 
 
 class ContextLoss(nn.Module):
@@ -41,15 +60,28 @@ class ContextLoss(nn.Module):
         pool: contexts and rows.
         loss: nats per gold token.
         reference: the base's states under the original template, for losses that are anchored in those.
+        seed: of what is drawn for a row: the slots that are dropped, its other wording.
+        dropout: probability with which a row does not see a slot of its soft or KV context.
     """
 
     accepts_loss_kwargs = True  # transformers.Trainer: the loss is divided by the gold tokens of the whole step
 
-    def __init__(self, student: Base, base: Base, pool: Pool, loss: Loss, reference: Reference | None = None) -> None:
+    def __init__(
+        self,
+        student: Base,
+        base: Base,
+        pool: Pool,
+        loss: Loss,
+        reference: Reference | None = None,
+        *,
+        seed: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.model = student.model
         self.student, self.base = student, base
         self.pool, self.loss, self.reference = pool, loss, reference
+        self.seed, self.dropout = seed, dropout
         self.counted = [0, 0]  # what a loss counts while it runs; kept in checkpoints
         self._prefixes: dict[tuple[str, int], Prefix] = {}
 
@@ -58,27 +90,35 @@ class ContextLoss(nn.Module):
         return self.pool.gold_counts[row]
 
     def spent(self, items: Sequence[Item]) -> tuple[int, int]:
-        """Tokens that training on these items put through the student, and tokens that the loss was computed on."""
-        return sum(self.pool.tokens(*item) for item in items), sum(self.pool.gold_counts[row] for row, _ in items)
+        """Tokens that training on these items, the first of the training stream, put through the student, and tokens
+        that the loss was computed on.
+        """
+        through = sum(self.pool.tokens(*item) for item in items)
+        if self.loss.anchor == "other":
+            others = (other_context(self.pool.weights, c, place, self.seed) for place, (_, c) in enumerate(items))
+            through += sum(self.pool.tokens(row, other) for (row, _), other in zip(items, others, strict=True))
+        return through, sum(self.pool.gold_counts[row] for row, _ in items)
 
     def forward(self, items: Sequence[Item], position: int = 0) -> Tensor:
         """Sum of the loss over the gold tokens of ``items``, float32. ``position`` is their place in the training
         stream, for losses that draw at random.
         """
-        sums = [self.loss(self._gold(context, rows)).sum() for context, rows in self._groups(items)]
+        sums = [self.loss(self._gold(group)).sum() for group in self._groups(items, position)]
         return torch.stack(sums).sum()
 
-    def _groups(self, items: Sequence[Item]) -> Iterator[tuple[int | None, list[Row]]]:
-        """(context, rows) of each context that rows stand after, and (None, rows) of all whole prompts."""
+    def _groups(self, items: Sequence[Item], position: int = 0) -> Iterator[Group]:
+        """The rows of each context that rows stand after, and all whole prompts."""
         met = Counter(context for _, context in items)
-        groups: dict[int | None, list[Item]] = {}
-        for row, context in items:
-            groups.setdefault(context if self._shared(context, met[context]) else None, []).append((row, context))
-        for key, members in groups.items():
+        groups: dict[int | None, list[int]] = {}
+        for place, (_, context) in enumerate(items):
+            groups.setdefault(context if self._shared(context, met[context]) else None, []).append(place)
+        for key, places in groups.items():
+            members = [items[place] for place in places]
             if key is None:
-                yield key, [self.pool.contexts[context].rows[row] for row, context in members]
+                rows = [self.pool.contexts[context].rows[row] for row, context in members]
             else:
-                yield key, [self.pool.contexts[key].encoded.rows[row] for row, _ in members]
+                rows = [self.pool.contexts[key].encoded.rows[row] for row, _ in members]
+            yield Group(key, rows, members, [position + place for place in places])
 
     def _shared(self, context: int, rows: int) -> bool:
         """Whether so many rows of a micro-batch stand after the context's prefix: a prompt pays off where it is run
@@ -87,18 +127,45 @@ class ContextLoss(nn.Module):
         item = self.pool.contexts[context]
         return not item.is_text or (rows > 1 and len(item.encoded.prefix) >= LEAST_SHARED)
 
-    def _gold(self, context: int | None, rows: Sequence[Row]) -> Gold:
-        item = None if context is None else self.pool.contexts[context]
-        batch = make_batch(rows, range(len(rows))).to(self.student.device)
-        hidden = gold_hidden(self.student, self._student_prefix(item, context), batch)
+    def _gold(self, group: Group) -> Gold:
+        context, item = group.context, self._item(group)
+        batch = make_batch(group.rows, range(len(group.rows))).to(self.student.device)
+        hidden = gold_hidden(self.student, self._student_prefix(item, context), batch, seen=self._seen(group))
         if self.loss.anchor == "none":
             return Gold(hidden, batch.gold, self.student.head)
+        if self.loss.anchor == "other":
+            return Gold(hidden, batch.gold, self.student.head, self._other(group), self.student.head)
         if self.loss.anchor == "original":
-            anchor = self._stored([row.example_id for row in rows])
+            anchor = self._stored([row.example_id for row in group.rows])
         else:
             with torch.no_grad():
                 anchor = gold_hidden(self.base, self._fixed("base", self.base, item, context), batch)
         return Gold(hidden, batch.gold, self.student.head, anchor, self.base.head)
+
+    def _item(self, group: Group) -> PoolContext | None:
+        return None if group.context is None else self.pool.contexts[group.context]
+
+    def _seen(self, group: Group) -> Tensor | None:
+        """The slots that each row of a soft or KV context attends to, [B, T] bool; None for all of them."""
+        item = self._item(group)
+        if not self.dropout or item is None or not item.slots:
+            return None
+        seen = seen_slots(group.positions, item.slots, self.dropout, self.seed)
+        return seen.to(self.student.device)
+
+    @torch.no_grad()
+    def _other(self, group: Group) -> Tensor:
+        """The student's states [G, D] for the same gold tokens, each row under another context of the pool."""
+        others = [
+            (row, other_context(self.pool.weights, context, position, self.seed))
+            for (row, context), position in zip(group.items, group.positions, strict=True)
+        ]
+        by_row: dict[int, Tensor] = {}
+        for part in self._groups(others):
+            batch = make_batch(part.rows, range(len(part.rows))).to(self.student.device)
+            hidden = gold_hidden(self.student, self._student_prefix(self._item(part), part.context), batch)
+            by_row |= zip(part.positions, hidden.split([len(row.gold) for row in part.rows]), strict=True)
+        return torch.cat([by_row[place] for place in range(len(others))])
 
     def _student_prefix(self, item: PoolContext | None, context: int | None) -> Prefix:
         """Nothing for whole prompts; text and embeddings through the student as it is now; keys and values as they

@@ -19,9 +19,13 @@ from kvopt.errors import InputError, counted
 from kvopt.run.catalogue import Catalogue
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.run.inputs import Inputs
+from kvopt.run.race import check_raced
 from kvopt.storage.files import sha256_json
 from kvopt.task.seam import Encoded, Row, SeamError
 from kvopt.task.template_files import template_from_file
+
+TEXTS = ("original", "none", "counted", "text", "mutations", "mutation")
+"""Forms of names that always mean a text."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,7 @@ def build_pool(catalogue: Catalogue, config: StudentConfig, seed: int) -> Pool:
             taken.add(context.name)
             chosen.append((context, choice.weight))
     contexts = [in_front_of_rows(catalogue.task, context, weight) for context, weight in chosen]
+    check_dropout(config, any(item.slots for item in contexts))
     return _fitting(contexts, config, catalogue.task.base.geometry.window)
 
 
@@ -143,6 +148,22 @@ def check_choices(inputs: Inputs, config: StudentConfig) -> None:
     """Refuse, before any work, contexts that cannot be there. Raises InputError."""
     for choice in config.contexts:
         check_choice(inputs, choice.context, f"students.{config.name}.contexts")
+    names = names_of(config)
+    if config.loss.anchor == "other" and sum(name.count or 1 for name in names) < 2:
+        what = f"{config.loss.kind} compares two wordings of a row, and the student has one context"
+        raise InputError(what, where=f"students.{config.name}.contexts", fix="give it another, or another loss")
+    if all(name.form in TEXTS or name.argument in inputs.written for name in names):
+        check_dropout(config, False)
+
+
+def check_dropout(config: StudentConfig, has_slots: bool) -> None:
+    """Refuse ``context_dropout`` where no context has slots. Raises InputError."""
+    if config.context_dropout and not has_slots:
+        raise InputError(
+            "drops slots of soft and KV contexts, and all of the student's are text",
+            where=f"students.{config.name}.context_dropout",
+            fix="add a learned context to its contexts, or leave context_dropout out",
+        )
 
 
 def check_choice(inputs: Inputs, spec: str, where: str) -> None:
@@ -151,6 +172,7 @@ def check_choice(inputs: Inputs, spec: str, where: str) -> None:
     if name.form == "counted" and name.count > count:
         what = f"{spec!r} wants more mutations than mutations.count ({count})"
         raise InputError(what, where=where, fix="raise mutations.count")
+    check_raced(inputs.config, name, where)
     if name.form == "text":
         template_from_file(inputs.base_dir / name.argument, inputs.template)
     elif name.form == "of-run" and not (inputs.base_dir / name.run / "manifest.json").is_file():

@@ -103,7 +103,8 @@ def make_loss(job: Job, student: Student) -> ContextLoss:
         if job.teacher is None:
             raise KvoptError("on-policy distillation needs a teacher")
         return OnPolicyLoss(student.base, job.base, job.pool, loss, job.teacher, job.seed)
-    return ContextLoss(student.base, job.base, job.pool, loss, job.reference)
+    dropout = job.config.context_dropout
+    return ContextLoss(student.base, job.base, job.pool, loss, job.reference, seed=job.seed, dropout=dropout)
 
 
 def last_checkpoint(folder: Path, key: str) -> Path | None:

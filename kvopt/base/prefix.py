@@ -165,13 +165,15 @@ def empty_prefix(base: Base) -> Prefix:
     return Prefix((none,) * g.layers, (none,) * g.layers)
 
 
-def run_bodies(base: Base, prefix: Prefix, batch: Batch, start: int | None = None) -> Tensor:
+def run_bodies(
+    base: Base, prefix: Prefix, batch: Batch, start: int | None = None, *, seen: Tensor | None = None
+) -> Tensor:
     """Hidden states after the final norm, [B, n, D], of bodies and gold outputs after the prefix, from position
-    ``start`` on (default: the prefix's length).
+    ``start`` on (default: the prefix's length). ``seen`` [B, T] bool: the slots that each row sees (default: all).
     """
     rows, width = batch.ids.shape
     length = len(prefix)
-    mask = torch.cat([batch.mask.new_ones(rows, length), batch.mask], dim=1)
+    mask = torch.cat([batch.mask.new_ones(rows, length) if seen is None else seen.to(batch.mask), batch.mask], dim=1)
     first = length if start is None else start
     positions = torch.arange(first, first + width, device=batch.ids.device)
     return base.backbone(
@@ -183,16 +185,16 @@ def run_bodies(base: Base, prefix: Prefix, batch: Batch, start: int | None = Non
     ).last_hidden_state
 
 
-def gold_hidden(base: Base, prefix: Prefix, batch: Batch) -> Tensor:
+def gold_hidden(base: Base, prefix: Prefix, batch: Batch, *, seen: Tensor | None = None) -> Tensor:
     """Hidden states [G, D] of the positions that predict the batch's gold tokens, row by row; no other position is
-    ever scored.
+    ever scored. ``seen`` as in :func:`run_bodies`.
 
-    Rows are packed or padded as :func:`packing_for` says.
+    Rows are packed or padded as :func:`packing_for` says; padded where they see different slots.
     """
     rows, columns = batch.predicts.unbind(-1)
-    packing = packing_for(base, batch, len(prefix))
+    packing = packing_for(base, batch, len(prefix)) if seen is None else None
     if packing is None:
-        return run_bodies(base, prefix, batch)[rows, columns]
+        return run_bodies(base, prefix, batch, seen=seen)[rows, columns]
     return run_packed(base, prefix, batch.ids, packing)[packing.places(rows, columns)]
 
 

@@ -63,6 +63,13 @@ class EvaluateConfig(FrozenSection):
     contexts: list[str] | None = Field(None, description="learned contexts; default: all of the config")
     probes: ProbesConfig | None = Field(None, description="prompts of other tasks; without them, no forgetting")
     frozen: FrozenConfig | None = Field(FrozenConfig(), description="the frozen-prompt probe; null: none")
+    posix: int | None = Field(
+        None,
+        ge=1,
+        description="answered rows on which POSIX is measured over the wordings (original, held-out, templates): how"
+        " far the log probability of an answer moves under another wording. Every answer is scored under every wording;"
+        " null: not at all",
+    )
     resamples: int = Field(2000, ge=100, description="bootstrap draws of the 95 % intervals")
 
     @field_validator("metrics")

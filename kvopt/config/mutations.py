@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from kvopt.config.kinds import Family, Options
 from kvopt.config.section import FrozenSection
@@ -80,10 +80,42 @@ class EndpointSettings(FrozenSection):
         return value.rstrip("/")
 
 
+WordingFamily = Literal[
+    "rewording", "structure", "mood", "style", "role", "longer", "shorter", "reordering", "placement"
+]
+WORDING_FAMILIES: tuple[WordingFamily, ...] = get_args(WordingFamily)
+
+
 class EndpointGenerator(EndpointSettings):
-    """Any OpenAI-compatible endpoint rewrites whole messages."""
+    """Any OpenAI-compatible endpoint rewrites single messages, or with families the whole template."""
 
     kind: Literal["endpoint"]
+    families: tuple[WordingFamily, ...] = Field(
+        (),
+        exclude_if=lambda families: not families,  # mutations were stored before there was a choice
+        description="kinds of wordings of the whole template, asked for in turn, several in one call that shows those"
+        " accepted before; all: every kind; default: messages are rewritten one by one",
+    )
+    distance: Literal["near", "middle", "far"] | None = Field(
+        None,
+        exclude_if=lambda distance: distance is None,
+        description="how far from the template the wordings of families are to be; default: not said",
+    )
+    at_once: int = Field(
+        8, ge=1, le=64, exclude_if=lambda count: count == 8, description="wordings of families in one call"
+    )
+
+    @field_validator("families", mode="before")
+    @classmethod
+    def _all(cls, value: Any) -> Any:
+        return WORDING_FAMILIES if value in ("all", ["all"], ("all",)) else value
+
+    @model_validator(mode="after")
+    def _of_families(self) -> EndpointGenerator:
+        for name in ("distance", "at_once"):
+            if name in self.model_fields_set and not self.families:
+                raise ValueError(f"{name} says how wordings of families are asked for; add families: all")
+        return self
 
 
 class MeaningCheck(EndpointSettings):

@@ -68,6 +68,22 @@ class ReferenceConfig(Section):
     batch_size: int = Field(16, ge=1, description="rows in a batch")
 
 
+class RaceConfig(Section):
+    """Successive halving among the mutations: all run on a few selection rows, the better half on more, and so on."""
+
+    keep: int | None = Field(
+        None,
+        ge=1,
+        description="how many mutations are left at the end and scored on all selection rows; default: score.best",
+    )
+    share: float = Field(
+        0.25,
+        gt=0,
+        lt=1,
+        description="the most row evaluations (one row under one mutation), as a share of those without a race",
+    )
+
+
 class ScoreConfig(Section):
     """How contexts are scored."""
 
@@ -89,6 +105,28 @@ class ScoreConfig(Section):
     best: int = Field(
         5, ge=0, description="how many of the best mutations are scored on the validation rows and reported"
     )
+    race: RaceConfig | None = Field(
+        None,
+        description="mutations that are far from the template on a few selection rows are not scored on the others"
+        " (successive halving); with many mutations the best few are found for a quarter of the work. Null scores every"
+        " mutation on every selection row",
+    )
+
+    @property
+    def finalists(self) -> int:
+        """How many mutations a race leaves."""
+        keep = self.race.keep if self.race is not None else None
+        return max(1, self.best) if keep is None else keep
+
+    @model_validator(mode="after")
+    def _race_can_be_run(self) -> ScoreConfig:
+        if self.race is None:
+            return self
+        if self.select not in ("kl", "gold_nll"):
+            raise ValueError(f"a race is decided by the KL or gold_nll of rows, not by select {self.select!r}")
+        if self.finalists < self.best:
+            raise ValueError(f"race.keep ({self.finalists}) is less than best ({self.best}), which are all reported")
+        return self
 
 
 class ReportConfig(Section):

@@ -77,6 +77,14 @@ class StudentConfig(Section):
         "spread-mutations:K, random-mutations:K, text:FILE (or FILE#NAME), a mutation, a learned context, a context "
         "folder; or {context: …, weight: …}",
     )
+    context_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        exclude_if=lambda share: share == 0,  # students were stored before there was any
+        description="probability with which a row does not see a slot of its soft or KV context, drawn for each row"
+        " and step: between the whole context and none",
+    )
     own_answers: OwnAnswersConfig | None = Field(
         None, description="train on the base's own answer where it is right; default: on gold outputs alone"
     )
@@ -154,6 +162,12 @@ class StudentConfig(Section):
             )
         if self.tokens is not None and self.loss.draws:
             raise ValueError(f"{self.loss.kind} cannot tell how many steps so many tokens are; give steps or epochs")
+        if self.tokens is not None and self.loss.anchor == "other":
+            raise ValueError(
+                f"{self.loss.kind} runs two wordings of a row, which tokens does not count; give steps or epochs"
+            )
+        if self.context_dropout and self.loss.draws:
+            raise ValueError(f"{self.loss.kind} answers under whole contexts; leave out context_dropout")
         if self.own_answers is not None and self.loss.anchor == "original":
             raise ValueError(
                 "own_answers and a loss that is anchored in the original cannot be combined: the stored "

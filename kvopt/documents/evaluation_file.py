@@ -26,6 +26,12 @@ class GroupEstimate(_Mean):
     spread: float | None = Field(None, description="highest − lowest")
     ci95: CI95 | None = Field(None, description="interval of the mean")
     spread_ci95: CI95 | None = Field(None, description="interval of the spread")
+    near_best: float | None = Field(
+        None, description="share of the contexts that lie at most 0.05 below the highest; of metrics' headlines only"
+    )
+    retention: Estimate | None = Field(
+        None, description="the mean divided by the value under the original; of metrics' headlines only"
+    )
 
 
 class ConditionResult(DocumentPart):
@@ -37,6 +43,9 @@ class ConditionResult(DocumentPart):
     tokens: int = Field(0, description="the context's length in tokens or slots")
     answers: str | None = Field(None, description="the file with every answer, relative to the student's folder")
     quantities: dict[str, Estimate] = Field({}, description="what was measured, by name")
+    retention: dict[str, Estimate] | None = Field(
+        None, description="each headline's value divided by that under the original template; absent in old files"
+    )
 
 
 class GroupResult(DocumentPart):
@@ -46,6 +55,11 @@ class GroupResult(DocumentPart):
     contexts: list[str] = Field([], description="names of the contexts")
     quantities: dict[str, GroupEstimate] = Field({}, description="what was measured, by name")
     consistency: Estimate | None = Field(None, description="share of pairs of contexts that get the same answer")
+    posix: Estimate | None = Field(
+        None,
+        description="POSIX per token: how far the log probability of an answer moves when another wording of the"
+        " group asks for it, mean over ordered pairs of wordings, nats per token; absent where it was not asked",
+    )
 
 
 class HabitShares(DocumentPart):

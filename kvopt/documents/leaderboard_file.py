@@ -96,6 +96,24 @@ class UnreportedMutation(NamedContext):
     lineage: MutationLineage = MutationLineage()
 
 
+class DroppedMutation(NamedContext):
+    """A mutation that the race dropped: it was scored on some of the selection rows alone."""
+
+    first_rows: SplitScores = Field(
+        description="its scores on the first rows of the race (examples says how many), not on the selection rows"
+    )
+    lineage: MutationLineage = MutationLineage()
+
+
+class RaceFacts(DocumentPart):
+    """What a race among the mutations (score.race) took."""
+
+    evaluations: int = Field(description="row evaluations, those of the finalists on all selection rows among them")
+    without_race: int = Field(description="row evaluations of scoring every mutation on every selection row")
+    rows: list[int] = Field([], description="selection rows that mutations were compared on, round by round")
+    left: list[int] = Field([], description="mutations that were left after each round")
+
+
 class LeaderboardDocument(DocumentPart):
     """``leaderboard.json``: every context of a run on the validation rows, lowest forward KL first."""
 
@@ -121,5 +139,9 @@ class LeaderboardDocument(DocumentPart):
         " a bootstrap estimate, nats per gold token",
     )
     other_mutations: list[UnreportedMutation] = Field([], description="mutations without scores on validation rows")
+    race: RaceFacts | None = Field(None, description="of the race among the mutations; absent without one")
+    dropped_mutations: list[DroppedMutation] = Field(
+        [], description="mutations that the race dropped, the last to be dropped first; absent without a race"
+    )
     stands_on: StandsOn | None = Field(None, description="what it was measured on; absent in old files")
     search: str | None = Field(None, description="which search made its mutations, as in mutations.jsonl")

@@ -21,6 +21,7 @@ from kvopt.errors import InputError
 from kvopt.mutate.mutation import read_mutations
 from kvopt.mutate.orders import first_mutations
 from kvopt.run.inputs import Inputs
+from kvopt.run.race import check_raced
 from kvopt.task.examples import Example
 from kvopt.task.template import Template
 from kvopt.task.template_files import name_of_file, template_from_file
@@ -96,6 +97,7 @@ def _named(inputs: Inputs, run: Path, spec: str, seed: int, taken: set[str]) -> 
         raise InputError("a learned context has no text", where=spec, fix=fix)
     mutations = _mutations(inputs, run)
     if name.form == "counted":
+        check_raced(inputs.config, name, spec)
         limit = inputs.config.score.max_kl
         names = first_mutations(
             name.order,

@@ -20,6 +20,9 @@ from kvopt.measure.bootstrap import bounds, row_draws
 Ratios = Mapping[str, Sequence[Mapping[str, Ratio]]]
 """Context name → the ratios by quantity of each example, the same examples in the same order everywhere."""
 
+NEAR = 0.05
+"""How far below the best wording another one still counts as good."""
+
 Bounds = tuple[float, float]
 """Lower and upper end of an interval."""
 
@@ -59,6 +62,36 @@ def ratio_of(rows: Sequence[Ratio], *, seed: int, resamples: int) -> Estimate:
     """Mean and interval of one quantity."""
     by_context, _ = summarize({"": [{"": row} for row in rows]}, {}, seed=seed, resamples=resamples)
     return by_context[""][""]
+
+
+def retention(
+    ratios: Ratios, groups: Mapping[str, Sequence[str]], to: str, *, seed: int, resamples: int
+) -> tuple[dict[str, dict[str, Estimate]], dict[str, dict[str, Estimate]]]:
+    """(by context, by group) and quantity: the value, or the mean over the group's contexts, divided by the value under
+    the context ``to``; None where that is 0. A draw of the interval takes the same examples for both.
+    """
+    names, quantities, pairs = _arranged(ratios)
+    values = _quotients(np.moveaxis(pairs.sum(2), -1, 0))[..., None]  # [contexts, quantities, 1]
+    examples, base = pairs.shape[2], names.index(to)
+    drawn = _drawn_values(pairs, row_draws(examples, seed, resamples)) if examples > 1 else None
+
+    def of(chosen: Sequence[str]) -> dict[str, Estimate]:
+        places = [names.index(name) for name in chosen]
+        means = _quotients(np.stack([values[places].mean(0), values[base]]))[:, 0]
+        low, high = np.full((2, len(quantities)), np.nan)
+        if drawn is not None:
+            low, high = bounds(_quotients(np.stack([drawn[places].mean(0), drawn[base]])))
+        return {q: Estimate(mean=_number(means[i]), ci95=_pair(low[i], high[i])) for i, q in enumerate(quantities)}
+
+    return {name: of([name]) for name in names}, {group: of(chosen) for group, chosen in groups.items()}
+
+
+def near_best(values: Sequence[float | None]) -> float | None:
+    """Share of the values that lie at most :data:`NEAR` below the highest; None where one does not exist."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    return sum(value >= max(known) - NEAR - 1e-12 for value in known) / len(known)
 
 
 def redrawn(

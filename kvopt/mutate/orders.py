@@ -12,12 +12,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
+from statistics import median
 from typing import TypeVar
 
 import torch
 
 from kvopt.config.names import Order
 from kvopt.errors import InputError, counted
+from kvopt.mutate.mutation import Mutation
 from kvopt.task.template import Template
 
 T = TypeVar("T")
@@ -98,6 +100,35 @@ def diverse_order(
         nearest = [min(d, text_distance(own, pairs[farthest])) for d, own in zip(nearest, pairs, strict=True)]
     others = [name for name, _ in ranked[len(better) :]]
     return [better[i][0] for i in chosen] + others[: max(0, count - len(chosen))]
+
+
+def wordings_report(template: Template, tried: Sequence[Mutation], bought: Mapping[str, int]) -> str | None:
+    """How far the accepted paraphrases are from the template and from each other, and what an endpoint counted for them
+    in this command; None without any.
+    """
+    wordings = [m.template for m in tried if m.accepted and m.family == "paraphrase" and m.template is not None]
+    if not wordings:
+        return None
+    middle = [
+        f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})" for values in distances(template, wordings)
+    ]
+    price = ""
+    if bought:
+        read, written = (bought.get(name, 0) for name in ("prompt_tokens", "completion_tokens"))
+        price = f"; bought now: {read:,} tokens in, {written:,} out"
+    words = "share of neighbouring words that differ, median and range"
+    nearest = f", from the nearest other one {middle[1]}" if len(wordings) > 1 else ""
+    return f"paraphrases: from the template {middle[0]}{nearest} ({words}){price}"
+
+
+def distances(original: Template, wordings: Sequence[Template]) -> tuple[list[float], list[float]]:
+    """:func:`text_distance` of each wording from the original, and from the nearest of the others."""
+    first, pairs = word_pairs(original), [word_pairs(one) for one in wordings]
+    nearest = [
+        min((text_distance(own, other) for j, other in enumerate(pairs) if j != i), default=1.0)
+        for i, own in enumerate(pairs)
+    ]
+    return [text_distance(own, first) for own in pairs], nearest
 
 
 def word_pairs(template: Template) -> frozenset[tuple[str, str]]:

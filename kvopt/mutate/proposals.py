@@ -31,6 +31,7 @@ class Request:
         seed: of this attempt.
         run_seed: of the whole search.
         turn: how many paraphrases were asked for before this one.
+        accepted: the mutations that are there already, oldest first.
     """
 
     template: Template
@@ -39,6 +40,7 @@ class Request:
     seed: int
     run_seed: int
     turn: int
+    accepted: tuple[Template, ...] = ()
 
     @property
     def fields(self) -> list[Field]:

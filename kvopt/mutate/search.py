@@ -189,8 +189,10 @@ class Search:
         if number not in self._ahead:
             wanted = max(1, min(self.generator.batch, self.config.count - len(self.accepted)))
             numbers = [n for n in among if n >= number and self.lead(n)[0] == "paraphrase"][:wanted]
+            there = tuple(m.template for m in self.accepted if m.template is not None)
+            seeds = {n: attempt_seed(self.seed, n) for n in numbers}
             requests = [
-                Request(self.template, self.scope, self.protect, attempt_seed(self.seed, n), self.seed, self.lead(n)[1])
+                Request(self.template, self.scope, self.protect, seeds[n], self.seed, self.lead(n)[1], there)
                 for n in numbers
             ]
             self._ahead.update(zip(numbers, self.generator.propose(requests), strict=True))

@@ -8,7 +8,7 @@ from typing import Any
 
 from kvopt.documents.context_record import ContextRecord
 from kvopt.documents.evaluation_file import EvaluationDocument
-from kvopt.documents.leaderboard_file import LeaderboardRow, UnreportedMutation
+from kvopt.documents.leaderboard_file import DroppedMutation, LeaderboardRow, UnreportedMutation
 from kvopt.mutate.mutation import Mutation, counts_by_reason
 from kvopt.report.agreement import headline_agreements, rank_agreements
 from kvopt.report.changes import compare_runs
@@ -60,6 +60,8 @@ def run_document(run: RunFiles) -> dict[str, Any]:
         "answered": board.answered,
         "contexts": _contexts(run),
         "other_mutations": [_known(row) for row in board.other_mutations],
+        "race": board.race.to_json() if board.race else None,
+        "dropped_mutations": [_known(row) for row in board.dropped_mutations],
         "chosen": _chosen(run),
         "curves": [_curve(record) for record in run.learned],
         "mutations": _mutations(run),
@@ -92,7 +94,7 @@ def _contexts(run: RunFiles) -> list[dict[str, Any]]:
     return rows
 
 
-def _known(row: LeaderboardRow | UnreportedMutation) -> dict[str, Any]:
+def _known(row: LeaderboardRow | UnreportedMutation | DroppedMutation) -> dict[str, Any]:
     """What a row of the leaderboard says, its intervals too where a file leaves them out (null); its lineage is there,
     if only an empty one.
     """
@@ -159,6 +161,7 @@ def _mutations(run: RunFiles) -> dict[str, Any]:
     names = {m.id: m.name for m in run.mutations if m.accepted}
     selected = {name: scores.kl_forward.mean for name, scores in on_selection(run.board)}
     reported = {row.name: row.kl_forward.mean for row in run.board.contexts}
+    dropped = {row.name: row.first_rows.examples for row in run.board.dropped_mutations}
     accepted = [
         {
             "name": m.name,
@@ -170,6 +173,7 @@ def _mutations(run: RunFiles) -> dict[str, Any]:
             "seed": m.seed,
             "selection_kl": selected.get(m.name or ""),
             "validation_kl": reported.get(m.name or ""),
+            "dropped_after": dropped.get(m.name or ""),
         }
         for m in run.mutations
         if m.accepted

@@ -4,6 +4,7 @@ included.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from kvopt.documents.shortened_file import SHORTENED
 from kvopt.report.choice import is_shortened
 from kvopt.report.reading import RunFiles
 
+SELECTION_STAGE = re.compile(r"scores/(?P<name>.+)\.(selection|race-\d+-\d+)")
 COUNTS = ("seconds", "tokens_in", "tokens_back", "tokens_out", "model_calls")
 
 
@@ -71,7 +73,7 @@ def total_costs(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _selection_scores(run: RunFiles) -> list[LedgerEntry]:
     names = {m.name for m in run.mutations if m.accepted}
-    stages = {f"scores/{name}.selection" for name in names}
+    stages = {e.stage for e in run.ledger if (m := SELECTION_STAGE.fullmatch(e.stage)) and m["name"] in names}
     return [entry for stage in sorted(stages) for entry in _latest(run.ledger, stage)]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kvopt.contexts.context import Context, TextContext
 from kvopt.documents.answers_file import AnswersDocument
-from kvopt.documents.leaderboard_file import LeaderboardDocument, LeaderboardRow, NoiseFloor
+from kvopt.documents.leaderboard_file import DroppedMutation, LeaderboardDocument, LeaderboardRow, NoiseFloor
 from kvopt.documents.validated import read_document, write_document
 from kvopt.errors import InputError
 from kvopt.measure.score import Score
@@ -16,6 +16,7 @@ from kvopt.run.answers import ANSWERS, ContextAnswers, TaskMetrics
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.run.leaderboard import Entry, build_leaderboard, in_order, stored_board, write_leaderboard
+from kvopt.run.race import RaceResult
 from kvopt.task.template import Template
 
 
@@ -58,6 +59,7 @@ class Board:
 
     Attributes:
         unreported: mutations that have scores on the selection rows alone.
+        raced: the mutations that a race dropped, and what it took; None where it was not run yet.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Board:
         self._entries: list[Entry] = []
         self._contexts: list[Context] = []
         self.unreported: Sequence[Entry] = ()
+        self.raced: RaceResult | None = None
 
     def add(self, *contexts: Context, selection: Score | None = None) -> None:
         """Score contexts, one after the other, and write the leaderboard after each."""
@@ -100,8 +103,19 @@ class Board:
             headlines=metrics.headlines(answers[0]) if answers else (),
             answered=metrics.rows if metrics else 0,
         )
+        if self.raced is not None and self.raced.facts is not None:
+            board.race = self.raced.facts
+            board.dropped_mutations = [dropped_mutation(*dropped) for dropped in self.raced.dropped]
         board.search = search_of(measures.at.directory / "mutations.jsonl")
         return board
+
+
+def dropped_mutation(context: TextContext, score: Score) -> DroppedMutation:
+    """As in ``leaderboard.json``, of a mutation that a race dropped after it had this score on its first rows."""
+    mutation = DroppedMutation(name=context.name, kind=context.kind, tokens=context.tokens, first_rows=score.document)
+    if context.lineage is not None:
+        mutation.lineage = context.lineage
+    return mutation
 
 
 def earlier_wordings(task: EncodedTask, at: Workspace) -> list[LeaderboardRow]:

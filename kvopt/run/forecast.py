@@ -21,6 +21,7 @@ from kvopt.config.document import Config
 from kvopt.kernels import KLOptions
 from kvopt.kernels.plan import rows_per_chunk
 from kvopt.learn.descent import batch_at
+from kvopt.measure.racing import heats
 from kvopt.measure.reference import FACTS_ROWS, ROWS_PER_SHARD
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.run.stages import drawn_rows, drawn_tokens
@@ -108,8 +109,7 @@ class Forecast:
             stages += self._scores(context.name, template, about="taken to be as long as the template", bare=False)
         if config.mutations.count:
             about = "each taken to be as long as the template; none rejected"
-            once = self._score("", template, task.rows("selection").rows, size)
-            stages.append(_times(once, config.mutations.count, "scores/mutations.selection", about))
+            stages.append(self._mutations(template, size, about))
             best = self._score("", template, validation, size)
             stages.append(_times(best, min(config.score.best, config.mutations.count), "scores/best mutations", about))
         for context in config.learned:
@@ -133,6 +133,23 @@ class Forecast:
         return [what for what, there in given.items() if there]
 
     # ---- stages
+
+    def _mutations(self, template: int, size: int, about: str) -> Stage:
+        """Every mutation on the selection rows; with a race, each on as many as it runs on, rows being alike."""
+        config, rows = self.config, self.task.rows("selection").rows
+        count, name = config.mutations.count, "scores/mutations.selection"
+        once = self._score("", template, rows, size)
+        race = config.score.race
+        planned = heats(count, config.score.finalists, len(rows), race.share) if race is not None else ()
+        if not planned:
+            return _times(once, count, name, about)
+        stage = _times(once, config.score.finalists, name, f"{about}; the race's rows taken to be its first")
+        for heat in planned:
+            part = self._score("", template, rows[heat.first : heat.last], size)
+            part = _times(part, heat.contestants if heat.last > heat.first else 0, name, about)
+            stage.tokens_in += part.tokens_in
+            stage.work.add(part.work)
+        return stage
 
     def _reference(self) -> Stage:
         """First of the rows that contexts are scored on, then of those that descents draw."""

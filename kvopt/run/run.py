@@ -21,7 +21,6 @@ import yaml
 
 from kvopt.base.launch import LAUNCH
 from kvopt.base.loading import Base, load_base
-from kvopt.base.prefix import Prefix
 from kvopt.config.contexts import ContextConfig
 from kvopt.config.document import Config
 from kvopt.config.names import ContextName, unknown_context
@@ -46,6 +45,8 @@ from kvopt.run.encoded_task import EncodedTask, encode_task
 from kvopt.run.inputs import read_inputs
 from kvopt.run.leaderboard import Entry
 from kvopt.run.out_of_memory import halving
+from kvopt.run.race import RaceResult, check_raced, race
+from kvopt.run.ranking import checkpoint_chooser, place
 from kvopt.run.sampling import make_samples
 from kvopt.run.shorter_texts import Shortener, ShorterTexts
 from kvopt.storage.files import write_text
@@ -88,6 +89,7 @@ class Run:
         self._moments: StoredMoments | None = None
         self._mutations: list[Mutation] | None = None
         self._contexts: dict[str, TextContext] | None = None
+        self._raced: RaceResult | None = None
         self._ranked: list[tuple[TextContext, Score]] | None = None
         self._learned: dict[str, TensorContext] = {}
         self._written: dict[str, TextContext] | None = None
@@ -210,34 +212,28 @@ class Run:
             self._contexts = stages.mutation_contexts(self.task(), self.mutations(), self.at)
         return self._contexts
 
-    def ranked_mutations(self) -> list[tuple[TextContext, Score]]:
-        """Accepted mutations by forward KL on the selection rows, lowest first; or by what ``score.select`` says."""
-        if self._ranked is None:
+    def raced(self) -> RaceResult:
+        """What ``score.race`` leaves of the accepted mutations: all of them without a race."""
+        if self._raced is None:
             contexts = list(self.mutation_contexts().values())
+            self._raced = RaceResult(contexts, [])
+            if self.config.score.race is not None:
+                self._raced = race(self.task(), self.reference(), contexts, self.at)
+        return self._raced
+
+    def ranked_mutations(self) -> list[tuple[TextContext, Score]]:
+        """Accepted mutations by forward KL on the selection rows, lowest first; or by what ``score.select`` says. With
+        ``score.race``, those that the race left.
+        """
+        if self._ranked is None:
+            contexts = self.raced().finalists
             scored = [
                 (context, self.score(context, "selection"))
                 for context in self.at.progress.over("scoring mutations", contexts)
             ]
-            self._ranked = sorted(scored, key=lambda pair: (*self._place(*pair), pair[0].name))
+            by = partial(place, self.config.score.select, self.task_metrics)
+            self._ranked = sorted(scored, key=lambda pair: (*by(*pair), pair[0].name))
         return self._ranked
-
-    def _place(self, context: TextContext, score: Score) -> tuple[float, float]:
-        """What mutations are ordered by: the quantity of ``score.select``, lowest first, and the KL."""
-        kl, select = score.kl_forward.mean, self.config.score.select
-        if select in ("kl", "gold_nll"):
-            return (kl if select == "kl" else score.gold_nll.mean), kl
-        metrics = self.task_metrics()
-        value = metrics.headline(metrics.answers(context, "selection"), select)
-        return math.inf if value is None else -value, kl
-
-    def _chooser(self) -> Callable[[Prefix, TokenScores], float] | None:
-        """As :meth:`_place`, for checkpoints; None for the KL."""
-        select = self.config.score.select
-        if select == "kl":
-            return None
-        if select == "gold_nll":
-            return lambda prefix, scores: float(scores.nll.double().mean())
-        return lambda prefix, scores: -self.task_metrics().value_after(prefix, select)
 
     def learned(self, only: Sequence[str] = ()) -> list[TensorContext]:
         """The contexts of the config, learned in order (or those named in ``only``, with what they start from)."""
@@ -258,7 +254,7 @@ class Run:
                 self._reference_for(config),
                 self.moments(),
                 self.at,
-                choose=self._chooser(),
+                choose=checkpoint_chooser(self.config.score.select, self.task_metrics),
             )
         return self._learned[config.name]
 
@@ -305,6 +301,8 @@ class Run:
     def catalogue(self, names: Iterable[ContextName]) -> Catalogue:
         """The contexts that these names can mean: mutations and learned contexts among them are made now."""
         names = list(names)
+        for name in names:
+            check_raced(self.config, name, "score.race")
         mutated = any(name.form in ("counted", "mutation") for name in names) and self.config.mutations.count > 0
         ranked = any(name.form == "counted" and name.order != "random" for name in names)
         limit = self.config.score.max_kl or math.inf
@@ -389,6 +387,7 @@ class Run:
         for context, selection in self.ranked_mutations()[:best]:
             board.add(context, selection=selection)
         board.unreported = [Entry.of(context, None, score) for context, score in self.ranked_mutations()[best:]]
+        board.raced = self.raced()
         board.add(*self.shorter_texts().of_frontiers())
         for config in later:
             board.add(self._learn(config))

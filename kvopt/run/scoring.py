@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvopt.console.progress import advance
@@ -17,12 +18,23 @@ from kvopt.storage.tensors import stored_key
 
 
 def token_scores(
-    task: EncodedTask, reference: Reference, context: Context, split: str, at: Workspace, batch_size: int | None = None
+    task: EncodedTask,
+    reference: Reference,
+    context: Context,
+    split: str,
+    at: Workspace,
+    batch_size: int | None = None,
+    *,
+    part: tuple[str, Sequence[str]] | None = None,
 ) -> TokenScores:
-    """A context's numbers on every gold token of a split (``train``, ``selection`` or ``validation``)."""
+    """A context's numbers on every gold token of a split (``train``, ``selection`` or ``validation``); with ``part``, a
+    name and example ids, on these rows of it alone.
+    """
     own = context is task.original and batch_size is None  # the reference holds all that these scores need
     batch_size = batch_size or task.config.score.batch_size
     rows = task.rows_for(context, split)
+    if part is not None:
+        split, rows = part[0], rows.select(part[1])
     key = f"{reference.key}:{key_of(SCORES_VERSION, [context.sha256(), rows.sha256(), batch_size])}"
     name, path = file_name(context.name), _path(context.name, split, batch_size, at)
     if stored_key(path) == key:

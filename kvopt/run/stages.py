@@ -27,9 +27,12 @@ from kvopt.measure.moments import StoredMoments, check_head, drop_moments
 from kvopt.measure.reference import Reference, build_reference, make_shard, open_reference, reference_key
 from kvopt.measure.score import TokenScores
 from kvopt.mutate.generators import build_generator
+from kvopt.mutate.generators.endpoint import EndpointParaphraser
 from kvopt.mutate.generators.file import FileVariants
+from kvopt.mutate.generators.wordings import EndpointWordings
 from kvopt.mutate.meaning import MeaningJudge
 from kvopt.mutate.mutation import REST, Mutation, read_mutations
+from kvopt.mutate.orders import wordings_report
 from kvopt.mutate.search import RULES_VERSION, mutate, summary
 from kvopt.mutate.validity import REQUEST_FAILED
 from kvopt.run.directory import Workspace
@@ -170,6 +173,9 @@ def make_mutations(task: EncodedTask, at: Workspace, shorter: ShorterTexts) -> l
             journal=journal,
             progress=progress,
         )
+        bought = generator.chat.usage if isinstance(generator, EndpointParaphraser | EndpointWordings) else {}
+        usage["tokens_in"] += bought.get("prompt_tokens", 0)
+        usage["tokens_out"] += bought.get("completion_tokens", 0)
         entry.accepted, entry.tried = sum(m.accepted for m in tried), len(tried)
         entry.model_calls, entry.tokens_in, entry.tokens_out = (
             usage[name] for name in ("model_calls", "tokens_in", "tokens_out")
@@ -177,6 +183,8 @@ def make_mutations(task: EncodedTask, at: Workspace, shorter: ShorterTexts) -> l
         if 0 < len(tried) <= before:
             entry.leave_out()
     at.say(summary(tried, section))
+    if told := wordings_report(task.template, tried, bought):
+        at.say(told)
     if failed := [m for m in tried if m.reason == REQUEST_FAILED]:
         what = f"warning: {counted(len(failed), 'request')} failed, the first because of: {failed[0].detail}"
         at.say(f"{what}; the same command asks again where mutations are wanted")

@@ -19,7 +19,7 @@ from kvopt.documents.evaluation_file import EvaluationDocument, GroupEstimate
 from kvopt.errors import InputError
 from kvopt.storage.files import write_json
 from kvopt.train.commands import evaluate_all, evaluator_of, train_chosen
-from kvopt.train.evaluation.conditions import held_out_mutations, mutations_in_use
+from kvopt.train.evaluation.conditions import hand_written, held_out_mutations, mutations_in_use
 from kvopt.train.evaluation.models import subject
 from kvopt.train.evaluation.tables import further_quantities, tables
 from kvopt.train.metrics.judge import Judge
@@ -173,6 +173,64 @@ def test_group_statistics_come_from_the_contexts_means(evaluated):
         assert quantity["mean"] == pytest.approx(sum(values) / len(values))
         assert (quantity["min"], quantity["max"]) == (min(values), max(values))
         assert quantity["spread"] == pytest.approx(max(values) - min(values))
+
+
+SOME_LETTER = "evaluate.metrics=[{kind: regex, name: early, pattern: '[a-h]'}]"
+
+
+def test_wordings_have_their_lowest_their_share_near_the_best_and_what_is_kept(copied):
+    config, out = copied
+    documents, _ = again(config, out, ["base"], ["original", "held-out", "templates"], (SOME_LETTER,))
+    contexts = {context["name"]: context for context in documents[0]["contexts"]}
+    group = next(group for group in documents[0]["groups"] if group["group"] == "wordings")
+    values = [contexts[name]["quantities"]["early"]["mean"] for name in group["contexts"]]
+    quantity, original = group["quantities"]["early"], contexts["original"]["quantities"]["early"]["mean"]
+    assert original > 0
+    assert quantity["min"] == min(values)
+    assert quantity["near_best"] == sum(value >= max(values) - 0.05 - 1e-12 for value in values) / len(values)
+    kept = [contexts[name]["retention"]["early"]["mean"] for name in group["contexts"]]
+    assert kept == pytest.approx([value / original for value in values])
+    assert quantity["retention"]["mean"] == pytest.approx(sum(values) / len(values) / original)
+    assert "near_best" not in group["quantities"]["gold_nll"]
+    assert "posix" not in group
+
+
+def test_posix_is_that_of_plain_transformers_on_full_prompts(copied):
+    config, out = copied
+    documents, run = again(config, out, ["base"], ["original", "templates"], ("evaluate.posix=2",))
+    names, base = ["original", "terse", "whole"], run.load_base()
+    asked = {name: answers_of(out, "base", name) for name in names}
+    wanted = []
+    for row, example in enumerate(run.task().dataset.validation[:2]):
+        prompts = {}
+        for name in names:
+            context = run.task().original if name == "original" else template_context(run, name)
+            line = next(line for line in context.encoded.rows if line.example_id == example.id)
+            prompts[name] = [*context.encoded.prefix, *line.body]
+
+        def log_prob(asks, of, row=row, prompts=prompts):
+            answer = asked[of][row]["answer_ids"]
+            logits = plain_logits(base.model, [*prompts[asks], *answer], len(answer)).log_softmax(-1)
+            return logits.gather(-1, torch.tensor(answer)[:, None]).sum().item() / len(answer)
+
+        pairs = [abs(log_prob(i, j) - log_prob(j, j)) for i in names for j in names if i != j]
+        wanted.append(sum(pairs) / len(pairs))
+    group = next(group for group in documents[0]["groups"] if group["group"] == "wordings")
+    assert group["posix"]["mean"] == pytest.approx(sum(wanted) / 2, rel=1e-3)
+    assert group["posix"]["mean"] > 0.01
+    console = Console(file=io.StringIO(), width=200)
+    for table in tables([EvaluationDocument.model_validate(documents[0])]):
+        console.print(table)
+    assert "POSIX" in console.file.getvalue()
+    (out / "ledger.jsonl").unlink()
+    repeated, _ = again(config, out, ["base"], ["original", "templates"], ("evaluate.posix=2",))
+    assert repeated == documents
+    assert not (out / "ledger.jsonl").exists(), "what is stored is not computed again"
+
+
+def template_context(run, name):
+    templates = hand_written(run.inputs, run.config.evaluate)
+    return run.task().text_context(name, templates[name])
 
 
 def test_a_mutation_that_a_learned_context_starts_from_is_not_held_out(tmp_path):

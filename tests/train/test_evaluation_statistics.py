@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import bootstrap
 
 from kvopt.measure.bootstrap import bounds, row_draws
-from kvopt.measure.ratios import ratio_of, redrawn, summarize
+from kvopt.measure.ratios import near_best, ratio_of, redrawn, retention, summarize
 from kvopt.train.json_answers import agreement
 
 RATIOS = {
@@ -77,3 +77,30 @@ def test_draws_of_a_study_give_the_interval_of_the_evaluation():
     contexts, _ = summarize({"a": rows}, {}, seed=4, resamples=500)
     drawn = redrawn({"a": rows}, {"one": ["a"]}, row_draws(30, 4, 500))["one"]["x"][0]
     assert list(bounds(drawn)) == contexts["a"]["x"].to_json()["ci95"]
+
+
+def test_retention_is_the_value_divided_by_that_under_the_original_in_the_same_draws():
+    contexts, groups = retention(RATIOS, {"both": ["a", "b"]}, "a", seed=3, resamples=400)
+    assert contexts["a"]["f1"].mean == pytest.approx(1)
+    assert contexts["a"]["f1"].ci95 is None, "a draw of the second row alone has no value"
+    assert contexts["b"]["f1"].mean == pytest.approx((4 / 10) / (6 / 10))
+    assert groups["both"]["hit"].mean == pytest.approx((2 / 3 + 1 / 3) / 2 / (2 / 3))
+    rows = {"a": [{"x": (i + 1.0, 1.0)} for i in range(20)], "b": [{"x": (i % 3 + 1.0, 1.0)} for i in range(20)]}
+    found = retention(rows, {}, "a", seed=3, resamples=400)[0]["b"]["x"]
+    draws = np.random.default_rng(3).integers(20, size=(400, 20))
+    a, b = (np.array([row["x"][0] for row in rows[name]])[draws].mean(1) for name in "ab")
+    assert retention(rows, {}, "a", seed=3, resamples=400)[0]["a"]["x"].ci95 == pytest.approx((1, 1))
+    assert found.ci95 == pytest.approx(tuple(np.percentile(b / a, [2.5, 97.5])))
+
+
+def test_retention_of_nothing_is_none():
+    nothing = {"a": [{"hit": (0, 1)}, {"hit": (0, 1)}], "b": [{"hit": (1, 1)}, {"hit": (0, 1)}]}
+    contexts, groups = retention(nothing, {"both": ["a", "b"]}, "a", seed=0, resamples=100)
+    assert contexts["b"]["hit"].to_json() == groups["both"]["hit"].to_json() == {"mean": None, "ci95": None}
+
+
+def test_near_best_counts_wordings_at_most_005_below_the_best():
+    assert near_best([0.9, 0.85, 0.8499, 0.1]) == 0.5
+    assert near_best([0.0, 0.0]) == 1
+    assert near_best([0.5, None]) is None
+    assert near_best([]) is None

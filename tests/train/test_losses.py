@@ -47,10 +47,14 @@ def formula(loss: dict[str, object], hidden: Tensor, weight: Tensor, gold: Gold)
     log_q = log_probs64(hidden, gold.head, weight)
     log_p = log_probs64(gold.anchor.double(), gold.head, gold.anchor_head.weight.double())
     taken = log_q.gather(-1, gold.ids[:, None])[:, 0]
-    first = -taken if loss["kind"] in ("ce", "anchored-kl") else -taken.detach().exp() * taken
+    first = -taken if loss["kind"] in ("ce", "anchored-kl", "consistency") else -taken.detach().exp() * taken
     if loss["kind"] in ("ce", "dft"):
         return first
-    forward = loss.get("direction", "forward") == "forward"
+    if loss.get("divergence", "") == "jsd":
+        log_m = ((log_p.exp() + log_q.exp()) / 2).log()
+        both = (log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1)
+        return first + loss["weight"] * both / 2
+    forward = loss.get("direction", loss.get("divergence", "forward")) == "forward"
     if loss.get("target") == "masked":
         return first + loss["weight"] * masked_kl64(log_p, log_q, gold.ids, forward)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1) if forward else (log_q.exp() * (log_q - log_p)).sum(-1)
@@ -66,6 +70,9 @@ LOSSES = [
     {"kind": "anchored-kl", "weight": 0.7, "target": "masked", "direction": "reverse", "anchor": "same"},
     {"kind": "asft", "weight": 0.3, "direction": "forward"},
     {"kind": "asft", "weight": 0.3, "direction": "reverse"},
+    {"kind": "consistency", "weight": 0.6, "divergence": "jsd"},
+    {"kind": "consistency", "weight": 0.6, "divergence": "forward"},
+    {"kind": "consistency", "weight": 0.6, "divergence": "reverse"},
 ]
 
 
@@ -110,6 +117,17 @@ def test_a_student_that_still_is_the_base_has_a_kl_of_zero(kind: str) -> None:
     torch.testing.assert_close(with_kl, without, rtol=0, atol=1e-5)
 
 
+def test_a_head_that_is_trained_is_a_constant_where_it_is_the_anchor_s_too() -> None:
+    gold = case(True)
+    build({"kind": "consistency", "weight": 0.6})(replace(gold, anchor_head=gold.head)).sum().backward()
+    hidden = gold.hidden.detach().double().requires_grad_()
+    weight = gold.head.weight.detach().double().requires_grad_()
+    constant = replace(gold, anchor_head=replace(gold.head, weight=weight.detach()))
+    formula({"kind": "consistency", "weight": 0.6, "divergence": "jsd"}, hidden, weight, constant).sum().backward()
+    torch.testing.assert_close(gold.head.weight.grad.double(), weight.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gold.hidden.grad.double(), hidden.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_log_probs_in_chunks_are_those_in_one_piece() -> None:
     def run(chunk_bytes: int) -> tuple[Tensor, Tensor]:
         gold = replace(case(True), chunk_bytes=chunk_bytes)
@@ -146,8 +164,8 @@ def test_an_anchored_loss_without_an_anchor_is_an_error() -> None:
 
 
 def test_each_loss_says_what_the_base_sees() -> None:
-    assert [build({"kind": kind}).anchor for kind in ("ce", "dft", "anchored-kl", "asft")] == [
-        "none", "none", "original", "same",
+    assert [build({"kind": kind}).anchor for kind in ("ce", "dft", "anchored-kl", "asft", "consistency")] == [
+        "none", "none", "original", "same", "other",
     ]  # fmt: skip
 
 

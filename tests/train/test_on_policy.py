@@ -25,6 +25,7 @@ from kvopt.kernels import Head
 from kvopt.run.run import Run
 from kvopt.task.seam import Row
 from kvopt.train.commands import train_students
+from kvopt.train.context_loss import Group
 from kvopt.train.distill.drawn_answers import OnPolicyLoss, evaluating
 from kvopt.train.distill.teacher import Teacher
 from kvopt.train.gold_tokens import Gold
@@ -137,7 +138,8 @@ def test_answers_are_drawn_without_dropout(task: Task) -> None:
 def _logits(module: OnPolicyLoss, item: Any, row: Row) -> Tensor:
     """The student's logits on one answer, by its own forward pass of one row alone."""
     context = None if item.is_text else 0
-    gold = module._gold(context, [replace(row, example_id=module.pool.contexts[0].rows[0].example_id)])
+    rows = [replace(row, example_id=module.pool.contexts[0].rows[0].example_id)]
+    gold = module._gold(Group(context, rows, [(0, 0)], [0]))
     return gold.head.logits(gold.hidden)
 
 

@@ -18,7 +18,7 @@ from kvopt.base.loading import Base
 from kvopt.kernels import Head
 from kvopt.storage.files import sha256_json
 from kvopt.task.seam import Row
-from kvopt.train.context_loss import ContextLoss, Item
+from kvopt.train.context_loss import ContextLoss, Group, Item
 from kvopt.train.distill.teacher import Teacher
 from kvopt.train.gold_tokens import Gold
 from kvopt.train.losses.on_policy import OnPolicyDivergence
@@ -38,8 +38,8 @@ class OnPolicyLoss(ContextLoss):
     def __init__(
         self, student: Base, base: Base, pool: Pool, loss: OnPolicyDivergence, teacher: Teacher, seed: int
     ) -> None:
-        super().__init__(_with_common_head(student, teacher.base), base, pool, loss)
-        self.settings, self.teacher, self.seed = loss, teacher, seed
+        super().__init__(_with_common_head(student, teacher.base), base, pool, loss, seed=seed)
+        self.settings, self.teacher = loss, teacher
 
     def weight_of(self, row: int) -> int:
         """A step's loss is a mean over rows."""
@@ -52,12 +52,12 @@ class OnPolicyLoss(ContextLoss):
     def forward(self, items: Sequence[Item], position: int = 0) -> Tensor:
         """Sum over ``items`` of each row's mean divergence per drawn token, float32."""
         sums = []
-        for number, (context, rows) in enumerate(self._groups(items)):
-            answered = self._answers(context, rows, sha256_json([self.seed, position, number]))
-            per_token = self.loss(self._gold(context, answered))
+        for number, group in enumerate(self._groups(items)):
+            answered = self._answers(group.context, group.rows, sha256_json([self.seed, position, number]))
+            per_token = self.loss(self._gold(replace(group, rows=answered)))
             counts = [len(row.gold) for row in answered]
             sums += [part.mean() for part in per_token.split(counts)]
-            self._count(context, answered)
+            self._count(group.context, answered)
         return torch.stack(sums).sum()
 
     def _answers(self, context: int | None, rows: Sequence[Row], key: str) -> list[Row]:
@@ -77,10 +77,10 @@ class OnPolicyLoss(ContextLoss):
             )
         return [replace(row, gold=answer) for row, answer in zip(rows, answers, strict=True)]
 
-    def _gold(self, context: int | None, rows: Sequence[Row]) -> Gold:
+    def _gold(self, group: Group) -> Gold:
         teacher = self.teacher
         head = _cut(teacher.base.head, self.student.head.size)
-        return replace(super()._gold(context, rows), anchor=teacher.hidden(rows), anchor_head=head)
+        return replace(super()._gold(group), anchor=teacher.hidden(group.rows), anchor_head=head)
 
     def _count(self, context: int | None, answered: Sequence[Row]) -> None:
         """Tokens through the student, in drawing and in learning (as ``Pool.tokens`` counts them: a text that rows

@@ -23,7 +23,7 @@ from kvopt.train.losses.on_policy import OnPolicyDivergence
 from kvopt.train.pool import names_of
 
 GROUPS = ("original", "held-out", "templates", "none", "learned", "other")
-PROBES = ("frozen-prompt", "probes")
+PROBES = ("frozen-prompt", "probes", "posix")
 """Files of an evaluation that belong to no context."""
 
 

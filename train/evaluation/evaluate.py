@@ -15,7 +15,7 @@ from kvopt.base.generate import answer_text, generate
 from kvopt.config.metrics import Item, Metric, Verdict
 from kvopt.config.mutations import EndpointSettings
 from kvopt.console.progress import Bar, advance
-from kvopt.documents.evaluation_file import EvaluationDocument
+from kvopt.documents.evaluation_file import WORDINGS, EvaluationDocument
 from kvopt.documents.validated import write_document
 from kvopt.errors import counted
 from kvopt.storage.files import file_name, sha256_json
@@ -26,6 +26,7 @@ from kvopt.train.evaluation.frozen import frozen_answers, frozen_template
 from kvopt.train.evaluation.likelihood import likelihoods
 from kvopt.train.evaluation.models import BASE, Subject, subject
 from kvopt.train.evaluation.results import Measured, build_document, measured
+from kvopt.train.evaluation.sensitivity import log_probs
 
 VERSION = 1
 """Raise it when the same inputs give other answers or likelihoods."""
@@ -62,6 +63,7 @@ class Evaluator(EvaluationPlan):
             frozen=self.frozen(model) if self.whole and self.settings.frozen else None,
             probes=self.probed(model) if self.probes else None,
             base_probes=self.probed(subject(self.task, BASE, self.at)) if self.probes else None,
+            moved=self.moved(model, rows) if self.settings.posix is not None else None,
         )
         model.release()
         return results
@@ -80,7 +82,8 @@ class Evaluator(EvaluationPlan):
         limits = [len(self.answered), self.settings.max_new_tokens, self.drawing]
         key = self._key(model, [condition.context.sha256(), stream, limits])
         path = self._path(model, f"{file_name(condition.name)}.jsonl")
-        if (stored := self.at.directory.rows(path, key, len(rows))) is not None:
+        stored = self.at.directory.rows(path, key, len(rows))
+        if stored is not None and (self.settings.posix is None or "answer_ids" in stored[0]):
             bar.take_over(len(self.answered) + len(rows))
             return stored
         limit = self.settings.max_new_tokens
@@ -104,7 +107,47 @@ class Evaluator(EvaluationPlan):
             row: dict[str, Any] = {"example_id": example.id, "gold": example.output}
             if i < len(ids):
                 row |= {"answer": texts[i], "answer_tokens": len(ids[i]), "cut": len(ids[i]) >= limit}
+                row |= {"answer_ids": list(ids[i])} if self.settings.posix is not None else {}
             entries.append(row | asdict(score))
+        return write_rows(path, key, entries)
+
+    def moved(self, model: Subject, rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Log probabilities of every answer to the first rows under every wording (see
+        :func:`kvopt.train.evaluation.sensitivity.posix`).
+        """
+        wordings = [condition for condition in self.conditions if condition.group in WORDINGS]
+        names, count = [condition.name for condition in wordings], min(self.settings.posix or 0, len(self.answered))
+        answers = [[rows[name][i]["answer_ids"] for name in names] for i in range(count)]
+        bodies = {
+            c.name: [row.body for row in c.context.bodies(self.task.rows_for(c.context, "validation")).rows[:count]]
+            for c in wordings
+        }
+        key = self._key(model, ["posix", [(c.name, c.context.sha256(), bodies[c.name]) for c in wordings], answers])
+        path = self._path(model, "posix.jsonl")
+        if (stored := self.at.directory.rows(path, key, count)) is not None:
+            return stored
+        found = {}
+        with (
+            self.at.directory.ledger(f"evaluate/{model.name}/posix") as entry,
+            self.at.progress.bar("POSIX", count * len(names) ** 2) as bar,
+        ):
+            for c in wordings:
+                found[c.name] = log_probs(
+                    model.model, c.context.prefix(model.model), bodies[c.name], answers,
+                    batch_size=self.settings.batch_size, progress=advance(bar),
+                )  # fmt: skip
+                answered = sum(len(answer) for of_row in answers for answer in of_row)
+                entry.tokens_in = (
+                    (entry.tokens_in or 0) + c.context.tokens + answered + len(names) * sum(map(len, bodies[c.name]))
+                )
+        entries = [
+            {
+                "example_id": rows[names[0]][i]["example_id"],
+                "tokens": {name: len(answer) for name, answer in zip(names, answers[i], strict=True)},
+                "log_probs": {name: dict(zip(names, found[name][i], strict=True)) for name in names},
+            }
+            for i in range(count)
+        ]
         return write_rows(path, key, entries)
 
     # ---- metrics

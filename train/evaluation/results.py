@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvopt.config.metrics import Ratio, Verdict
@@ -20,12 +20,13 @@ from kvopt.documents.evaluation_file import (
 )
 from kvopt.documents.part import Estimate
 from kvopt.documents.student_record import StudentRecord
-from kvopt.measure.ratios import Ratios, ratio_of, summarize
+from kvopt.measure.ratios import Ratios, near_best, ratio_of, retention, summarize
 from kvopt.storage.files import file_name
 from kvopt.train.evaluation.conditions import GROUPS, Condition
 from kvopt.train.evaluation.evaluation_plan import EvaluationPlan
 from kvopt.train.evaluation.frozen import is_container, task_likeness
 from kvopt.train.evaluation.models import BASE, Subject
+from kvopt.train.evaluation.sensitivity import posix
 from kvopt.train.json_answers import agreement
 
 FORMAT_VERSION = 1
@@ -36,7 +37,8 @@ Rows = Sequence[Mapping[str, Any]]
 class Measured:
     """What a model's stored rows say, as a ratio for each row and quantity, before any mean is taken.
 
-    ``answered`` and ``scored`` go by context, ``consistency`` by group (of those with two contexts or more), and
+    ``answered`` and ``scored`` go by context, ``consistency`` and ``posix`` by group (of those with two contexts or
+    more; ``posix`` where they are wordings), and
     ``frozen`` by instruction; ``bare`` is how far answers without any context are those of the task. None is what was
     not asked for.
     """
@@ -48,6 +50,7 @@ class Measured:
     bare: Sequence[Mapping[str, Ratio]] | None
     frozen: Sequence[Sequence[Mapping[str, Ratio]]] | None
     probes: Sequence[Mapping[str, Ratio]] | None
+    posix: Mapping[str, Sequence[Ratio]] = field(default_factory=dict)
 
     @property
     def frozen_by_row(self) -> list[dict[str, Ratio]] | None:
@@ -63,6 +66,7 @@ def measured(
     frozen: list[list[str]] | None,
     probes: Rows | None,
     base_probes: Rows | None,
+    moved: Sequence[dict[str, Any]] | None = None,
 ) -> Measured:
     """What the rows of one model say.
 
@@ -71,6 +75,7 @@ def measured(
         verdicts: by context and metric, of the answered rows.
         frozen: answers under instructions that ask for something else, [instruction][row].
         probes, base_probes: likelihoods of the probe rows under the model and the base.
+        moved: log probabilities of answers under other wordings.
     """
     groups = _groups(conditions)
     answered = {name: _answered(rows[name], of_metrics) for name, of_metrics in verdicts.items()}
@@ -87,6 +92,13 @@ def measured(
         _bare(conditions, rows, count),
         [_likeness(instruction, rows["original"]) for instruction in frozen] if frozen is not None else None,
         [_probed(row, base) for row, base in zip(probes, base_probes, strict=True)] if probes and base_probes else None,
+        {
+            group: posix(moved, members)
+            for group, members in groups.items()
+            if len(members) > 1 and group in (*WORDINGS, "wordings")
+        }
+        if moved
+        else {},
     )
 
 
@@ -96,6 +108,13 @@ def build_document(evaluation: EvaluationPlan, model: Subject, measured: Measure
     draws = {"seed": task.config.seed, "resamples": settings.resamples}
     of_answers, answers_of_groups = summarize(measured.answered, measured.groups, **draws)
     of_scores, scores_of_groups = summarize(measured.scored, measured.groups, **draws)
+    headlines = [metric.headline_among(list(next(iter(of_answers.values())))) for metric in evaluation.metrics]
+    retained, retained_by_groups = _retained(measured, headlines, draws)
+    for group, members in measured.groups.items():
+        for headline, kept in retained_by_groups.get(group, {}).items():
+            quantity = answers_of_groups[group][headline]
+            quantity.near_best = near_best([of_answers[name][headline].mean for name in members])
+            quantity.retention = kept
     return EvaluationDocument(
         format_version=FORMAT_VERSION,
         name=model.name,
@@ -103,7 +122,7 @@ def build_document(evaluation: EvaluationPlan, model: Subject, measured: Measure
         dtype=str(task.base.dtype).removeprefix("torch."),
         student=_without_history(model.record) if model.name != BASE else None,
         rows=EvaluatedRows(answered=len(evaluation.answered), scored=len(evaluation.scored)),
-        headlines=[metric.headline_among(list(next(iter(of_answers.values())))) for metric in evaluation.metrics],
+        headlines=headlines,
         quantities=list(dict.fromkeys(q for by in (of_answers, of_scores) for one in by.values() for q in one)),
         contexts=[
             ConditionResult(
@@ -113,6 +132,7 @@ def build_document(evaluation: EvaluationPlan, model: Subject, measured: Measure
                 tokens=condition.context.tokens,
                 answers=f"evaluation/{file_name(condition.name)}.jsonl",
                 quantities=of_answers[condition.name] | of_scores[condition.name],
+                **({"retention": retained[condition.name]} if retained else {}),
             )
             for condition in evaluation.conditions
         ],
@@ -122,6 +142,7 @@ def build_document(evaluation: EvaluationPlan, model: Subject, measured: Measure
                 contexts=list(members),
                 quantities=answers_of_groups[group] | scores_of_groups[group],
                 consistency=ratio_of(measured.consistency[group], **draws) if group in measured.consistency else None,
+                **({"posix": ratio_of(measured.posix[group], **draws)} if group in measured.posix else {}),
             )
             for group, members in measured.groups.items()
         ],
@@ -130,6 +151,19 @@ def build_document(evaluation: EvaluationPlan, model: Subject, measured: Measure
         forgetting=_forgetting_document(evaluation, measured, draws),
         stands_on=task.stands_on,
     )
+
+
+def _retained(
+    measured: Measured, headlines: Sequence[str], draws: dict[str, int]
+) -> tuple[dict[str, dict[str, Estimate]], dict[str, dict[str, Estimate]]]:
+    """What contexts and groups keep of the headlines under the original template; nothing where that was not asked."""
+    if "original" not in measured.answered:
+        return {}, {}
+    ratios = {
+        name: [{headline: row[headline] for headline in headlines} for row in rows]
+        for name, rows in measured.answered.items()
+    }
+    return retention(ratios, measured.groups, "original", **draws)
 
 
 def _without_history(record: StudentRecord | None) -> StudentRecord:

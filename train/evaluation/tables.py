@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvopt.console.tables import has_width, plain_table
-from kvopt.documents.evaluation_file import EvaluationDocument, GroupEstimate
+from kvopt.documents.evaluation_file import EvaluationDocument, GroupEstimate, GroupResult
 from kvopt.documents.part import Estimate
 from kvopt.errors import counted
 
@@ -20,10 +20,14 @@ SHARES, TASK_LIKE = ("frozen prompt", "no context"), "shares of answers that sti
 
 
 def tables(documents: Sequence[EvaluationDocument]) -> list[Table]:
-    """Answers by group of contexts, what metrics say beside their headlines, then what was forgotten."""
+    """Answers by group of contexts, what metrics say beside their headlines, how steady answers are over wordings, then
+    what was forgotten.
+    """
     tables = [answers_table(documents)]
     if further_quantities(documents):
         tables.append(metrics_table(documents))
+    if any(_wordings(document) for document in documents):
+        tables.append(steadiness_table(documents))
     if any(document.forgetting or document.frozen_prompt or document.no_context for document in documents):
         tables.append(forgetting_table(documents))
     return tables
@@ -73,6 +77,34 @@ def metrics_table(documents: Sequence[EvaluationDocument]) -> Table:
             cells = [with_interval(group.quantities.get(name)) for name in names]
             end = group is document.groups[-1]
             view.add_row(escape(document.name), group.group, *cells, end_section=end)
+    return view
+
+
+def _wordings(document: EvaluationDocument) -> GroupResult | None:
+    """The group of all wordings, where it has several."""
+    group = document.group("wordings")
+    return group if group is not None and len(group.contexts) > 1 else None
+
+
+def steadiness_table(documents: Sequence[EvaluationDocument]) -> Table:
+    """One line for each model and headline: over all wordings, the mean, the lowest, and what is kept."""
+    measured = any(group.posix is not None for document in documents if (group := _wordings(document)))
+    told = "kept: mean over wordings / under the original; near best: wordings at most 0.05 below the best"
+    view = plain_table("steadiness over wordings", told + ("; POSIX: nats per token" if measured else ""))
+    view.add_column("model", overflow="fold", min_width=6)
+    view.add_column("metric", overflow="fold")
+    for heading in ("n", "mean", "lowest", "near best", "kept", *(["POSIX"] if measured else [])):
+        view.add_column(heading, justify="right", no_wrap=True)
+    for document in documents:
+        group = _wordings(document)
+        for headline in document.headlines if group is not None else ():
+            assert group is not None
+            quantity = group.quantities[headline]
+            cells = [str(len(group.contexts)), _plain(quantity.mean, 3), _plain(quantity.min, 3)]
+            cells += [_plain(quantity.near_best, 2), with_interval(quantity.retention, 2)]
+            cells += [with_interval(group.posix)] if measured else []
+            end = headline == document.headlines[-1]
+            view.add_row(escape(document.name), escape(headline), *cells, end_section=end)
     return view
 
 

@@ -12,6 +12,7 @@ from kvopt.mutate.generators.endpoint import EndpointParaphraser
 from kvopt.mutate.generators.extract import Extracts
 from kvopt.mutate.generators.file import FileVariants
 from kvopt.mutate.generators.local import LocalParaphraser
+from kvopt.mutate.generators.wordings import EndpointWordings
 from kvopt.mutate.proposals import Complete, Generator, Proposal, Request
 from kvopt.task.template import Template
 
@@ -42,7 +43,7 @@ def build_generator(
                 raise InputError("kind: local needs a base model", where="mutations.generator")
             return LocalParaphraser(complete, config.samples, config.temperature)
         case EndpointGenerator():
-            return EndpointParaphraser(config, say=say)
+            return EndpointWordings(config, say=say) if config.families else EndpointParaphraser(config, say=say)
         case FileGenerator():
             return FileVariants(folder / config.path, template)
         case ExtractGenerator():
