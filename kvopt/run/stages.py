@@ -21,8 +21,8 @@ from kvopt.contexts.context import KVContext, SoftContext, TextContext
 from kvopt.contexts.folder import TensorContext, load_context, save_context
 from kvopt.documents.context_record import ContextFacts, LearningPoint
 from kvopt.errors import InputError, counted
-from kvopt.learn.descent import DESCENT_VERSION, batch_at, optimize
-from kvopt.learn.start_task import StartTask, initial_tensor
+from kvopt.learning.descent import DESCENT_VERSION, batch_at, optimize
+from kvopt.learning.start_task import StartTask, initial_tensor
 from kvopt.measure.moments import StoredMoments, check_head, drop_moments
 from kvopt.measure.reference import Reference, build_reference, make_shard, open_reference, reference_key
 from kvopt.measure.score import TokenScores

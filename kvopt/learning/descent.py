@@ -25,7 +25,7 @@ from kvopt.base.prefix import Prefix, gold_hidden, prefill
 from kvopt.config.contexts import ContextConfig
 from kvopt.errors import InputError, KvoptError, counted
 from kvopt.kernels import KLOptions, linear_kl
-from kvopt.learn.descent_state import CheckpointKeeper, DescentState
+from kvopt.learning.descent_state import CheckpointKeeper, DescentState
 from kvopt.measure.moments import StoredMoments
 from kvopt.measure.reference import Reference
 from kvopt.measure.score import TokenScores, score_prefix
