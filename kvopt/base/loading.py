@@ -27,6 +27,7 @@ from kvopt.base.places import checked_folder, locate, source_of
 from kvopt.base.probe import Capability, Geometry, check_config, context_window, probe, text_config
 from kvopt.base.quantization import identity_of, keep_gradients, method_of, quantization_config
 from kvopt.base.rope import Rope
+from kvopt.config.faults import build_model
 from kvopt.config.model import BUILTIN_BASE, ModelConfig
 from kvopt.documents.part import BaseIdentity
 from kvopt.errors import InputError, KvoptError
@@ -68,6 +69,16 @@ class Base:
     capability: Capability
     attention: Literal["auto", "packed", "padded"] = "auto"
     shards: Shards | None = None
+
+    @classmethod
+    def load(cls, base: str, **settings: Any) -> Base:
+        """:func:`load_base` of a name, folder or file, with settings of the config's ``model`` section by their names
+        (``dtype="float32"``, ``device="cuda:1"``, …). Raises InputError for an unknown one, too.
+
+        Examples:
+            >>> base = Base.load("smollm2-135m", dtype="float32")
+        """
+        return load_base(build_model(ModelConfig, {"base": base, **settings}, "Base.load"))
 
     @property
     def document(self) -> BaseIdentity:
