@@ -307,6 +307,8 @@ def test_rollouts_draw_tokens_as_often_as_they_are_likely_and_the_same_ones_agai
     assert not torch.equal(uniforms_for(torch.ones(2, 3), 8), uniforms_for(2 * torch.ones(2, 3), 8))
     last = tokens_at(logits, torch.tensor([[0.0, 1 - 2**-24]]))
     assert last.tolist() == [[0, 3]]
+    never = tokens_at(torch.tensor([[-torch.inf, 0.0]]), torch.tensor([[0.0]]))
+    assert never.tolist() == [[1]]  # a token without probability is not drawn
 
 
 def test_rollouts_in_chunks_are_those_in_one_piece() -> None:
