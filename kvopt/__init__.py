@@ -9,10 +9,33 @@ from typing import TYPE_CHECKING, Any
 from kvopt.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from kvopt.api import Comparison, LearnedContext, compare_contexts, export_context, optimize_context
+    from kvopt.api import (
+        Base,
+        Comparison,
+        LearnedContext,
+        Task,
+        compare_contexts,
+        export_context,
+        kl,
+        learn,
+        optimize_context,
+        score,
+    )
 
 
-__all__ = ["Comparison", "LearnedContext", "__version__", "compare_contexts", "export_context", "optimize_context"]
+__all__ = [
+    "Base",
+    "Comparison",
+    "LearnedContext",
+    "Task",
+    "__version__",
+    "compare_contexts",
+    "export_context",
+    "kl",
+    "learn",
+    "optimize_context",
+    "score",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,9 @@
 Every call works in a folder that the command line reads too: ``kvopt.yaml``, ``examples.jsonl`` and the run directory
 ``run/``. The folder is named by a hash of the call's arguments and files, so a second call with the same ones finds
 everything done, and another call never works in the same folder.
+
+Below them are functions for loops of your own, which keep nothing on disk: :class:`Task`, :meth:`Base.load`,
+:func:`learn`, :func:`score` and :func:`kl` (:mod:`kvopt.run.library`).
 """
 
 from __future__ import annotations
@@ -14,20 +17,33 @@ from typing import Any
 
 import yaml
 
+from kvopt.base.loading import Base
+from kvopt.config.calls import TemplateLike, laid_over, mapping, settings_of, template_section
 from kvopt.config.document import load_config
 from kvopt.errors import InputError
 from kvopt.export.writing import export
+from kvopt.run.library import Task, kl, learn, score
 from kvopt.run.run import Run
 from kvopt.storage.files import canonical_json, sha256_file, sha256_json, write_jsonl, write_text
 
-__all__ = ["Comparison", "LearnedContext", "compare_contexts", "export_context", "optimize_context"]
+__all__ = [
+    "Base",
+    "Comparison",
+    "LearnedContext",
+    "Task",
+    "compare_contexts",
+    "export_context",
+    "kl",
+    "learn",
+    "optimize_context",
+    "score",
+]
 
 OURS = "# Written by a call of kvopt from Python; the next call in this folder writes it anew.\n"
 CALL = "# call: "
 HASH_DIGITS = 12
 PLACES = ("context:", "text:")  # beginnings of a context's init that go on with a path
 
-TemplateLike = str | Sequence[Mapping[str, str]]
 Examples = str | Path | Sequence[Mapping[str, str]]
 
 
@@ -109,7 +125,7 @@ def optimize_context(
         InputError: something of this is wrong, in one line.
     """
     entry = {"name": f"{kind}-{tokens or 'all'}", "kind": kind, **({"tokens": tokens} if tokens else {}), **context}
-    tree = _config(template, base, {"contexts": [entry], "mutations": {"count": 0}, **_settings(settings)})
+    tree = _config(template, base, {"contexts": [entry], "mutations": {"count": 0}, **settings_of(settings)})
     with _run(tree, examples, validation, out, "context").opened() as run:
         (learned,) = run.learned([entry["name"]])
         score = run.score(learned)
@@ -146,12 +162,12 @@ def compare_contexts(
     if isinstance(contexts, str | Mapping) or not isinstance(contexts, Iterable):
         fix = 'such as [{"kind": "kv", "tokens": 32}]'
         raise InputError(f"must be a list, not {contexts!r}", where="contexts", fix=fix)
-    mappings = [_mapping(c, f"contexts.{i}", '{"kind": "kv", "tokens": 32}') for i, c in enumerate(contexts)]
+    mappings = [mapping(c, f"contexts.{i}", '{"kind": "kv", "tokens": 32}') for i, c in enumerate(contexts)]
     entries = [{"name": _default_name(c), **c} for c in mappings]
     section: Mapping[str, Any] = {"count": mutations, "generator": {"kind": "none"}}
     if not isinstance(mutations, int):
-        section = _mapping(mutations, "mutations", '8, or {"count": 8}')
-    tree = _config(template, base, {"contexts": entries, "mutations": section, **_settings(settings)})
+        section = mapping(mutations, "mutations", '8, or {"count": 8}')
+    tree = _config(template, base, {"contexts": entries, "mutations": section, **settings_of(settings)})
     with _run(tree, examples, validation, out, "comparison").opened() as run:
         return Comparison(run.directory.path, run.run().to_json())
 
@@ -169,33 +185,11 @@ def export_context(
 
 def _config(template: TemplateLike, base: str, sections: Mapping[str, Any]) -> dict[str, Any]:
     """The config's tree; ``model`` and ``data`` of the caller's sections are laid over ours."""
-    tree: dict[str, Any] = {"model": {"base": base}, "data": {}}
-    if isinstance(template, str):
-        tree["template"] = {"text": template}
-    elif isinstance(template, Sequence):
-        example = '{"role": "user", "content": "…"}'
-        tree["template"] = {"messages": [dict(_mapping(m, f"template.{i}", example)) for i, m in enumerate(template)]}
-    else:
-        raise InputError(f"must be text or chat messages, not {template!r}", where="template")
+    tree: dict[str, Any] = {"model": {"base": base}, "data": {}, "template": template_section(template)}
     if isinstance(sections["contexts"], list | tuple):  # what is not a list of mappings, the config refuses
         placed = [_placed(entry) if isinstance(entry, Mapping) else entry for entry in sections["contexts"]]
         sections = {**sections, "contexts": placed}
-    for name, section in sections.items():
-        if isinstance(section, Mapping) and isinstance(tree.get(name), dict):
-            tree[name] |= section
-        else:
-            tree[name] = section
-    return tree
-
-
-def _settings(settings: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    return _mapping(settings or {}, "settings", '{"data": {"output": "label"}}')
-
-
-def _mapping(value: object, where: str, example: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise InputError(f"must be a mapping, not {value!r}", where=where, fix=f"such as {example}")
-    return value
+    return laid_over(tree, sections)
 
 
 def _default_name(context: Mapping[str, Any]) -> str:

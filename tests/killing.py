@@ -123,10 +123,10 @@ if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
-    import kvopt.learn.descent_state
+    import kvopt.learning.descent_state
     import tests.jobs  # noqa: F401  (everything is imported before the first fork)
 
-    kvopt.learn.descent_state.SECONDS_BETWEEN_CHECKPOINTS = 0.0  # after every step, as in runs that take long
-    kvopt.learn.descent_state.WRITES_BETWEEN_CHECKPOINTS = 0.0
+    kvopt.learning.descent_state.SECONDS_BETWEEN_CHECKPOINTS = 0.0  # after every step, as in runs that take long
+    kvopt.learning.descent_state.WRITES_BETWEEN_CHECKPOINTS = 0.0
 
     main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     "version", "errors", "kernels", "storage", "console", "config", "documents", "task", "base", "contexts", "mutate",
-    "measure", "shorten", "learn", "report", "run", "export", "train", "bench", "api", "cli",
+    "measure", "shorten", "learning", "report", "run", "export", "train", "bench", "api", "cli",
 )  # fmt: skip
 """A folder imports only itself and what stands before it."""
 FACE = {"__init__.py", "__main__.py", "api.py", "errors.py", "version.py", "py.typed"}
@@ -24,7 +24,7 @@ FAMILIES = (
     "kvopt/documents",
     "mutate/operators",
     "mutate/generators",
-    "learn/starts",
+    "learning/starts",
     "export/formats",
     "export/scripts",
     "losses",

@@ -20,7 +20,7 @@ from kvopt.config.contexts import Init, known_starts
 from kvopt.contexts import KVContext, SoftContext, load_context, save_context
 from kvopt.documents.context_record import ContextFacts
 from kvopt.errors import InputError
-from kvopt.learn.start_task import StartTask, initial_tensor
+from kvopt.learning.start_task import StartTask, initial_tensor
 from kvopt.measure.score import score_tokens
 from kvopt.task.seam import make_batch
 from tests.tasks import Task, make_task

@@ -16,10 +16,10 @@ from torch import Tensor
 from kvopt.base.loading import Base, enable_checkpointing
 from kvopt.config.contexts import ContextConfig, Init
 from kvopt.errors import KvoptError
-from kvopt.learn import descent, descent_state
-from kvopt.learn.descent import Descent, batch_at, context_loss, differentiated_loss, learning_rate_at, optimize
-from kvopt.learn.descent_state import DescentState
-from kvopt.learn.start_task import StartTask, initial_tensor
+from kvopt.learning import descent, descent_state
+from kvopt.learning.descent import Descent, batch_at, context_loss, differentiated_loss, learning_rate_at, optimize
+from kvopt.learning.descent_state import DescentState
+from kvopt.learning.start_task import StartTask, initial_tensor
 from kvopt.measure.score import TokenScores, score_prefix
 from tests.tasks import Task, make_task
 from tests.tiny import MODELS, tiny_base

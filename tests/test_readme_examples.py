@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from kvopt.config.contexts import Init
 from kvopt.contexts import KVContext, save_context
-from kvopt.learn.start_task import StartTask, initial_tensor
+from kvopt.learning.start_task import StartTask, initial_tensor
 from tests.jobs import SYSTEM, rows
 from tests.tiny import tiny_base, tiny_folder
 

@@ -19,7 +19,7 @@ PATIENCE = 240
 IMPATIENT = """
 import sys
 from kvopt.cli import main
-from kvopt.learn import descent_state
+from kvopt.learning import descent_state
 descent_state.SECONDS_BETWEEN_CHECKPOINTS = descent_state.WRITES_BETWEEN_CHECKPOINTS = 0.0
 sys.exit(main())
 """

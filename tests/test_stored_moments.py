@@ -13,7 +13,7 @@ from kvopt.base.loading import Base
 from kvopt.base.prefix import prefill
 from kvopt.config.document import load_config
 from kvopt.errors import InputError
-from kvopt.learn.descent import context_loss
+from kvopt.learning.descent import context_loss
 from kvopt.measure import moments as stored_moments
 from kvopt.measure.moments import StoredMoments
 from kvopt.run import stages

@@ -39,11 +39,11 @@ from kvopt.base.prefix import Prefix, prefill, run_bodies
 from kvopt.config.contexts import ContextConfig, Init
 from kvopt.config.document import load_config
 from kvopt.contexts.compaction import fewer_slots
-from kvopt.learn.descent import optimize
-from kvopt.learn.start_task import StartTask, initial_tensor
+from kvopt.learning.descent import optimize
+from kvopt.learning.start_task import StartTask, initial_tensor
 from kvopt.measure.score import score_prefix
+from kvopt.run.descend import MATCHING_ROWS
 from kvopt.run.run import Run
-from kvopt.run.stages import MATCHING_ROWS
 from kvopt.task.seam import Row, make_batch
 
 REPEAT = "\n\nRepeat the previous context exactly."

@@ -39,7 +39,7 @@ from kvopt.base.loading import Base
 from kvopt.base.prefix import gold_hidden
 from kvopt.config.document import load_config
 from kvopt.contexts.folder import TensorContext
-from kvopt.learn.descent import batch_at, context_prefix, differentiated_loss, learning_rate_at, make_optimizer
+from kvopt.learning.descent import batch_at, context_prefix, differentiated_loss, learning_rate_at, make_optimizer
 from kvopt.measure.reference import Reference
 from kvopt.measure.score import score_prefix
 from kvopt.run.run import Run

@@ -32,7 +32,7 @@ from kvopt.bench.steps import (
 from kvopt.bench.variants import Variant, measured
 from kvopt.kernels.budget import wait_for
 from kvopt.kernels.memory import reset_peak
-from kvopt.learn.descent import differentiated_loss
+from kvopt.learning.descent import differentiated_loss
 from kvopt.measure.reference import build_reference
 
 COLUMNS = {

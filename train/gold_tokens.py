@@ -52,15 +52,15 @@ class Gold:
         options = KLOptions(divergence=divergence, beta=beta)
         return linear_kl(self.hidden, anchor, self.head, anchor_head, options).kl
 
-    def over_logits(self, formula: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Any formula of the student's logits, [G]: ``formula(logits [R, V] float32, ids [R])`` gives [R]. What it
-        allocates itself comes on top of ``chunk_bytes``.
+    def over_logits(self, formula: Callable[..., Tensor], *beside: Tensor) -> Tensor:
+        """Any formula of the student's logits, [G]: ``formula(logits [R, V] float32, ids [R])`` gives [R]; tensors
+        ``beside`` [G, …] are given to it, too. What it allocates itself comes on top of ``chunk_bytes``.
         """
 
-        def piece(hidden: Tensor, ids: Tensor) -> Tensor:
-            return formula(self.head.logits(hidden), ids)
+        def piece(hidden: Tensor, ids: Tensor, *others: Tensor) -> Tensor:
+            return formula(self.head.logits(hidden), ids, *others)
 
-        return self._in_chunks(piece, [self.hidden, self.ids], matrices=1)
+        return self._in_chunks(piece, [self.hidden, self.ids, *beside], matrices=1)
 
     def over_both_logits(self, formula: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """Any formula of the student's and the anchor's logits, [G]: ``formula(logits [R, V], anchor_logits [R, V],

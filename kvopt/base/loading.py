@@ -27,6 +27,7 @@ from kvopt.base.places import checked_folder, locate, source_of
 from kvopt.base.probe import Capability, Geometry, check_config, context_window, probe, text_config
 from kvopt.base.quantization import identity_of, keep_gradients, method_of, quantization_config
 from kvopt.base.rope import Rope
+from kvopt.config.faults import build_model
 from kvopt.config.model import BUILTIN_BASE, ModelConfig
 from kvopt.documents.part import BaseIdentity
 from kvopt.errors import InputError, KvoptError
@@ -68,6 +69,16 @@ class Base:
     capability: Capability
     attention: Literal["auto", "packed", "padded"] = "auto"
     shards: Shards | None = None
+
+    @classmethod
+    def load(cls, base: str, **settings: Any) -> Base:
+        """:func:`load_base` of a name, folder or file, with settings of the config's ``model`` section by their names
+        (``dtype="float32"``, ``device="cuda:1"``, …). Raises InputError for an unknown one, too.
+
+        Examples:
+            >>> base = Base.load("smollm2-135m", dtype="float32")
+        """
+        return load_base(build_model(ModelConfig, {"base": base, **settings}, "Base.load"))
 
     @property
     def document(self) -> BaseIdentity:
@@ -140,7 +151,7 @@ def load_base(config: ModelConfig, *, say: Callable[[str], None] | None = None) 
         say(f"warning: {warning}")
     with quiet():
         folder = locate(config.base, config.revision, say)
-        settings = _load_config(folder, config)
+        settings = load_settings(folder, config)
         if config.shard is not None:
             from kvopt.base.sharding import check_sharding
 
@@ -211,7 +222,7 @@ def stored_base(config: ModelConfig, *, say: Callable[[str], None] | None = None
     """
     folder = locate(config.base, config.revision, say or _to_stderr)
     with quiet():
-        settings, tokenizer = _load_config(folder, config), _load_tokenizer(folder, config)
+        settings, tokenizer = load_settings(folder, config), _load_tokenizer(folder, config)
     layers = text_config(settings).num_hidden_layers
     return StoredBase(config.base, folder, tokenizer, _identity(folder, tokenizer, config), layers)
 
@@ -228,7 +239,7 @@ def load_tokenizer(config: ModelConfig, *, say: Callable[[str], None] | None = N
         if config.base == BUILTIN_BASE:  # known to work, and the class of its config takes seconds to import
             window = json.loads((folder / "config.json").read_text("utf-8"))["max_position_embeddings"]
             return PreTrainedTokenizerFast.from_pretrained(str(folder)), int(window)
-        settings = _load_config(folder, config)
+        settings = load_settings(folder, config)
         check_implementation(config, settings)
         return _load_tokenizer(folder, config), context_window(text_config(settings))
 
@@ -247,7 +258,7 @@ def load_empty(
             folder = checked_folder(path, f"model.base {config.base}", weights=False)
         else:
             folder = locate(config.base, config.revision, say or _to_stderr, weights=False)
-        settings, tokenizer = _load_config(folder, config), _load_tokenizer(folder, config)
+        settings, tokenizer = load_settings(folder, config), _load_tokenizer(folder, config)
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
@@ -298,7 +309,8 @@ def _fault(config: ModelConfig, what: str, error: BaseException) -> InputError:
     return InputError(f"{what}: {type(error).__name__}: {text}", where=where)
 
 
-def _load_config(folder: Path, config: ModelConfig) -> Any:
+def load_settings(folder: Path, config: ModelConfig) -> Any:
+    """The transformers configuration of a base's folder, checked. Raises InputError as :func:`load_base` does."""
     try:
         settings = AutoConfig.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -22,8 +22,8 @@ from kvopt.base.prefix import Prefix
 from kvopt.config.document import Config
 from kvopt.errors import InputError
 from kvopt.kernels.memory import peak, reset_peak
-from kvopt.learn.descent import differentiated_loss
-from kvopt.learn.start_task import StartTask
+from kvopt.learning.descent import differentiated_loss
+from kvopt.learning.start_task import StartTask
 from kvopt.measure.reference import build_reference
 from kvopt.measure.score import score_prefix
 from kvopt.run.run import Run

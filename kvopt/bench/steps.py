@@ -26,8 +26,8 @@ from kvopt.config.contexts import Init
 from kvopt.config.document import Config
 from kvopt.contexts import TextContext
 from kvopt.kernels.memory import reset_peak
-from kvopt.learn.descent import context_loss
-from kvopt.learn.start_task import StartTask, initial_tensor
+from kvopt.learning.descent import context_loss
+from kvopt.learning.start_task import StartTask, initial_tensor
 from kvopt.measure.reference import Reference, build_reference
 from kvopt.measure.score import score_tokens
 from kvopt.run.run import Run

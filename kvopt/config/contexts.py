@@ -13,7 +13,7 @@ from kvopt.config.section import NAME, Section
 from kvopt.config.shortening import ShortText
 from kvopt.errors import InputError
 
-STARTS: Family[Start] = Family("kvopt.learn.starts", "init")
+STARTS: Family[Start] = Family("kvopt.learning.starts", "init")
 _ON_TEXTS = {
     "template": "",
     "text": "a file",
@@ -36,7 +36,7 @@ class Start(Options):
         """The starting value, on the base's device: kv [T, L, 2, H, d], soft [T, D] (a torch tensor).
 
         Args:
-            task: the :class:`kvopt.learn.start_task.StartTask` to start.
+            task: the :class:`kvopt.learning.start_task.StartTask` to start.
         """
         raise NotImplementedError
 

@@ -24,9 +24,9 @@ class ExportFacts(DocumentPart):
     """What single formats add to the record."""
 
     peft_type: str | None = Field(None, description="of peft: CARTRIDGE, PREFIX_TUNING or PROMPT_TUNING")
-    layers: int | None = Field(None, description="of hf-cache: layers of the base")
-    kv_heads: int | None = Field(None, description="of hf-cache: heads of keys and values in a layer")
-    head_dim: int | None = Field(None, description="of hf-cache: width of a head")
+    layers: int | None = Field(None, description="of hf-cache and mlx: layers of the base")
+    kv_heads: int | None = Field(None, description="of hf-cache and mlx: heads of keys and values in a layer")
+    head_dim: int | None = Field(None, description="of hf-cache and mlx: width of a head")
     hidden_size: int | None = Field(None, description="of prompt-embeds: width of an embedding")
     slots: list[str] | None = Field(None, description="of text: the names of the template's slots")
     rows: int | None = Field(None, description="of trl-dataset: rows that were written")
@@ -37,7 +37,7 @@ class ExportFacts(DocumentPart):
 class _Exported(DocumentPart):
     format_version: FormatVersion = 1
     kvopt_version: str | None = Field(None, description="the version that wrote it")
-    to: str = Field(description="the format: peft, prompt-embeds, hf-cache, text, trl-dataset or vllm")
+    to: str = Field(description="the format: peft, prompt-embeds, hf-cache, mlx, text, trl-dataset or vllm")
     name: str = Field(description="of the context")
     kind: ContextKind
     tokens: int | None = Field(None, description="the context's length in tokens or slots; null where it is not known")

@@ -20,8 +20,8 @@ from kvopt.contexts.moving import WAYS, WITH_ROWS, Way, joined, moved, shortened
 from kvopt.documents.context_record import FILE_NAME, ContextFacts, ContextOrigin, OriginSource, RecordedScores
 from kvopt.errors import InputError, counted
 from kvopt.export.source import Source, open_source
+from kvopt.run.descend import MATCHING_ROWS
 from kvopt.run.run import Run
-from kvopt.run.stages import MATCHING_ROWS
 from kvopt.task.seam import Row
 
 _KEPT = ("template_sha256", "data_sha256", "reference_key", "scope", "objective", "template_tokens")

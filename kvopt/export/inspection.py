@@ -194,7 +194,7 @@ def size_of(count: int) -> str:
 
 
 def _formats(kind: str) -> str:
-    return "hf-cache (plain transformers) or vllm" if kind == "kv" else "prompt-embeds (vLLM) or hf-cache"
+    return "hf-cache (plain transformers), mlx or vllm" if kind == "kv" else "prompt-embeds (vLLM) or hf-cache"
 
 
 def _export_lines(facts: dict[str, Any]) -> list[str]:

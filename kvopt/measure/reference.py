@@ -11,10 +11,10 @@ applied when they are needed (``kvopt.kernels``).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
@@ -104,7 +104,7 @@ class Reference:
         """Whether one of these examples is not stored."""
         return any(example_id not in self.index for example_id in example_ids)
 
-    def known_from(self, earlier: Reference) -> Reference:
+    def known_from(self, earlier: Reference) -> Self:
         """This reference, with the facts that the same one had computed when it had fewer rows."""
         self._facts = earlier._facts
         return self
@@ -161,6 +161,24 @@ class Reference:
                 self.make_again(shard, damage)
             self._files[shard] = safe_open(str(path), framework="pt").__enter__()
         return self._files[shard].get_slice("hidden")[first:end]
+
+
+@dataclass
+class HeldReference(Reference):
+    """A reference in memory, for work that has no run directory.
+
+    Attributes:
+        held: hidden states by shard, [G, D] each, in the base's dtype, on the CPU.
+    """
+
+    held: list[Tensor] = field(default_factory=list)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process gets the states themselves."""
+        return HeldReference, (self.folder, self.key, self.index, self.hidden_size, None, self.held)
+
+    def _slice(self, shard: int, first: int, end: int) -> Tensor:
+        return self.held[shard][first:end]
 
 
 _opened: dict[Path, Reference] = {}
@@ -238,6 +256,32 @@ def build_reference(
     return open_reference(folder, key)
 
 
+def hold_reference(
+    base: Base,
+    prefix: Prefix,
+    encoded: Encoded,
+    *,
+    batch_size: int = 16,
+    wanted: Collection[str] | None = None,
+    earlier: HeldReference | None = None,
+) -> HeldReference:
+    """As :func:`build_reference`, in memory: G·D numbers in the base's dtype for G gold tokens.
+
+    Args:
+        base, prefix, encoded, batch_size, wanted: as there.
+        earlier: the same reference with fewer rows, which are taken over.
+    """
+    index, held = (dict(earlier.index), list(earlier.held)) if earlier else ({}, [])
+    missing = [row for row in encoded.rows if row.example_id not in index]
+    rest = iter(missing := [row for row in missing if wanted is None or row.example_id in wanted])
+    for counts in cut_by_tokens([(row.example_id, len(row.gold)) for row in missing], ROWS_PER_SHARD, TOKENS_PER_SHARD):
+        index |= _places(len(held), counts)
+        held.append(_hidden_of(base, prefix, list(islice(rest, len(counts))), batch_size, None))
+    key = reference_key(base, encoded, batch_size)
+    made = HeldReference(Path(), key, index, base.geometry.hidden_size, held=held)
+    return made.known_from(earlier) if earlier else made
+
+
 def make_shard(base: Base, prefix: Prefix, encoded: Encoded, reference: Reference, shard: int, batch_size: int) -> None:
     """Compute one shard of a reference again, of the same rows: on the same machine it gets the same bytes."""
     wanted = reference.rows_of(shard)
@@ -294,6 +338,12 @@ def _shards_of(stored: dict[str, Any]) -> list[list[tuple[str, int]]]:
         raise InputError("the index of the reference is damaged", where=INDEX, fix="run kvopt run again") from None
 
 
+def _places(shard: int, counts: Sequence[tuple[str, int]]) -> dict[str, tuple[int, int, int]]:
+    """The index entries of the rows of one shard."""
+    ends = [0, *accumulate(count for _, count in counts)]
+    return {example_id: (shard, *ends[i : i + 2]) for i, (example_id, _) in enumerate(counts)}  # type: ignore[misc]
+
+
 def open_reference(folder: Path, key: str) -> Reference:
     """The stored reference, with the rows that it has. Raises InputError when it is not the one that ``key`` names, or
     damaged.
@@ -301,10 +351,7 @@ def open_reference(folder: Path, key: str) -> Reference:
     stored = _read_index(folder, key)
     index: dict[str, tuple[int, int, int]] = {}
     for shard, rows in enumerate(_shards_of(stored)):
-        position = 0
-        for example_id, count in rows:
-            index[example_id] = (shard, position, position + count)
-            position += count
+        index |= _places(shard, rows)
         if stored_key(folder / shard_name(shard)) != key:
             raise InputError(
                 "a shard of the reference is missing, damaged or another's", where=str(folder / shard_name(shard))

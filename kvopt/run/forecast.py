@@ -20,7 +20,7 @@ from kvopt.config.contexts import ContextConfig
 from kvopt.config.document import Config
 from kvopt.kernels import KLOptions
 from kvopt.kernels.plan import rows_per_chunk
-from kvopt.learn.descent import batch_at
+from kvopt.learning.descent import batch_at
 from kvopt.measure.racing import heats
 from kvopt.measure.reference import FACTS_ROWS, ROWS_PER_SHARD
 from kvopt.run.encoded_task import EncodedTask

@@ -22,8 +22,8 @@ from kvopt.documents.frontier_file import FrontierDocument
 from kvopt.documents.leaderboard_file import LeaderboardDocument
 from kvopt.documents.validated import read_document, write_document
 from kvopt.errors import InputError
-from kvopt.learn.descent import context_loss
-from kvopt.learn.start_task import StartTask
+from kvopt.learning.descent import context_loss
+from kvopt.learning.start_task import StartTask
 from kvopt.run.compact import bare
 from kvopt.run.run import Run
 from kvopt.run.shorter_texts import write_shortened

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,9 +75,13 @@ class Inputs:
         return tree
 
 
-def read_inputs(config: Config, base_dir: Path) -> Inputs:
-    """Read the template and the data of a config. Raises InputError for the first fault."""
+def read_inputs(
+    config: Config, base_dir: Path, given: Mapping[str, Iterable[Mapping[str, Any]]] | None = None
+) -> Inputs:
+    """Read the template and the data of a config; ``given`` are rows in memory in place of its files. Raises InputError
+    for the first fault.
+    """
     template, kept = configured_template(config.template, base_dir)
-    inputs = Inputs(config, base_dir, template, kept, load_dataset(config.data, template, base_dir, config.seed))
+    inputs = Inputs(config, base_dir, template, kept, load_dataset(config.data, template, base_dir, config.seed, given))
     _ = inputs.written  # a fault in one of these files is told before any work
     return inputs

@@ -31,7 +31,7 @@ from kvopt.contexts.folder import TensorContext, load_context
 from kvopt.documents.leaderboard_file import LeaderboardDocument, NoiseFloor
 from kvopt.documents.manifest import RunManifest
 from kvopt.errors import InputError
-from kvopt.learn.descent import check_share
+from kvopt.learning.descent import check_share
 from kvopt.measure.moments import StoredMoments
 from kvopt.measure.reference import Reference
 from kvopt.measure.score import Score, TokenScores

@@ -17,12 +17,11 @@ from kvopt.config.mutations import GeneratorConfig
 from kvopt.config.shortening import ExtractGenerator
 from kvopt.console.progress import advance, step_reporter
 from kvopt.contexts.adapter import read_record
-from kvopt.contexts.context import KVContext, SoftContext, TextContext
+from kvopt.contexts.context import TextContext
 from kvopt.contexts.folder import TensorContext, load_context, save_context
 from kvopt.documents.context_record import ContextFacts, LearningPoint
 from kvopt.errors import InputError, counted
-from kvopt.learn.descent import DESCENT_VERSION, batch_at, optimize
-from kvopt.learn.start_task import StartTask, initial_tensor
+from kvopt.learning.descent import DESCENT_VERSION, batch_at
 from kvopt.measure.moments import StoredMoments, check_head, drop_moments
 from kvopt.measure.reference import Reference, build_reference, make_shard, open_reference, reference_key
 from kvopt.measure.score import TokenScores
@@ -35,6 +34,7 @@ from kvopt.mutate.mutation import REST, Mutation, read_mutations
 from kvopt.mutate.orders import wordings_report
 from kvopt.mutate.search import RULES_VERSION, mutate, summary
 from kvopt.mutate.validity import REQUEST_FAILED
+from kvopt.run.descend import descend, drawn_ids, seed_of, slots_of
 from kvopt.run.directory import Workspace
 from kvopt.run.encoded_task import EncodedTask
 from kvopt.run.scoring import drop_other_scores
@@ -44,8 +44,6 @@ from kvopt.storage.tensors import check_tensors
 from kvopt.task.seam import Row
 from kvopt.task.template import Template
 
-MATCHING_ROWS = 64
-"""Training rows whose bodies give the queries of attention matching."""
 MUTATION_PATHS = ("mutations.jsonl", REST.format("mutations.jsonl"))
 
 
@@ -236,16 +234,9 @@ def by_cost(task: EncodedTask) -> tuple[list[ContextConfig], list[ContextConfig]
 
 def drawn_rows(task: EncodedTask) -> set[str]:
     """Ids of the training rows that the steps of the config's contexts draw; all of them with stored moments."""
-    train = [example.id for example in task.dataset.train]
     if task.config.reference.storage == "moments":
-        return set(train)
-    drawn: set[int] = set()
-    for config in task.config.learned:
-        if config.steps * config.batch_size >= 2 * len(train):
-            return set(train)
-        seed = task.config.seed if config.seed is None else config.seed
-        drawn.update(i for step in range(config.steps) for i in batch_at(step, len(train), config.batch_size, seed))
-    return {train[i] for i in drawn}
+        return {example.id for example in task.dataset.train}
+    return {example_id for config in task.config.learned for example_id in drawn_ids(task, config)}
 
 
 def drawn_tokens(rows: Sequence[Row], batch_size: int, steps: int, seed: int) -> int:
@@ -275,10 +266,8 @@ def make_learned(
         InputError: the slots do not fit. KvoptError: the descent diverged.
     """
     init = config.start
-    tokens = config.tokens or (source.tokens if source else min(len(ids), init.text.tokens if init.text else len(ids)))
-    task.check_window(config.name, tokens)
+    tokens, seed = slots_of(task, config, ids, source), seed_of(task, config)
     train, held_out = task.bare_rows("train"), task.bare_rows("selection")
-    seed = task.config.seed if config.seed is None else config.seed
     settings = config.model_dump(mode="json", exclude={"name", "init", "text", "micro_batch_size", "optimizer"}) | {
         "tokens": tokens,
         "init": init.settings,
@@ -307,20 +296,17 @@ def make_learned(
         checkpoint.unlink(missing_ok=True)
         return load_context(folder, task.base)
     _drop_damaged(checkpoint, at)
-    start = StartTask(task.base, config.name, config.kind, tokens, ids, train.rows[:MATCHING_ROWS], source, seed)
     with (
         at.directory.ledger(f"contexts/{config.name}") as entry,
         at.progress.bar(config.name, config.steps, unit="step") as bar,
     ):
-        descent = optimize(
-            task.base,
-            initial_tensor(init.start, start),
+        context, descent = descend(
+            task,
             config,
-            train.rows,
-            held_out.rows,
+            ids,
+            source,
             reference,
             moments=moments,
-            seed=seed,
             choose=choose,
             checkpoint=checkpoint,
             key=key,
@@ -330,9 +316,6 @@ def make_learned(
         read = drawn_tokens(train.rows, config.batch_size, descent.steps, seed)
         entry.tokens_back = read + (descent.steps * tokens if config.kind == "soft" else 0)
         entry.tokens_in = entry.tokens_back + len(descent.history) * sum(map(len, held_out.rows))
-    context: TensorContext = (
-        KVContext(config.name, descent.tensor) if config.kind == "kv" else SoftContext(config.name, descent.tensor)
-    )
     facts = ContextFacts(
         key=key,
         template_sha256=task.template.sha256,

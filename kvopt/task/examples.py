@@ -21,7 +21,7 @@ from kvopt.config.data import DataConfig, Policy
 from kvopt.errors import InputError, counted
 from kvopt.storage.files import canonical_json, sha256_json
 from kvopt.task.columns import Columns, NoValue, as_text, find, unseen_messages
-from kvopt.task.readers import read_records
+from kvopt.task.readers import Record, given_records, read_records
 from kvopt.task.template import Template
 
 SHOWN = 4  # how many places a message names
@@ -67,7 +67,13 @@ class Dataset:
         return digest.hexdigest()
 
 
-def load_dataset(config: DataConfig, template: Template, base_dir: Path, seed: int) -> Dataset:
+def load_dataset(
+    config: DataConfig,
+    template: Template,
+    base_dir: Path,
+    seed: int,
+    given: Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
+) -> Dataset:
     """Read, check and divide the data.
 
     Args:
@@ -75,6 +81,8 @@ def load_dataset(config: DataConfig, template: Template, base_dir: Path, seed: i
         template: its slots say which columns are needed.
         base_dir: the folder that relative paths are relative to.
         seed: of the choice of rows that are set aside.
+        given: rows of ``train`` and ``validation`` that are in memory; the config's names are then what messages call
+            them.
 
     Raises:
         InputError: one line that names file and line of the first rows at fault and counts the rest.
@@ -82,12 +90,18 @@ def load_dataset(config: DataConfig, template: Template, base_dir: Path, seed: i
     columns = _columns(config, template)
     wanted = _patterns(config.only)
     warnings: list[str] = []
-    train = _read(config.train, "train", columns, wanted, base_dir, warnings)
+
+    def read(source: str, part: str) -> list[Example]:
+        there = given is not None and part in given
+        records = given_records(given[part], source) if there else read_records(source, base_dir, part)  # type: ignore[index]
+        return _read(source, part, columns, wanted, records, warnings)
+
+    train = read(config.train, "train")
     limit = config.limit
     if config.validation is None:
         train, validation = _set_aside(train, config.validation_fraction, seed)
     else:
-        validation = _read(config.validation, "validation", columns, wanted, base_dir, warnings)
+        validation = read(config.validation, "validation")
     validation = _without_repeats(validation, limit.validation, config.duplicates, warnings)
     reported = {example.key for example in validation}
     if config.leakage == "drop":
@@ -143,7 +157,7 @@ def _read(
     part: str,
     columns: Columns,
     wanted: Mapping[str, re.Pattern[str]],
-    base_dir: Path,
+    records: Iterable[Record],
     warnings: list[str],
 ) -> list[Example]:
     """Every wanted row of a source as an example; the rows at fault are collected and reported together."""
@@ -153,7 +167,7 @@ def _read(
     used: set[str] = set()
     blank: list[str] = []
     unseen: dict[str, list[str]] = {}
-    for number, record in enumerate(read_records(source, base_dir, part)):
+    for number, record in enumerate(records):
         fields, where = record.fields, record.where
         seen.update(fields.keys())
         used |= {path if path in fields else path.split(".")[0] for path in wanted}

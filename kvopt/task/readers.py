@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,6 +69,16 @@ def read_records(source: str, base_dir: Path, part: str) -> Iterator[Record]:
         raise missing_file(path, source, RELATIVE)
     else:
         yield from _reader(source, path)(source, path)
+
+
+def given_records(rows: Iterable[Mapping[str, Any]], label: str) -> Iterator[Record]:
+    """Rows that are in memory, as :func:`read_records` gives those of a file; ``label`` stands for the file's name.
+
+    Raises:
+        InputError: a row is no mapping.
+    """
+    for number, row in enumerate(rows, 1):
+        yield _record(_plain(dict(row) if isinstance(row, Mapping) else row), f"{label}:{number}")
 
 
 def _reader(source: str, path: Path) -> Any:

@@ -26,7 +26,7 @@ from kvopt.config.model import ModelConfig
 from kvopt.config.students import StudentConfig
 from kvopt.documents.part import BaseIdentity, StandsOn
 from kvopt.errors import InputError
-from kvopt.learn.descent import optimize
+from kvopt.learning.descent import optimize
 from kvopt.train.trainer import make_student
 from tests.tiny import save_tiny, tiny_folder
 

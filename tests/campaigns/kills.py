@@ -230,14 +230,14 @@ def prepare() -> None:
     # torch's pool of threads, which that needs, is not there any more
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     import kvopt.export.writing
-    import kvopt.learn.descent_state
+    import kvopt.learning.descent_state
     import kvopt.report.page
     import kvopt.run.frontier
     import kvopt.run.run
     import kvopt.train.commands
 
-    kvopt.learn.descent_state.SECONDS_BETWEEN_CHECKPOINTS = 0.0  # after every step, as in runs that take long
-    kvopt.learn.descent_state.WRITES_BETWEEN_CHECKPOINTS = 0.0
+    kvopt.learning.descent_state.SECONDS_BETWEEN_CHECKPOINTS = 0.0  # after every step, as in runs that take long
+    kvopt.learning.descent_state.WRITES_BETWEEN_CHECKPOINTS = 0.0
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from kvopt.config.contexts import Init
 from kvopt.contexts import KVContext, SoftContext, save_context
 from kvopt.contexts.folder import TensorContext
 from kvopt.documents.context_record import ContextFacts
-from kvopt.learn.start_task import StartTask, initial_tensor
+from kvopt.learning.start_task import StartTask, initial_tensor
 from kvopt.task.seam import Row, make_batch
 from tests.tasks import Task
 

@@ -277,8 +277,8 @@ def test_data_that_are_not_found_are_asked_for(run: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("to", "kind", "able"),
     [
-        ("prompt-embeds", "kv", "peft, hf-cache, vllm"),
-        ("text", "kv", "peft, hf-cache, vllm"),
+        ("prompt-embeds", "kv", "peft, hf-cache, mlx, vllm"),
+        ("text", "kv", "peft, hf-cache, mlx, vllm"),
         ("peft", "text", "text, trl-dataset"),
     ],
 )

@@ -102,7 +102,7 @@ def test_a_file_dropped_into_the_folder_is_a_format(context: Path, tmp_path: Pat
     assert shared == "error: --block-size: is of --to vllm and slot-list alone (leave it out)\n"
     assert "--first-number" in small
     assert "greater than or equal to 0" in small
-    assert "use --to peft, hf-cache, vllm, slot-list" in kind
+    assert "use --to peft, hf-cache, mlx, vllm, slot-list" in kind
 
 
 def test_formats_load_without_torch_and_answer_a_wrong_flag_without_it(tmp_path: Path) -> None:
@@ -123,7 +123,8 @@ def test_every_option_is_a_flag_whose_help_names_its_format(kvopt: Callable[...,
     shown = " ".join(out.replace("│", " ").split())
     options = [(to, name) for to in export_formats() for name in options_of(to)]
     assert options == [
-        ("peft", "peft_type"), ("trl-dataset", "config"), ("vllm", "block_size"), ("vllm", "partial_block")
+        ("peft", "peft_type"), ("mlx", "dtype"), ("mlx", "mlx_model"), ("trl-dataset", "config"),
+        ("vllm", "block_size"), ("vllm", "partial_block"),
     ]  # fmt: skip
     for to, name in options:
         assert flag(name) in shown
@@ -146,7 +147,7 @@ def test_every_option_is_a_flag_whose_help_names_its_format(kvopt: Callable[...,
             "vllm", {"block_size": 0},
             "--to vllm: block_size: Input should be greater than or equal to 1 (given: 0)",
         ),
-        ("gguf", {}, "--to: no format 'gguf' (one of peft, prompt-embeds, hf-cache, text, trl-dataset, vllm)"),
+        ("gguf", {}, "--to: no format 'gguf' (one of peft, prompt-embeds, hf-cache, mlx, text, trl-dataset, vllm)"),
     ],
 )  # fmt: skip
 def test_from_python_a_wrong_option_is_one_line(to: str, options: dict[str, Any], message: str, context: Path) -> None:

@@ -17,9 +17,9 @@ from kvopt.base.prefix import gold_states, prefill
 from kvopt.config.contexts import ContextConfig, Init
 from kvopt.contexts import KVContext, SoftContext, load_context, save_context
 from kvopt.kernels import KLOptions
-from kvopt.learn import descent_state
-from kvopt.learn.descent import Descent, context_loss, optimize
-from kvopt.learn.start_task import StartTask, initial_tensor
+from kvopt.learning import descent_state
+from kvopt.learning.descent import Descent, context_loss, optimize
+from kvopt.learning.start_task import StartTask, initial_tensor
 from kvopt.measure.moments import StoredMoments
 from kvopt.measure.score import TokenScores, score_tokens
 from kvopt.train.trainer import Trained, train_student

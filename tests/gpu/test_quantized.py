@@ -15,8 +15,8 @@ from kvopt.config.contexts import ContextConfig, Init
 from kvopt.config.model import ModelConfig
 from kvopt.errors import InputError
 from kvopt.kernels import KLOptions, linear_kl
-from kvopt.learn.descent import Descent, differentiated_loss, optimize
-from kvopt.learn.start_task import StartTask, initial_tensor
+from kvopt.learning.descent import Descent, differentiated_loss, optimize
+from kvopt.learning.start_task import StartTask, initial_tensor
 from kvopt.train.student import lora_student
 from tests.gpu.device import DEVICE, ON_GPU, problem
 from tests.tasks import Task, make_task

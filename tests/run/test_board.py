@@ -19,7 +19,7 @@ from kvopt.config.document import load_config
 from kvopt.documents.answers_file import AnswersDocument
 from kvopt.documents.leaderboard_file import LeaderboardDocument
 from kvopt.errors import InputError
-from kvopt.learn.descent import batch_at
+from kvopt.learning.descent import batch_at
 from kvopt.measure.paired import holm, optimism, sign_flip_p
 from kvopt.run.run import Run
 from tests.jobs import entries, rows, run_job, stages_in, write_job

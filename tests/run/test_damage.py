@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from kvopt.config.document import load_config
 from kvopt.errors import InputError
-from kvopt.learn import descent_state
+from kvopt.learning import descent_state
 from kvopt.run.run import Run
 from tests.jobs import artefacts, entries, run_job, stages_in, write_job
 

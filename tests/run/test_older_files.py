@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from kvopt.base.loading import load_base
 from kvopt.config.document import load_config
 from kvopt.contexts import KVContext, SoftContext, load_context
-from kvopt.learn.starts.matched import Matched
+from kvopt.learning.starts.matched import Matched
 from kvopt.report import write_report
 from kvopt.run import stages
 from kvopt.run.run import Run

@@ -14,7 +14,7 @@ from kvopt.base.devices import is_out_of_memory
 from kvopt.config.document import Config, load_config
 from kvopt.documents.ledger import read_ledger
 from kvopt.errors import KvoptError
-from kvopt.learn import descent
+from kvopt.learning import descent
 from kvopt.run.directory import RunDirectory
 from kvopt.run.out_of_memory import halving, out_of_memory
 from tests.jobs import run_job, write_job

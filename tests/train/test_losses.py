@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -15,6 +17,7 @@ from kvopt.errors import KvoptError
 from kvopt.kernels import Head
 from kvopt.train.gold_tokens import Gold
 from kvopt.train.losses.anchored_kl import masked_kl
+from kvopt.train.losses.one_token_rollout import tokens_at, uniforms_for
 
 G, D, V = 9, 12, 50
 
@@ -47,6 +50,8 @@ def formula(loss: dict[str, object], hidden: Tensor, weight: Tensor, gold: Gold)
     log_q = log_probs64(hidden, gold.head, weight)
     log_p = log_probs64(gold.anchor.double(), gold.head, gold.anchor_head.weight.double())
     taken = log_q.gather(-1, gold.ids[:, None])[:, 0]
+    if loss["kind"] == "one-token-rollout":
+        return rollout64(log_q, gold, loss)
     first = -taken if loss["kind"] in ("ce", "anchored-kl", "consistency") else -taken.detach().exp() * taken
     if loss["kind"] in ("ce", "dft"):
         return first
@@ -61,6 +66,18 @@ def formula(loss: dict[str, object], hidden: Tensor, weight: Tensor, gold: Gold)
     return first + loss["weight"] * kl
 
 
+def rollout64(log_q: Tensor, gold: Gold, loss: dict[str, Any]) -> Tensor:
+    """Token by token: drawn where the summed probabilities pass a uniform number, rewarded, averaged."""
+    drawn_at = (log_q.detach() / loss["temperature"]).softmax(-1)
+    values = []
+    for row, uniforms in enumerate(uniforms_for(gold.hidden, loss["samples"])):
+        summed = drawn_at[row].numpy().cumsum()
+        drawn = [int(np.searchsorted(summed, float(u), side="right")) for u in uniforms]
+        rewards = [1.0 if token == int(gold.ids[row]) else -loss["penalty"] for token in drawn]
+        values.append(-sum(r * log_q[row, a] for r, a in zip(rewards, drawn, strict=True)) / len(drawn))
+    return torch.stack(values)
+
+
 LOSSES = [
     {"kind": "ce"},
     {"kind": "dft"},
@@ -68,6 +85,7 @@ LOSSES = [
     {"kind": "anchored-kl", "weight": 0.7, "direction": "reverse", "anchor": "same"},
     {"kind": "anchored-kl", "weight": 0.7, "target": "masked"},
     {"kind": "anchored-kl", "weight": 0.7, "target": "masked", "direction": "reverse", "anchor": "same"},
+    {"kind": "one-token-rollout", "samples": 40, "temperature": 1.7, "penalty": 0.3},
     {"kind": "asft", "weight": 0.3, "direction": "forward"},
     {"kind": "asft", "weight": 0.3, "direction": "reverse"},
     {"kind": "consistency", "weight": 0.6, "divergence": "jsd"},
@@ -295,3 +313,28 @@ def test_the_target_is_in_stored_settings_only_where_it_is_not_the_default() -> 
     assert "target" not in build({"kind": "anchored-kl"}).model_dump(mode="json")
     assert "target" not in build(MASKED | {"target": "all"}).model_dump(mode="json")
     assert build(MASKED).model_dump(mode="json")["target"] == "masked"
+
+
+def test_rollouts_draw_tokens_as_often_as_they_are_likely_and_the_same_ones_again() -> None:
+    logits = torch.tensor([[0.0, 1.0, -1.0, 2.0]])
+    drawn = tokens_at(logits, uniforms_for(torch.ones(1, 3), 20_000))
+    shares = torch.bincount(drawn[0], minlength=4) / 20_000
+    probabilities = logits.softmax(-1)[0]
+    assert ((shares - probabilities).abs() < 5 * (probabilities * (1 - probabilities) / 20_000).sqrt()).all()
+    assert torch.equal(uniforms_for(torch.ones(2, 3), 8), uniforms_for(torch.ones(2, 3), 8))
+    assert not torch.equal(uniforms_for(torch.ones(2, 3), 8), uniforms_for(2 * torch.ones(2, 3), 8))
+    last = tokens_at(logits, torch.tensor([[0.0, 1 - 2**-24]]))
+    assert last.tolist() == [[0, 3]]
+    never = tokens_at(torch.tensor([[-torch.inf, 0.0]]), torch.tensor([[0.0]]))
+    assert never.tolist() == [[1]]  # a token without probability is not drawn
+
+
+def test_rollouts_in_chunks_are_those_in_one_piece() -> None:
+    def run(chunk_bytes: int) -> tuple[Tensor, Tensor]:
+        gold = replace(case(True), chunk_bytes=chunk_bytes)
+        value = build({"kind": "one-token-rollout", "samples": 16})(gold)
+        value.sum().backward()
+        return value.detach(), gold.hidden.grad
+
+    for ours, theirs in zip(run(4 * V * 2), run(2**30), strict=True):
+        torch.testing.assert_close(ours, theirs)

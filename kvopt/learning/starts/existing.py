@@ -10,7 +10,7 @@ from kvopt.errors import InputError, counted
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvopt.learn.start_task import StartTask
+    from kvopt.learning.start_task import StartTask
 
 
 class Existing(Start):

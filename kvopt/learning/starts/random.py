@@ -9,7 +9,7 @@ from kvopt.config.contexts import Start
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvopt.learn.start_task import StartTask
+    from kvopt.learning.start_task import StartTask
 
 
 class Random(Start):

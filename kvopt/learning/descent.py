@@ -25,7 +25,7 @@ from kvopt.base.prefix import Prefix, gold_hidden, prefill
 from kvopt.config.contexts import ContextConfig
 from kvopt.errors import InputError, KvoptError, counted
 from kvopt.kernels import KLOptions, linear_kl
-from kvopt.learn.descent_state import CheckpointKeeper, DescentState
+from kvopt.learning.descent_state import CheckpointKeeper, DescentState
 from kvopt.measure.moments import StoredMoments
 from kvopt.measure.reference import Reference
 from kvopt.measure.score import TokenScores, score_prefix
@@ -181,12 +181,13 @@ def context_loss(
 
     With ``moments`` the gradient is as exact, and the value is off by about 1e-5 nats.
     """
-    return _loss_after(base, context_prefix(base, kind, tensor), rows, reference, moments)
+    return prefix_loss(base, context_prefix(base, kind, tensor), rows, reference, moments)
 
 
-def _loss_after(
+def prefix_loss(
     base: Base, prefix: Prefix, rows: Sequence[Row], reference: Reference, moments: StoredMoments | None
 ) -> Tensor:
+    """As :func:`context_loss`, after a prefix."""
     batch = make_batch(rows, range(len(rows))).to(base.device)
     hidden = gold_hidden(base, prefix, batch)
     ids = [row.example_id for row in rows]
@@ -241,7 +242,7 @@ def _part_gradient(
     for first in range(0, len(mine), at_once):
         part = mine[first : first + at_once]
         share = sum(len(row.gold) for row in part) / gold
-        loss = share * _loss_after(base, Prefix.unstack(slots, base.dtype), part, reference, moments)
+        loss = share * prefix_loss(base, Prefix.unstack(slots, base.dtype), part, reference, moments)
         loss.backward(inputs=[slots])
         total += float(loss.detach())
     gradient = torch.zeros_like(slots) if slots.grad is None else slots.grad  # more processes than rows

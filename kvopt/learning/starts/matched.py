@@ -14,7 +14,7 @@ from kvopt.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvopt.learn.start_task import StartTask
+    from kvopt.learning.start_task import StartTask
 
 
 class Matched(Start):

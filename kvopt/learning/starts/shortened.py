@@ -10,7 +10,7 @@ from kvopt.config.shortening import ShortText
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvopt.learn.start_task import StartTask
+    from kvopt.learning.start_task import StartTask
 
 
 class ShortenedStart(ShortText, Start):
