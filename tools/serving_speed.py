@@ -4,8 +4,8 @@
 
 FOLDER is what ``python -m tests.serving.expected FOLDER`` wrote. Run it with the Python of vLLM's environment, on a
 machine that does nothing else: it prints wall-clock times. Each prompt is asked for once before it is timed, so that
-the prefix cache holds the template, and the context, as it does in a server that has run for a while. Bodies are those of
-``expected.json``, in turn, each with one more token of its own, so that none is cached whole.
+the prefix cache holds the template, and the context, as it does in a server that has run for a while. Bodies are those
+of ``expected.json``, in turn, each with one more token of its own, so that none is cached whole.
 """
 
 from __future__ import annotations
