@@ -24,6 +24,7 @@ def card(source: Source, to: str, written: Written) -> str:
         _what_it_is(source),
         "## How good it is\n\n" + _metrics(source),
         f"## Use it\n\nFrom inside this folder:\n\n```python\n{written.snippet}```\n\n{_behind(source)}",
+        f"## Serve it\n\nFrom inside this folder:\n\n```sh\n{written.commands}```" if written.commands else "",
         "## Know\n\n" + "\n".join(f"- {note}" for note in written.notes),
         f"Written by kvopt {VERSION} (`kvopt export --to {to}`).",
     ]

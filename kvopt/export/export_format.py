@@ -29,6 +29,7 @@ class Written:
         summary: one sentence that says what the folder is.
         snippet: Python that uses it, run from inside the folder.
         library: of the model card: peft, transformers, vllm, …
+        commands: shell commands that serve it, run from inside the folder; empty for none.
         notes: what a user must know, one sentence or more each.
         facts: further entries of ``kvopt-export.json``.
     """
@@ -36,6 +37,7 @@ class Written:
     summary: str
     snippet: str
     library: str
+    commands: str = ""
     notes: tuple[str, ...] = ()
     facts: ExportFacts = field(default_factory=ExportFacts)
 

@@ -31,6 +31,7 @@ from kvopt.run.run import Run
 from kvopt.task.examples import Example
 from kvopt.task.seam import Encoder
 from kvopt.task.template import Template
+from tests.export.readers import module_of
 from tests.jobs import run_job, write_job, write_rows
 from tests.tiny import save_tiny, tiny_base, tiny_folder
 
@@ -378,3 +379,9 @@ def test_soft_prompts_keep_every_bit_on_their_way(run: Path, tmp_path: Path) -> 
     folder = exported(run, "prompt-embeds", "soft", tmp_path / "out")
     stored = load_file(run / "contexts" / "soft-6" / "adapter_model.safetensors")["prompt_embeddings"]
     assert torch.equal(load_file(folder / "soft_prompt.safetensors")["soft_prompt"], stored)
+    script = module_of(folder / "prompt_embeds.py")
+    rounded = torch.nn.Embedding(9, stored.shape[1]).bfloat16()
+    request = script.request("m", script.whole_prompt(script.load_soft_prompt(folder), rounded, [3, 1]))
+    sent = script.decode(request["prompt_embeds"])
+    assert torch.equal(sent[:-2], stored), "a 16-bit base does not round the soft prompt"
+    assert torch.equal(sent[-2:], rounded(torch.tensor([3, 1])).float())

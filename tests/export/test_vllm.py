@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,11 +21,13 @@ from torch import Tensor
 from kvopt.base.loading import Base
 from kvopt.contexts import KVContext
 from kvopt.errors import InputError
-from kvopt.export import vllm_connector as connector
+from kvopt.export.vllm_connector import engine, paging
+from kvopt.export.vllm_connector import stored_context as stored
+from kvopt.export.vllm_connector.server import Load, Server
 from kvopt.export.writing import export
 from tests.export.readers import saved
 from tests.tasks import make_task
-from tests.tiny import MODELS, tiny_base
+from tests.tiny import MODELS, tiny_base, tiny_folder
 
 HEADS, WIDTH, SLOTS, BLOCK, BLOCKS = 4, 8, 32, 16, 9
 LAYOUTS = {
@@ -55,7 +59,7 @@ def gathered(cache: Tensor, layout: str, block_ids: list[int], count: int) -> tu
 def test_slots_are_where_the_block_table_says_in_every_layout(layout: str) -> None:
     keys, values = torch.randn(2, HEADS, SLOTS, WIDTH)
     cache, blocks = empty_cache(layout), [7, 2]
-    connector.write_slots(cache, keys, values, connector.paged_slots(blocks, BLOCK, 0, SLOTS))
+    paging.write_slots(cache, keys, values, paging.paged_slots(blocks, BLOCK, 0, SLOTS))
     found = gathered(cache, layout, blocks, SLOTS)
     assert torch.equal(found[0], keys)
     assert torch.equal(found[1], values)
@@ -66,8 +70,8 @@ def test_slots_are_where_the_block_table_says_in_every_layout(layout: str) -> No
 def test_the_rest_of_a_context_is_loaded_behind_blocks_that_are_cached_already(layout: str) -> None:
     keys, values = torch.randn(2, HEADS, SLOTS, WIDTH)
     cache, blocks = empty_cache(layout), [5, 3]
-    slots = connector.paged_slots(blocks, BLOCK, BLOCK, SLOTS)
-    connector.write_slots(cache, keys[:, BLOCK:], values[:, BLOCK:], slots)
+    slots = paging.paged_slots(blocks, BLOCK, BLOCK, SLOTS)
+    paging.write_slots(cache, keys[:, BLOCK:], values[:, BLOCK:], slots)
     found, _ = gathered(cache, layout, blocks, SLOTS)
     assert torch.equal(found[:, BLOCK:], keys[:, BLOCK:])
     assert found[:, :BLOCK].isnan().all()
@@ -77,7 +81,7 @@ def test_a_cache_cut_into_smaller_kernel_blocks_gets_the_same_slots() -> None:
     """Scheduler blocks of 16 that the kernel sees as two of 8 each."""
     keys, values = torch.randn(2, HEADS, SLOTS, WIDTH)
     cache = torch.full((BLOCKS * 2, 2, BLOCK // 2, HEADS, WIDTH), torch.nan)
-    connector.write_slots(cache, keys, values, connector.paged_slots([7, 2], BLOCK, 0, SLOTS))
+    paging.write_slots(cache, keys, values, paging.paged_slots([7, 2], BLOCK, 0, SLOTS))
     whole = cache.view(BLOCKS, 2, 2, BLOCK // 2, HEADS, WIDTH).transpose(1, 2).reshape(BLOCKS, 2, BLOCK, HEADS, WIDTH)
     assert torch.equal(gathered(whole, "blocks first", [7, 2], SLOTS)[0], keys)
 
@@ -85,21 +89,21 @@ def test_a_cache_cut_into_smaller_kernel_blocks_gets_the_same_slots() -> None:
 def test_16_bit_caches_hold_rounded_values_and_others_are_refused() -> None:
     keys, values = torch.randn(2, HEADS, SLOTS, WIDTH)
     cache = empty_cache("blocks first").bfloat16()
-    connector.write_slots(cache, keys, values, connector.paged_slots([1, 2], BLOCK, 0, SLOTS))
+    paging.write_slots(cache, keys, values, paging.paged_slots([1, 2], BLOCK, 0, SLOTS))
     assert torch.equal(gathered(cache, "blocks first", [1, 2], SLOTS)[0], keys.bfloat16())
     with pytest.raises(ValueError, match="uint8"):
-        connector.paged_views(torch.zeros(LAYOUTS["blocks first"], dtype=torch.uint8), HEADS, WIDTH)
+        paging.paged_views(torch.zeros(LAYOUTS["blocks first"], dtype=torch.uint8), HEADS, WIDTH)
 
 
 @pytest.mark.parametrize("shape", [(9, 16, 4, 8), (9, 3, 16, 4, 8), (9, 2, 16, 4, 7), (2, 2, 16, 4, 8), (9, 4, 16, 16)])
 def test_layouts_that_are_not_known_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="unknown layout"):
-        connector.paged_views(torch.zeros(shape), HEADS, WIDTH)
+        paging.paged_views(torch.zeros(shape), HEADS, WIDTH)
 
 
 def test_too_few_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match="do not hold position 31"):
-        connector.paged_slots([1], BLOCK, 0, SLOTS)
+        paging.paged_slots([1], BLOCK, 0, SLOTS)
 
 
 @pytest.mark.parametrize(
@@ -112,27 +116,27 @@ def test_too_few_blocks_are_refused() -> None:
     ],
 )
 def test_heads_divide_among_tensor_parallel_ranks(heads: int, ranks: int, shares: list[tuple[int, int]]) -> None:
-    assert [connector.heads_of_rank(heads, ranks, rank) for rank in range(ranks)] == [slice(*s) for s in shares]
+    assert [stored.heads_of_rank(heads, ranks, rank) for rank in range(ranks)] == [slice(*s) for s in shares]
 
 
 @pytest.mark.parametrize(("heads", "ranks"), [(3, 2), (8, 3), (2, 3)])
 def test_heads_that_do_not_divide_are_refused(heads: int, ranks: int) -> None:
     with pytest.raises(ValueError, match="do not divide"):
-        connector.heads_of_rank(heads, ranks, 0)
+        stored.heads_of_rank(heads, ranks, 0)
 
 
 def test_contexts_fill_blocks_or_the_mend_is_named() -> None:
-    connector.check_blocks("c", 32, 16)
-    connector.check_blocks("c", 40, 16, allow_partial=True)
+    stored.check_blocks("c", 32, 16)
+    stored.check_blocks("c", 40, 16, allow_partial=True)
     with pytest.raises(ValueError, match="shorten it to 32 slots"):
-        connector.check_blocks("c", 40, 16)
+        stored.check_blocks("c", 40, 16)
     with pytest.raises(ValueError, match="do not fill blocks of 16: learn it"):
-        connector.check_blocks("c", 9, 16)
+        stored.check_blocks("c", 9, 16)
 
 
 @pytest.mark.parametrize("name", ["model.layers.12.self_attn.attn", "language_model.model.layers.12.attn", "h.12.attn"])
 def test_layer_names_are_read(name: str) -> None:
-    assert connector.layer_index(name) == 12
+    assert paging.layer_index(name) == 12
 
 
 # ---- the whole way: export, server start, scheduling, writing
@@ -164,14 +168,15 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, f"{package}.base", base)
     monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", state)
-    monkeypatch.setattr(connector, "_MADE", {})
+    monkeypatch.setattr(engine, "_MADE", {})
 
 
-def settings(*folders: Path, block: int = BLOCK, ranks: int = 1, **extra: Any) -> Any:
+def settings(*folders: Path, block: int = BLOCK, ranks: int = 1, policy: str | None = "fail", **extra: Any) -> Any:
     """What a connector reads of a VllmConfig."""
     return SimpleNamespace(
         kv_transfer_config=SimpleNamespace(
-            kv_connector_extra_config={"contexts": [str(folder) for folder in folders], **extra}
+            kv_connector_extra_config={"contexts": [str(folder) for folder in folders], **extra},
+            kv_load_failure_policy=policy,
         ),
         cache_config=SimpleNamespace(block_size=block),
         parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
@@ -187,8 +192,17 @@ def exported(base: Base, folder: Path, tokens: int = SLOTS) -> tuple[KVContext, 
     return context, json.loads((folder / "vllm.json").read_text())["placeholder_ids"]
 
 
-def request(ids: list[int], name: str = "r") -> Any:
-    return SimpleNamespace(request_id=name, prompt_token_ids=ids)
+def connect(config: Any, role: str, *known: Any) -> Any:
+    return engine.made()["KvoptConnector"](config, role, *known)
+
+
+def metadata(loads: list[Load]) -> Any:
+    return engine.made()["KvoptMetadata"](loads)
+
+
+def request(ids: list[int], name: str = "r", xargs: dict[str, Any] | None = None, **params: Any) -> Any:
+    sampling = SimpleNamespace(extra_args=xargs, prompt_logprobs=params.pop("prompt_logprobs", None))
+    return SimpleNamespace(request_id=name, prompt_token_ids=ids, sampling_params=sampling, **params)
 
 
 def blocks(*ids: int) -> Any:
@@ -200,7 +214,7 @@ def blocks(*ids: int) -> Any:
 def test_a_request_with_the_placeholders_gets_the_context_into_its_blocks(kind: str, tmp_path: Path) -> None:
     base = tiny_base(kind)
     context, ids = exported(base, tmp_path / "out")
-    scheduler, worker = (connector.KvoptConnector(settings(tmp_path / "out"), role) for role in ("scheduler", "worker"))
+    scheduler, worker = (connect(settings(tmp_path / "out"), role) for role in ("scheduler", "worker"))
     wanted, other = request([*ids, 40, 41]), request([40, 41, 42], "other")
     assert scheduler.get_num_new_matched_tokens(wanted, 0) == (SLOTS, False)
     assert scheduler.get_num_new_matched_tokens(other, 0) == (0, False)
@@ -227,7 +241,7 @@ def test_a_request_with_the_placeholders_gets_the_context_into_its_blocks(kind: 
 def test_a_context_that_vllm_has_cached_in_part_is_loaded_from_there(tmp_path: Path) -> None:
     base = tiny_base("llama")
     _, ids = exported(base, tmp_path / "out")
-    scheduler = connector.KvoptConnector(settings(tmp_path / "out"), "scheduler", None)
+    scheduler = connect(settings(tmp_path / "out"), "scheduler", None)
     again = request([*ids, 40])
     assert scheduler.get_num_new_matched_tokens(again, BLOCK) == (BLOCK, False)
     assert scheduler.get_num_new_matched_tokens(again, SLOTS) == (0, False)
@@ -240,7 +254,7 @@ def test_a_context_that_vllm_has_cached_in_part_is_loaded_from_there(tmp_path: P
 def test_workers_of_versions_that_register_no_caches_find_them_in_the_layers(tmp_path: Path) -> None:
     base = tiny_base("llama")
     context, _ = exported(base, tmp_path / "out")
-    worker = connector.KvoptConnector(settings(tmp_path / "out"), "worker")
+    worker = connect(settings(tmp_path / "out"), "worker")
     g = base.geometry
     layers = {
         f"model.layers.{i}.self_attn.attn": SimpleNamespace(
@@ -249,7 +263,7 @@ def test_workers_of_versions_that_register_no_caches_find_them_in_the_layers(tmp
         for i in range(g.layers)
     }
     layers["model.layers.0.mlp"] = SimpleNamespace()
-    worker.bind_connector_metadata(connector.KvoptMetadata([connector.Load(0, (3, 8), 0, SLOTS)]))
+    worker.bind_connector_metadata(metadata([Load(0, (3, 8), 0, SLOTS)]))
     worker.start_load_kv(SimpleNamespace(no_compile_layers=layers, virtual_engine=0))
     keys, _ = gathered(layers["model.layers.1.self_attn.attn"].kv_cache[0], "keys and values first", [3, 8], SLOTS)
     assert torch.equal(keys, context.prefix(base).keys[1])
@@ -278,10 +292,10 @@ def test_the_backends_own_writer_fills_the_cache(registers: bool, tmp_path: Path
     layers = {name: SimpleNamespace(impl=PackedBackend(), kv_cache=cache) for name, cache in caches.items()}
     config = settings(tmp_path / "out")
     config.compilation_config = SimpleNamespace(static_forward_context=layers)
-    worker = connector.KvoptConnector(config, "worker")
+    worker = connect(config, "worker")
     if registers:
         worker.register_kv_caches(caches)
-    worker.bind_connector_metadata(connector.KvoptMetadata([connector.Load(0, (3, 8), 0, SLOTS)]))
+    worker.bind_connector_metadata(metadata([Load(0, (3, 8), 0, SLOTS)]))
     worker.start_load_kv(SimpleNamespace(no_compile_layers=layers, virtual_engine=0))
     prefix = context.prefix(base)
     for i, cache in enumerate(caches.values()):
@@ -296,13 +310,13 @@ def test_a_cache_that_nobody_can_fill_stops_the_server_at_its_start(tmp_path: Pa
     exported(base, tmp_path / "out")
     g = base.geometry
     unknown = torch.zeros(BLOCKS, g.kv_heads, BLOCK, 2 * g.head_dim)
-    worker = connector.KvoptConnector(settings(tmp_path / "out"), "worker")
+    worker = connect(settings(tmp_path / "out"), "worker")
     with pytest.raises(ValueError, match=r"layers\.0.*unknown layout.*has no do_kv_cache_update"):
         worker.register_kv_caches({"model.layers.0.self_attn.attn": unknown})
     written = {"model.layers.0.self_attn.attn": SimpleNamespace(impl=PackedBackend())}
     config = settings(tmp_path / "out")
     config.compilation_config = SimpleNamespace(static_forward_context=written)
-    worker = connector.KvoptConnector(config, "worker")
+    worker = connect(config, "worker")
     worker.register_kv_caches({"model.layers.0.self_attn.attn": unknown})
     with pytest.raises(ValueError, match="int8"):
         worker.register_kv_caches({"model.layers.0.self_attn.attn": unknown.to(torch.int8)})
@@ -312,9 +326,9 @@ def test_a_cache_that_nobody_can_fill_stops_the_server_at_its_start(tmp_path: Pa
 def test_each_rank_holds_its_own_heads(tmp_path: Path) -> None:
     base = tiny_base("llama")
     context, _ = exported(base, tmp_path / "out")
-    server = connector.Server(settings(tmp_path / "out", ranks=2))
+    server = Server(settings(tmp_path / "out", ranks=2))
     cache = torch.zeros(2, BLOCKS, BLOCK, 1, base.geometry.head_dim)
-    server.write(connector.Load(0, (3, 8), 0, SLOTS), {"model.layers.2.attn": cache}, {}, 1)
+    server.write(Load(0, (3, 8), 0, SLOTS), {"model.layers.2.attn": cache}, {}, 1)
     keys, _ = gathered(cache, "keys and values first", [3, 8], SLOTS)
     assert torch.equal(keys, context.prefix(base).keys[2][1:2])
 
@@ -327,7 +341,12 @@ def test_contexts_have_placeholders_of_their_own_which_say_their_content(tmp_pat
     assert first == again
     assert first[:BLOCK] != other[:BLOCK]
     assert not set(first) & set(base.tokenizer.all_special_ids)
-    server = connector.Server(settings(tmp_path / "a", tmp_path / "c"))
+    with pytest.raises(ValueError, match="both named c: give them names"):
+        Server(settings(tmp_path / "a", tmp_path / "c"))
+    with pytest.raises(ValueError, match="same content"):
+        Server(settings(contexts={"one": str(tmp_path / "a"), "two": str(tmp_path / "b")}))
+    server = Server(settings(contexts={"one": str(tmp_path / "a"), "two": str(tmp_path / "c")}))
+    assert [context.name for context in server.contexts] == ["one", "two"]
     assert server.asked_for([*first, 40]) == 0
     assert server.asked_for([*other, 40]) == 1
     assert server.asked_for(first) is None, "a prompt must go on behind its context"
@@ -336,14 +355,14 @@ def test_contexts_have_placeholders_of_their_own_which_say_their_content(tmp_pat
 def test_servers_refuse_at_the_start_what_they_cannot_serve(tmp_path: Path) -> None:
     exported(tiny_base("llama"), tmp_path / "out")
     with pytest.raises(ValueError, match="do not fill blocks of 64"):
-        connector.Server(settings(tmp_path / "out", block=64))
-    connector.Server(settings(tmp_path / "out", block=64, allow_partial_block=True))
+        Server(settings(tmp_path / "out", block=64))
+    Server(settings(tmp_path / "out", block=64, allow_partial_block=True))
     with pytest.raises(ValueError, match="do not divide"):
-        connector.Server(settings(tmp_path / "out", ranks=3))
+        Server(settings(tmp_path / "out", ranks=3))
     with pytest.raises(ValueError, match="needs"):
-        connector.Server(settings())
+        Server(settings())
     with pytest.raises(ValueError, match="not a context exported"):
-        connector.Server(settings(tmp_path))
+        Server(settings(tmp_path))
 
 
 def test_slots_that_do_not_fill_blocks_are_refused_at_the_export(tmp_path: Path) -> None:
@@ -359,6 +378,114 @@ def test_slots_that_do_not_fill_blocks_are_refused_at_the_export(tmp_path: Path)
 
 def test_the_connector_asks_for_nothing_but_torch_safetensors_and_vllm(tmp_path: Path) -> None:
     exported(tiny_base("llama"), tmp_path / "out")
-    source = (tmp_path / "out" / "kvopt_vllm_connector.py").read_text()
-    assert "from kvopt" not in source
-    assert "import kvopt" not in source
+    sources = sorted((tmp_path / "out" / "kvopt_vllm_connector").glob("*.py"))
+    assert len(sources) == 7
+    for source in sources:
+        assert not re.search(r"^\s*(from|import) kvopt", source.read_text(), flags=re.M)
+
+
+# ---- misuse is an error
+
+
+def asked(scheduler: Any, wanted: Any, computed: int = 0) -> list[Load]:
+    """What the scheduler tells the workers of one request, as vLLM asks it."""
+    count, _ = scheduler.get_num_new_matched_tokens(wanted, computed)
+    scheduler.update_state_after_alloc(wanted, blocks(6, 1, 4), count)
+    return list(scheduler.build_connector_meta(None).loads)
+
+
+MISUSE = {
+    "prompt_logprobs": (lambda ids: request([*ids, 40], prompt_logprobs=0), "prompt_logprobs"),
+    "no cache read": (lambda ids: request([*ids, 40], skip_reading_prefix_cache=True), "skip_reading_prefix_cache"),
+    "alone": (lambda ids: request(ids), "placeholders of c alone"),
+    "bos before": (lambda ids: request([1, *ids, 40]), "does not begin with those"),
+    "tokenized again": (lambda ids: request([*ids[:-1], 41, 40]), "does not begin with those"),
+    "cut": (lambda ids: request(ids[:-3]), "does not begin with those"),
+    "unknown name": (lambda ids: request([*ids, 40], xargs={"kvopt": "kv-99"}), "no context 'kv-99' here: this server"),
+    "named, not given": (lambda ids: request([40, 41], xargs={"kvopt": "c"}), "does not begin with the placeholder"),
+}
+
+
+@pytest.mark.usefixtures("vllm")
+@pytest.mark.parametrize("case", MISUSE)
+def test_a_misused_request_fails_and_says_why(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, ids = exported(tiny_base("llama"), tmp_path / "out")
+    make, reason = MISUSE[case]
+    scheduler, worker = (connect(settings(tmp_path / "out"), role) for role in ("scheduler", "worker"))
+    (load,) = asked(scheduler, make(ids))
+    assert load.context is None
+    assert reason in caplog.text
+    assert "refused" in caplog.text
+    worker.bind_connector_metadata(metadata([load]))
+    worker.start_load_kv(SimpleNamespace(no_compile_layers={}))
+    assert worker.get_block_ids_with_load_errors() == {6}
+    assert worker.get_block_ids_with_load_errors() == set()
+    right = request([*ids, 40], "next", xargs={"kvopt": "c"}, skip_reading_prefix_cache=False)
+    (load,) = asked(scheduler, right)
+    assert load.context == 0, "the next request is served"
+
+
+@pytest.mark.usefixtures("vllm")
+def test_a_refused_request_claims_what_vllm_would_compute_so_that_its_own_block_fails(tmp_path: Path) -> None:
+    _, ids = exported(tiny_base("llama"), tmp_path / "out")
+    scheduler = connect(settings(tmp_path / "out"), "scheduler")
+    wanted = request([*ids, 40], skip_reading_prefix_cache=True)
+    assert scheduler.get_num_new_matched_tokens(wanted, BLOCK) == (SLOTS - BLOCK, False)
+    assert wanted.skip_reading_prefix_cache is False, "vLLM takes nothing from a connector otherwise"
+    assert scheduler.get_num_new_matched_tokens(wanted, BLOCK) == (SLOTS - BLOCK, False), "asked twice"
+    scheduler.update_state_after_alloc(wanted, blocks(6, 1, 4), SLOTS - BLOCK)
+    (load,) = scheduler.build_connector_meta(None).loads
+    assert scheduler._server.refused_blocks(load) == {1}, "not the block that other requests share"
+
+
+@pytest.mark.usefixtures("vllm")
+def test_text_without_placeholders_is_nobodys_misuse(tmp_path: Path) -> None:
+    _, ids = exported(tiny_base("llama"), tmp_path / "out")
+    scheduler = connect(settings(tmp_path / "out"), "scheduler")
+    for prompt in ([40, 41], [ids[0], 41, ids[1]], [*ids[:3], 40]):
+        assert scheduler.get_num_new_matched_tokens(request(prompt, prompt_logprobs=1), 0) == (0, False)
+    embeds = request([])
+    embeds.prompt_token_ids = None
+    assert scheduler.get_num_new_matched_tokens(embeds, 0) == (0, False)
+
+
+@pytest.mark.usefixtures("vllm")
+def test_a_server_that_would_compute_failed_blocks_itself_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, ids = exported(tiny_base("llama"), tmp_path / "out")
+    with pytest.raises(ValueError, match="kv_load_failure_policy is 'recompute'"):
+        Server(settings(tmp_path / "out", policy="recompute"))
+    older = connect(settings(tmp_path / "out", policy=None), "scheduler")
+    assert asked(older, request(ids)) == []
+    assert "served without its context" in caplog.text
+
+
+def test_another_base_is_refused_at_the_start(tmp_path: Path) -> None:
+    """The hashes are those that kvopt records of a base, by its own functions."""
+    exported(tiny_base("llama"), tmp_path / "out")
+    server = Server(settings(tmp_path / "out"))
+    assert set(server.contexts[0].base) == {"weights", "config"}
+    own = tiny_folder("llama")
+    server.check_base(SimpleNamespace(model=str(own)))
+    for file, what in (("model.safetensors", "weights"), ("config.json", "config")):
+        other = tmp_path / what
+        shutil.copytree(own, other)
+        text = (other / file).read_bytes()
+        changed = json.dumps(json.loads(text) | {"rope_theta": 7.0}).encode() if what == "config" else text + b"0"
+        (other / file).write_bytes(changed)
+        with pytest.raises(ValueError, match=f"made for another base than .*: it differs in its {what}"):
+            server.check_base(SimpleNamespace(model=str(other)))
+        Server(settings(tmp_path / "out", check_base=False)).check_base(SimpleNamespace(model=str(other)))
+    with pytest.raises(ValueError, match="cannot be compared"):
+        server.check_base(SimpleNamespace(model=str(tmp_path)))
+
+
+@pytest.mark.usefixtures("vllm")
+def test_the_scheduler_compares_the_bases(tmp_path: Path) -> None:
+    exported(tiny_base("llama"), tmp_path / "out")
+    config = settings(tmp_path / "out")
+    config.model_config = SimpleNamespace(model=str(tiny_folder("qwen3")))
+    with pytest.raises(ValueError, match="made for another base"):
+        connect(config, "SCHEDULER")
+    connect(config, "WORKER")

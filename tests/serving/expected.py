@@ -1,10 +1,11 @@
 """Writes what the engine's check compares with: contexts exported for vLLM, prompts, and kvopt's own greedy answers.
 
-    python -m tests.serving.expected OUT [--tokens 64 40] [--rows 4]
+    python -m tests.serving.expected OUT [--tokens 64 40 32] [--rows 4]
 
 The contexts are the demo's template, compacted to so many slots without a step; one length fills no block of 16. Bodies
 are those of validation rows. ``OUT/expected.json`` holds the base's folder, the exported folders, and for each request
-the ids to send, the ids of the answer, and the log-probability of its first token.
+the ids to send, the ids of the answer, and the log-probability of its first token; with a context also the user's
+message of a chat. ``chat`` is a conversation without a context, and its ids.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 40])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 40, 32])
     parser.add_argument("--rows", type=int, default=4)
     options = parser.parse_args()
     learned = [{"name": f"kv-{n}", "tokens": n, "init": "matched", "steps": 0} for n in options.tokens]
@@ -45,12 +46,14 @@ def main() -> None:
             folder = options.out / context.name
             export(f"{options.out / 'run'}#{context.name}", "vllm", folder)
             folders.append(str(folder.resolve()))
-            placeholders = json.loads((folder / "vllm.json").read_text("utf-8"))["placeholder_ids"]
+            facts = json.loads((folder / "vllm.json").read_text("utf-8"))
+            placeholders, after = facts["placeholder_ids"], facts["chat"]["after"]
             prefix = context.prefix(base)
             answers = generate(base, prefix, bodies, max_new_tokens=NEW_TOKENS, stop=frozenset())
             requests += [
                 {"context": context.name, "prompt": [*placeholders, *body], "answer": list(answer)}
                 | {"first_logprob": _first_logprob(base, prefix, body)}
+                | {"message": base.tokenizer.decode(body).removesuffix(after)}
                 for body, answer in zip(bodies, answers, strict=True)
             ]
         whole = task.original.prefix(base)
@@ -60,7 +63,16 @@ def main() -> None:
             | {"first_logprob": _first_logprob(base, whole, body)}
             for body, answer in zip(bodies, answers, strict=True)
         ]
-    facts = {"base": str(builtin_folder(print)), "contexts": folders, "new_tokens": NEW_TOKENS, "requests": requests}
+        plain = [{"role": "user", "content": "Where is Bern?"}]
+        ids = base.tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
+    chat = {"messages": plain, "ids": list(ids)}
+    facts = {
+        "chat": chat,
+        "base": str(builtin_folder(print)),
+        "contexts": folders,
+        "new_tokens": NEW_TOKENS,
+        "requests": requests,
+    }
     (options.out / "expected.json").write_text(json.dumps(facts), "utf-8")
     print(f"{len(requests)} requests, {len(folders)} contexts: {options.out / 'expected.json'}")
 

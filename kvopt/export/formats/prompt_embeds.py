@@ -34,7 +34,10 @@ model = AutoModelForCausalLM.from_pretrained(base).eval()
 embeddings = whole_prompt(load_soft_prompt(), model.get_input_embeddings(), ids)
 to_post = request(base, embeddings, max_tokens=64, temperature=0.0)  # the JSON for vLLM's /v1/completions
 answer = model.generate(  # the same, here
-    inputs_embeds=embeddings[None], attention_mask=torch.ones(1, len(embeddings)), max_new_tokens=64, do_sample=False
+    inputs_embeds=embeddings[None].to(model.dtype),
+    attention_mask=torch.ones(1, len(embeddings)),
+    max_new_tokens=64,
+    do_sample=False,
 )
 print(tokenizer.decode(answer[0], skip_special_tokens=True))
 """

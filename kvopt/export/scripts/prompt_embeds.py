@@ -36,10 +36,12 @@ def load_soft_prompt(folder: Path | str = FOLDER) -> torch.Tensor:
 
 @torch.no_grad()
 def whole_prompt(soft_prompt: torch.Tensor, embed: Any, body: list[int]) -> torch.Tensor:
-    """Embeddings [slots + tokens, hidden] of the soft prompt and of a body's token ids after it."""
-    ids = torch.tensor(body, device=embed.weight.device)
-    rest = embed(ids)
-    return torch.cat([soft_prompt.to(rest.device, rest.dtype), rest])
+    """Embeddings [slots + tokens, hidden] of the soft prompt and of a body's token ids after it, in the wider of their
+    dtypes: a 16-bit base does not round a soft prompt here. A server rounds it to the dtype that it computes in.
+    """
+    rest = embed(torch.tensor(body, device=embed.weight.device))
+    dtype = torch.promote_types(soft_prompt.dtype, rest.dtype)
+    return torch.cat([soft_prompt.to(rest.device, dtype), rest.to(dtype)])
 
 
 def encode(embeddings: torch.Tensor) -> str:
