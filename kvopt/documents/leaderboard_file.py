@@ -121,5 +121,8 @@ class LeaderboardDocument(DocumentPart):
         " a bootstrap estimate, nats per gold token",
     )
     other_mutations: list[UnreportedMutation] = Field([], description="mutations without scores on validation rows")
+    mutations_in_order: list[str] | None = Field(
+        None, description="names of all mutations as score.select orders them, best first; absent where that is the KL"
+    )
     stands_on: StandsOn | None = Field(None, description="what it was measured on; absent in old files")
     search: str | None = Field(None, description="which search made its mutations, as in mutations.jsonl")

@@ -58,6 +58,7 @@ class Board:
 
     Attributes:
         unreported: mutations that have scores on the selection rows alone.
+        order: names of all mutations as ``score.select`` orders them; None where that is the KL.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Board:
         self._entries: list[Entry] = []
         self._contexts: list[Context] = []
         self.unreported: Sequence[Entry] = ()
+        self.order: list[str] | None = None
 
     def add(self, *contexts: Context, selection: Score | None = None) -> None:
         """Score contexts, one after the other, and write the leaderboard after each."""
@@ -100,6 +102,8 @@ class Board:
             headlines=metrics.headlines(answers[0]) if answers else (),
             answered=metrics.rows if metrics else 0,
         )
+        if self.order is not None:
+            board.mutations_in_order = self.order
         board.search = search_of(measures.at.directory / "mutations.jsonl")
         return board
 
