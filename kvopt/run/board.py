@@ -57,8 +57,7 @@ class Board:
             that a process that dies in between does not lose them.
 
     Attributes:
-        unreported: mutations that have scores on the selection rows alone.
-        order: names of all mutations as ``score.select`` orders them; None where that is the KL.
+        unreported: mutations that have scores on the selection rows alone, in the order of ``score.select``.
     """
 
     def __init__(
@@ -71,7 +70,6 @@ class Board:
         self._entries: list[Entry] = []
         self._contexts: list[Context] = []
         self.unreported: Sequence[Entry] = ()
-        self.order: list[str] | None = None
 
     def add(self, *contexts: Context, selection: Score | None = None) -> None:
         """Score contexts, one after the other, and write the leaderboard after each."""
@@ -102,8 +100,9 @@ class Board:
             headlines=metrics.headlines(answers[0]) if answers else (),
             answered=metrics.rows if metrics else 0,
         )
-        if self.order is not None:
-            board.mutations_in_order = self.order
+        if measures.task.config.score.select != "kl":  # they were added in that order
+            mutations = [c.name for c in self._contexts if isinstance(c, TextContext) and c.is_mutation]
+            board.mutations_in_order = [*mutations, *(entry.name for entry in self.unreported)]
         board.search = search_of(measures.at.directory / "mutations.jsonl")
         return board
 

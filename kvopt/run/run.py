@@ -389,8 +389,6 @@ class Run:
             board.add(self._learn(config))
         for context, selection in self.ranked_mutations()[:best]:
             board.add(context, selection=selection)
-        if self.config.score.select != "kl":
-            board.order = [context.name for context, _ in self.ranked_mutations()]
         board.unreported = [Entry.of(context, None, score) for context, score in self.ranked_mutations()[best:]]
         board.add(*self.shorter_texts().of_frontiers())
         for config in later:
