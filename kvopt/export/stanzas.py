@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from kvopt.config.model import BUILTIN_BASE
+
 EXACT = "The trainer takes these ids and labels as they are: they are those that `kvopt train` trains on."
 RENDERED = (
     "The trainer renders and tokenizes these rows with its own chat template, so tokens at the seam can differ from"
@@ -22,6 +24,7 @@ ABOUT = {
     " trains on the prompt too: for TRL, use another format.",
     "alpaca": f"{RENDERED} TRL has no reader for these rows.",
 }
+INSTEAD = {name: "tokens" for name in ("TRL", "axolotl", "unsloth")} | {"LLaMA-Factory": "messages"}
 MESSAGE_KEYS = {"messages": ("messages", "role", "content"), "sharegpt": ("conversations", "from", "value")}
 
 
@@ -34,6 +37,8 @@ def guide(format: str, file: str, base: str, eos: str | None, adapters: Sequence
         eos: the end token where it is not the tokenizer's EOS; TRL would put that behind it.
         adapters: folders beside the file with learned contexts.
     """
+    if base == BUILTIN_BASE or base.endswith(".gguf"):
+        base = "MODEL"  # what from_pretrained does not find by that name
     parts = [f"# How to train on {file}\n\nRows in the format `{format}`. {ABOUT[format]}"]
     parts += [_section("TRL", "python", _trl(format, file, base, eos))]
     parts += [_section("axolotl", "yaml", _axolotl(format, file, base, eos))]
@@ -50,7 +55,7 @@ def guide(format: str, file: str, base: str, eos: str | None, adapters: Sequence
 
 def _section(name: str, language: str, lines: str | None) -> str:
     if lines is None:
-        return f"## {name}\n\nIt does not read this format; use `--format messages` or `prompt-completion`."
+        return f"## {name}\n\nIt does not read this format; use `--format {INSTEAD[name]}`."
     return f"## {name}\n\n```{language}\n{lines}\n```"
 
 

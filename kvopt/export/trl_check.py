@@ -78,7 +78,7 @@ def trl_differences(
 
 def _prepared(rows: Sequence[dict[str, Any]], tokenizer: Any, eos: str | None) -> list[dict[str, Any]]:
     """``input_ids`` and ``labels`` that a stock ``SFTTrainer`` trains on."""
-    from datasets import Dataset
+    from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
@@ -88,6 +88,8 @@ def _prepared(rows: Sequence[dict[str, Any]], tokenizer: Any, eos: str | None) -
         settings = SFTConfig(
             folder, report_to=[], use_cpu=True, bf16=False, max_length=None, eos_token=eos, disable_tqdm=True
         )
+        shown = not are_progress_bars_disabled()
+        disable_progress_bars()
         try:
             trainer = SFTTrainer(
                 model=model,
@@ -98,4 +100,7 @@ def _prepared(rows: Sequence[dict[str, Any]], tokenizer: Any, eos: str | None) -
         except Exception as error:  # a chat template, or TRL, refuses the rows in its own way
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"TRL cannot read these rows: {reason}", where="--verify trl") from error
+        finally:
+            if shown:
+                enable_progress_bars()
         return [{key: row[key] for key in ("input_ids", "labels")} for row in trainer.train_dataset]
