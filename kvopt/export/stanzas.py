@@ -24,7 +24,7 @@ ABOUT = {
     " trains on the prompt too: for TRL, use another format.",
     "alpaca": f"{RENDERED} TRL has no reader for these rows.",
 }
-INSTEAD = {name: "tokens" for name in ("TRL", "axolotl", "unsloth")} | {"LLaMA-Factory": "messages"}
+INSTEAD = dict.fromkeys(("TRL", "axolotl", "unsloth"), "tokens") | {"LLaMA-Factory": "messages"}
 MESSAGE_KEYS = {"messages": ("messages", "role", "content"), "sharegpt": ("conversations", "from", "value")}
 
 
