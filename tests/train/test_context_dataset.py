@@ -66,7 +66,7 @@ def test_each_row_meets_another_wording_from_epoch_to_epoch_by_weight() -> None:
 
 
 def test_all_rows_of_k_steps_meet_one_wording() -> None:
-    data = made(schedule={"kind": "resample", "every": 2}, count=20)
+    data = made(schedule={"kind": "resample", "every": 2}, count=20, seed=1)
     data.begin(0, 0, 4)
     lengths = [len(data[i]["input_ids"]) for i in range(20)]
     met = [next(c for c in range(3) if len(data.item(i, c)["input_ids"]) == n) for i, n in enumerate(lengths)]
@@ -74,6 +74,8 @@ def test_all_rows_of_k_steps_meet_one_wording() -> None:
     assert all(len(set(step)) == 1 for step in steps)
     assert steps[0][0] == steps[1][0]
     assert steps[2][0] == steps[3][0]
+    assert [step[0] for step in steps] == [data.stream.context(step, ()) for step in range(5)]
+    assert steps[0][0] != steps[2][0]
     data.begin(0, 3, 4)  # resumed in the middle: as it would have been
     assert [data.item(i, steps[3][0]) for i in range(4)] == [data[i] for i in range(4)]
     later = [data.stream.context(step, ()) for step in range(0, 200, 2)]
