@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvopt.cli.common import ConfigPath, Json, Out, Sets, next_command, open_run, print_json
+from kvopt.cli.common import ConfigPath, Json, Out, Sets, next_command, open_run, print_json, say
 from kvopt.errors import counted
 
 if TYPE_CHECKING:
@@ -50,7 +50,13 @@ def export_data(
         list[str] | None,
         typer.Option("--context", help="Or name them: original, best-mutations:K, text:FILE, …; may be repeated."),
     ] = None,
-    format: Annotated[str, typer.Option("--format", help="prompt-completion or messages.")] = "prompt-completion",
+    format: Annotated[
+        str, typer.Option("--format", help="tokens, text, messages, prompt-completion, sharegpt or alpaca.")
+    ] = "prompt-completion",
+    verify: Annotated[
+        str | None,
+        typer.Option(metavar="trl", help="Also say where TRL would train on other tokens or labels than kvopt train."),
+    ] = None,
     sets: Sets = None,
     run_folder: Annotated[
         Path | None,
@@ -62,20 +68,43 @@ def export_data(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the training rows under each text context as JSONL, for any trainer. No model is loaded."""
-    run = open_run(config, sets, run_folder)
-    from kvopt.export.training_rows import choices_of, export_rows
-    from kvopt.storage.files import write_jsonl
+    """Write the training rows under each text context as JSONL, for any trainer, and beside it how to train on it with
+    TRL, axolotl, LLaMA-Factory and unsloth. No model is loaded.
 
-    choices, seed = choices_of(run.inputs, student, context or ())
-    rows = list(export_rows(run.inputs, run.directory.path, choices, seed, format))
-    write_jsonl(file, rows)
-    counts = Counter(row["context_id"] for row in rows)
+    Learned contexts of a student have no rows; they are written as adapter folders beside the file.
+    """
+    from kvopt.export.trl_check import SHOWN, check_trl
+
+    if verify is not None:
+        check_trl(verify)
+    run = open_run(config, sets, run_folder)
+    from kvopt.export.data_folder import write_data
+
+    written = write_data(
+        run.inputs, run.directory.path, file, student, context or (), format, verify=verify is not None
+    )
     if as_json:
-        print_json({"file": str(file), "rows": len(rows), "contexts": dict(counts)})
-    else:
-        parts = ", ".join(f"{name} {count}" for name, count in counts.items())
-        print(f"{file}: {counted(len(rows), 'row')} ({parts})")
+        print_json(written.to_json())
+        return
+    counts = Counter(row["context_id"] for row in written.rows)
+    parts = ", ".join(f"{name} {count}" for name, count in counts.items())
+    print(f"{file}: {counted(len(written.rows), 'row')} ({parts})")
+    for folder in written.adapters:
+        print(f"{folder}: a learned context, which has no rows, as an adapter")
+    if (found := written.differences) is not None:
+        differ = f"{len(found)} of {counted(len(written.rows), 'row')}"
+        print(
+            f"TRL: {differ} with other tokens or labels than kvopt train"
+            if found
+            else "TRL: the same tokens and labels"
+        )
+        for difference in found[:SHOWN]:
+            print(f"  {difference}")
+        if len(found) > SHOWN:
+            print(f"  … and {len(found) - SHOWN} more (--json has all)")
+    if format == "messages":
+        say("note: TRL trains on whole messages, the prompt too, unless SFTConfig(assistant_only_loss=True)")
+    print(f"{written.guide}: how to train on it")
 
 
 def prepared(run: Run) -> Callable[[], list[StudentRecord]]:

@@ -41,6 +41,11 @@ class Schedule(Options):
         """
         raise NotImplementedError
 
+    @property
+    def by_step(self) -> bool:
+        """Whether all rows of a step meet the same context."""
+        return False
+
     # ---- of those that adapt
 
     @property

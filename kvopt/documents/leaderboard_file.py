@@ -143,5 +143,8 @@ class LeaderboardDocument(DocumentPart):
     dropped_mutations: list[DroppedMutation] = Field(
         [], description="mutations that the race dropped, the last to be dropped first; absent without a race"
     )
+    mutations_in_order: list[str] | None = Field(
+        None, description="names of all mutations as score.select orders them, best first; absent where that is the KL"
+    )
     stands_on: StandsOn | None = Field(None, description="what it was measured on; absent in old files")
     search: str | None = Field(None, description="which search made its mutations, as in mutations.jsonl")

@@ -24,6 +24,9 @@ class RunManifest(DocumentPart):
     prompt_time: str | None = Field(
         None, description="what a chat template that writes the date was told when the run began, and is told since"
     )
+    config_folder: str | None = Field(
+        None, description="the folder that the config's paths are relative to, from the run directory"
+    )
     stages: dict[str, str] = Field(
         {}, description="hash of what each stage depends on; a stage whose hash did not change is not run again"
     )

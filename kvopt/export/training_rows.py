@@ -1,12 +1,13 @@
 """The multiplied training set as JSONL, which plain SFT trainers read: every training row under every text context.
 
 Nothing is computed: no model is loaded and no answer generated; gold outputs are the bytes of the data. Mutations are
-those that a run has already found, in the order in which it ranked them.
+those that a run has already found, in the order in which it ranked them. ``row_formats.py`` has what a row looks like.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,17 @@ from kvopt.config.names import ContextName, unknown_context
 from kvopt.config.students import ContextChoice, StudentConfig
 from kvopt.documents.manifest import RunManifest
 from kvopt.documents.scores_file import ScoreLine
-from kvopt.documents.validated import first_fault, read_document, reason_of
+from kvopt.documents.validated import first_fault, read_document, read_leaderboard, reason_of
 from kvopt.errors import InputError
+from kvopt.export.row_formats import TOKENIZED, check_format, formatted
 from kvopt.mutate.mutation import read_mutations
 from kvopt.mutate.orders import first_mutations
 from kvopt.run.inputs import Inputs
 from kvopt.run.race import check_raced
-from kvopt.task.examples import Example
+from kvopt.task.seam import Encoder
 from kvopt.task.template import Template
 from kvopt.task.template_files import name_of_file, template_from_file
 
-FORMATS = ("prompt-completion", "messages")
 RUN_FIRST = "kvopt run makes and ranks them"
 
 
@@ -35,49 +36,62 @@ def export_rows(
 ) -> Iterator[dict[str, Any]]:
     """One row for each training example and context, contexts in order, as often as their (whole) weight says.
 
-    ``run`` is the run directory whose mutations the choices name. A row has ``context_id``, ``example_id`` and, as
-    ``prompt-completion``, ``prompt`` and ``completion`` (text, or messages under a chat template), or, as ``messages``,
-    ``messages`` that end with the assistant's.
+    ``run`` is the run directory whose mutations the choices name. A row has ``context_id``, ``example_id`` and what
+    ``format`` says (see :mod:`kvopt.export.row_formats`).
 
     Raises:
-        InputError: a context that is no text or not there, a weight that is no whole number, messages of a template
-            that is plain text.
+        InputError: an unknown format, a context that is no text or not there, a weight that is no whole number, a
+            template or row that the format cannot hold.
     """
-    if format not in FORMATS:
-        raise InputError(f"no format {format!r}", where="--format", fix=" or ".join(FORMATS))
-    if format == "messages" and not inputs.template.is_chat:
-        fix = "use --format prompt-completion"
-        raise InputError("a template of plain text has no messages", where="--format messages", fix=fix)
-    templates = text_templates(inputs, run, choices, seed)
-    for name, template, copies in templates:
+    check_format(format, inputs.template)
+    encoder = encoder_of(inputs, run) if format in TOKENIZED else None
+    for name, template, copies in whole_weights(text_templates(inputs, run, choices, seed)):
+        rows = formatted(format, template, inputs.dataset.train, encoder, name)
         for _ in range(copies):
-            for example in inputs.dataset.train:
-                yield {"context_id": name, "example_id": example.id, **_row(template, example, format)}
+            yield from ({"context_id": name, "example_id": example_id, **row} for example_id, row in rows)
 
 
-def _row(template: Template, example: Example, format: str) -> dict[str, Any]:
-    prompt: Any = template.fill(example.values)
-    if not template.is_chat:
-        return {"prompt": prompt, "completion": example.output}
-    answer = [{"role": "assistant", "content": example.output}]
-    if format == "messages":
-        return {"messages": prompt + answer}
-    return {"prompt": prompt, "completion": answer}
+def encoder_of(inputs: Inputs, run: Path) -> Encoder:
+    """What encodes the rows as the run does: the base's tokenizer, without its weights, and the run's clock."""
+    from kvopt.base.loading import load_tokenizer
+
+    path = run / "manifest.json"
+    began = read_document(RunManifest, path).prompt_time if path.is_file() else None
+    now = datetime.fromisoformat(began) if began else None
+    return Encoder.of(load_tokenizer(inputs.config.model)[0], inputs.config.template, now)
+
+
+def whole_weights(templates: Sequence[tuple[str, Template, float]]) -> list[tuple[str, Template, int]]:
+    """The same with weights as numbers of copies. Raises InputError for one that is no whole number."""
+    for name, _, weight in templates:
+        if weight != int(weight):
+            raise InputError(f"weight {weight} is no whole number", where=name)
+    return [(name, template, int(weight)) for name, template, weight in templates]
+
+
+def learned_choices(inputs: Inputs, choices: Sequence[ContextChoice]) -> list[str]:
+    """Those of the choices that have no text: names of learned contexts, and folders of them."""
+    named = [(choice.context, ContextName.parse(choice.context, "export-data")) for choice in choices]
+    return [spec for spec, name in named if _is_learned(inputs, name)]
+
+
+def _is_learned(inputs: Inputs, name: ContextName) -> bool:
+    if name.form not in ("plain", "context") or name.argument in inputs.written:
+        return False
+    return name.argument in inputs.context_names or (inputs.base_dir / name.argument).is_dir()
 
 
 def text_templates(
     inputs: Inputs, run: Path, choices: Sequence[ContextChoice], seed: int
-) -> list[tuple[str, Template, int]]:
-    """(name, template, copies) of each context that the choices name. Raises InputError."""
-    wordings: list[tuple[str, Template, int]] = []
+) -> list[tuple[str, Template, float]]:
+    """(name, template, weight) of each context that the choices name. Raises InputError."""
+    wordings: list[tuple[str, Template, float]] = []
     for choice in choices:
-        if choice.weight != int(choice.weight):
-            raise InputError(f"weight {choice.weight} is no whole number", where=choice.context)
         taken = {name for name, _, _ in wordings}
         for name, template in _named(inputs, run, choice.context, seed, taken):
             if name in taken:
                 raise InputError(f"{name!r} is given twice", where=choice.context, fix="give it once, with a weight")
-            wordings.append((name, template, int(choice.weight)))
+            wordings.append((name, template, choice.weight))
     return wordings
 
 
@@ -92,8 +106,8 @@ def _named(inputs: Inputs, run: Path, spec: str, seed: int, taken: set[str]) -> 
         return [(name_of_file(name.argument), template_from_file(path, inputs.template))]
     if name.argument in inputs.written:
         return [(name.argument, inputs.written[name.argument])]
-    if name.argument in inputs.context_names or (name.argument and (inputs.base_dir / name.argument).is_dir()):
-        fix = "kvopt train trains under it; text contexts can be exported"
+    if _is_learned(inputs, name):
+        fix = "kvopt train trains under it; kvopt export writes it as an adapter"
         raise InputError("a learned context has no text", where=spec, fix=fix)
     mutations = _mutations(inputs, run)
     if name.form == "counted":
@@ -103,7 +117,7 @@ def _named(inputs: Inputs, run: Path, spec: str, seed: int, taken: set[str]) -> 
             name.order,
             name.count,
             mutations,
-            lambda: _ranked(run, mutations, limit),
+            lambda: _ranked(run, mutations, limit, inputs.config.score.select),
             inputs.template,
             seed=seed,
             taken=taken,
@@ -123,9 +137,9 @@ def _mutations(inputs: Inputs, run: Path) -> dict[str, Template]:
     return {m.name: m.template for m in accepted if m.name is not None and m.template is not None}
 
 
-def _ranked(run: Path, known: Collection[str], limit: float | None) -> list[str]:
-    """Names of mutations by forward KL on the selection rows, lowest first and up to ``limit``, as the run wrote them
-    down.
+def _ranked(run: Path, known: Collection[str], limit: float | None, select: str) -> list[str]:
+    """Names of mutations as the run ordered them: by what ``score.select`` says on the selection rows, then by forward
+    KL; those up to ``limit``.
     """
     path = run / "scores.jsonl"
     try:
@@ -141,8 +155,26 @@ def _ranked(run: Path, known: Collection[str], limit: float | None) -> list[str]
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"is damaged: {reason_of(error)}", where=str(path), fix="run kvopt run again") from None
-    scored = sorted((row.kl_forward.mean, row.context) for row in rows if row.split == "selection")
-    return [name for kl, name in scored if name in known and (limit is None or kl <= limit)]
+    rows = [row for row in rows if row.split == "selection" and row.context in known]
+    values = _selected_by(run, rows, select)
+    ordered = sorted(rows, key=lambda row: (values[row.context], row.kl_forward.mean, row.context))
+    return [row.context for row in ordered if limit is None or row.kl_forward.mean <= limit]
+
+
+def _selected_by(run: Path, rows: Sequence[ScoreLine], select: str) -> dict[str, float]:
+    """What the run ordered these contexts by, lowest first, by name. Raises InputError where it did not write it
+    down.
+    """
+    if select == "kl":
+        return {row.context: row.kl_forward.mean for row in rows}
+    if select == "gold_nll":
+        return {row.context: row.gold_nll for row in rows}
+    path = run / "leaderboard.json"
+    order = read_leaderboard(path).mutations_in_order if path.is_file() else None
+    if order is None or {row.context for row in rows} - set(order):
+        what = f"the order of the mutations by {select} is not written down"
+        raise InputError(what, where=str(path), fix="give kvopt run again")
+    return {name: float(place) for place, name in enumerate(order)}
 
 
 def _check_same_task(inputs: Inputs, run: Path) -> None:

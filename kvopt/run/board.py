@@ -58,7 +58,7 @@ class Board:
             that a process that dies in between does not lose them.
 
     Attributes:
-        unreported: mutations that have scores on the selection rows alone.
+        unreported: mutations that have scores on the selection rows alone, in the order of ``score.select``.
         raced: the mutations that a race dropped, and what it took; None where it was not run yet.
     """
 
@@ -106,6 +106,9 @@ class Board:
         if self.raced is not None and self.raced.facts is not None:
             board.race = self.raced.facts
             board.dropped_mutations = [dropped_mutation(*dropped) for dropped in self.raced.dropped]
+        if measures.task.config.score.select != "kl":  # they were added in that order
+            mutations = [c.name for c in self._contexts if isinstance(c, TextContext) and c.is_mutation]
+            board.mutations_in_order = [*mutations, *(entry.name for entry in self.unreported)]
         board.search = search_of(measures.at.directory / "mutations.jsonl")
         return board
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kvopt.config.document import Config
+from kvopt.config.document import Config, load_config
 from kvopt.config.mutations import MutationsConfig
+from kvopt.documents.manifest import RunManifest
+from kvopt.documents.validated import read_document
+from kvopt.errors import InputError
 from kvopt.task.examples import Dataset, Example, load_dataset
 from kvopt.task.foreign import foreign_placeholders
 from kvopt.task.template import Template
@@ -85,3 +89,31 @@ def read_inputs(
     inputs = Inputs(config, base_dir, template, kept, load_dataset(config.data, template, base_dir, config.seed, given))
     _ = inputs.written  # a fault in one of these files is told before any work
     return inputs
+
+
+def place_from(folder: Path, place: Path) -> str:
+    """``place`` as a path from ``folder``, so that both can be moved together; absolute on another drive."""
+    try:
+        return Path(os.path.relpath(place.resolve(), folder.resolve())).as_posix()
+    except ValueError:
+        return str(place.resolve())
+
+
+def inputs_of_run(folder: Path, config: Path | None = None) -> Inputs:
+    """What a run directory was made from. Its manifest says where the data are; ``config`` is the run's own config,
+    where they have been moved. Raises InputError.
+    """
+    if config is not None:
+        return read_inputs(*load_config(config))
+    path, manifest = folder / "config.yaml", folder / "manifest.json"
+    if not path.is_file():
+        raise InputError("is not a run directory", where=str(folder), fix="it has no config.yaml")
+    loaded, base_dir = load_config(path)
+    recorded = read_document(RunManifest, manifest).config_folder if manifest.is_file() else None
+    if recorded is not None:
+        base_dir = (folder / recorded).resolve()
+    try:
+        return read_inputs(loaded, base_dir)
+    except InputError as error:
+        fix = "give the run's own config with --config"
+        raise InputError(str(error), where=str(path), fix=fix) from None

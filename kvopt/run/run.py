@@ -42,7 +42,7 @@ from kvopt.run.board import Board, Measures, carried_wordings, earlier_wordings,
 from kvopt.run.catalogue import Catalogue, accepted_mutation
 from kvopt.run.directory import RunDirectory, Workspace
 from kvopt.run.encoded_task import EncodedTask, encode_task
-from kvopt.run.inputs import read_inputs
+from kvopt.run.inputs import place_from, read_inputs
 from kvopt.run.leaderboard import Entry
 from kvopt.run.out_of_memory import halving
 from kvopt.run.race import RaceResult, check_raced, race
@@ -164,6 +164,7 @@ class Run:
             data_sha256=task.dataset.sha256,
             tokens_sha256=task.encoded.sha256(),
             prompt_time=task.encoder.now.isoformat() if task.encoder.now else None,
+            config_folder=place_from(self.directory.path, self.inputs.base_dir),
         )
         self.directory.describe(manifest)
         self.directory.device, self.directory.less_memory = base.device, partial(halving, self.config)

@@ -51,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(run: Path, to: str, kind: str, out: Path) -> Path:
-    options = {"vllm": {"block_size": 2}, "trl-dataset": {"config": run.parent / "job.yaml"}}.get(to)
+    options = {"vllm": {"block_size": 2}}.get(to)
     export(f"{run}{CONTEXTS[kind]}", to, out, options=options)
     return out
 
@@ -268,8 +268,11 @@ def test_a_trl_data_set_holds_every_training_row_under_the_context(run: Path, tm
 
 
 def test_data_that_are_not_found_are_asked_for(run: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "far" / "away"
+    shutil.copytree(run, moved)
     with pytest.raises(InputError, match="give the run's own config with --config"):
-        export(f"{run}#m001", "trl-dataset", tmp_path / "out")
+        export(f"{moved}#m001", "trl-dataset", tmp_path / "out")
+    export(f"{moved}#m001", "trl-dataset", tmp_path / "out", options={"config": run.parent / "job.yaml"})
 
 
 # ---- refusals

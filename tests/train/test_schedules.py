@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvopt.config.students import StudentConfig
-from kvopt.train.schedules.state_adaptive import StateAdaptive
+from kvopt.train.schedules.state_adaptive import AdaptiveSchedule
 from kvopt.train.stream import Stream, draws, permutation
 
 EPOCHS_1_AND_2 = [(1, 2), (4, 2), (0, 2), (2, 2), (5, 2), (3, 0), (1, 2), (3, 1), (5, 1), (2, 1), (0, 2), (4, 2)]
@@ -85,7 +85,7 @@ def test_orders_and_draws_are_those_of_earlier_versions_whatever_was_drawn_befor
 
 def test_state_adaptive_keeps_the_lowest_and_draws_among_them() -> None:
     of = schedule({"kind": "state-adaptive", "keep": 2, "every": 5, "rows": 7}, 30, (1, 1, 1))
-    assert isinstance(of.schedule, StateAdaptive)
+    assert isinstance(of.schedule, AdaptiveSchedule)
     assert of.schedule.scored_rows == 7
     assert of.schedule.choose([3.0, 1.0, 2.0]) == (1, 2)
     assert of.schedule.choose([1.0, 1.0, 1.0]) == (0, 1)

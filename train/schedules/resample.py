@@ -25,6 +25,11 @@ class Resample(Schedule):
         description="steps that all rows meet the same context for; default: each row has a draw of its own",
     )
 
+    @property
+    def by_step(self) -> bool:
+        """With ``every``."""
+        return self.every is not None
+
     def context(self, stream: Stream, position: int, kept: tuple[int, ...]) -> int:
         """One of all."""
         if self.every is not None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kvopt.train.stream import Stream
 
 
-class StateAdaptive(Schedule):
+class AdaptiveSchedule(Schedule):
     """Every row once an epoch, under one of the contexts with the lowest gold NLL under the current student (SAPO)."""
 
     kind: Literal["state-adaptive"]

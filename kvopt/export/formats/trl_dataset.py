@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from kvopt.documents.export_record import ExportFacts
-from kvopt.errors import InputError, counted
+from kvopt.errors import counted
 from kvopt.export.export_format import ExportFormat, Written
 
 if TYPE_CHECKING:
@@ -32,7 +32,11 @@ class TrlFormat(ExportFormat):
     takes: ClassVar[tuple[str, ...]] = ("text",)
     rank: ClassVar[int] = 5
     kind: Literal["trl-dataset"] = "trl-dataset"
-    config: Path | None = Field(None, description="the run's own config", json_schema_extra={"metavar": "CONFIG.yaml"})
+    config: Path | None = Field(
+        None,
+        description="the run's own config, where its data were moved",
+        json_schema_extra={"metavar": "CONFIG.yaml"},
+    )
 
     def write(self, source: Source, place: Path) -> Written:
         """``train.jsonl``: ``prompt`` and ``completion`` (messages under a chat template), ``context_id``,
@@ -41,23 +45,15 @@ class TrlFormat(ExportFormat):
         Raises:
             InputError: the data are not where the config says, or are not those of the run.
         """
-        from kvopt.config.document import load_config
         from kvopt.config.students import ContextChoice
         from kvopt.export.training_rows import export_rows
-        from kvopt.run.inputs import read_inputs
+        from kvopt.run.inputs import inputs_of_run
         from kvopt.storage.files import write_text
 
         if source.run is None:
             raise ValueError("a text context belongs to a run")
-        path = self.config or source.run.path / "config.yaml"
-        config, base_dir = load_config(path)
-        try:
-            inputs = read_inputs(config, base_dir)
-        except InputError as error:
-            if self.config is not None:
-                raise
-            raise InputError(str(error), where=str(path), fix="give the run's own config with --config") from None
-        rows = list(export_rows(inputs, source.run.path, [ContextChoice(context=source.name)], config.seed))
+        inputs = inputs_of_run(source.run.path, self.config)
+        rows = list(export_rows(inputs, source.run.path, [ContextChoice(context=source.name)], inputs.config.seed))
         write_text(place / FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return Written(
             summary=f"{counted(len(rows), 'training row')} under the context {source.name}, as prompt and completion.",
