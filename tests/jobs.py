@@ -5,6 +5,7 @@ A run takes about a second.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ SYSTEM = (
     "## Rules\n- Read the request twice.\n- Answer in one short line.\n- Do not explain the answer.\n\n"
     "Labels: weather, music, book."
 )
+PLACE = re.compile(rb'"config_folder": "[^"]*",?|"checksum": "[0-9a-f]+"')
 NOT_COMPARED = ("ledger.jsonl", ".lock", "report.html")
 
 
@@ -102,9 +104,14 @@ def run_job(config: Path, out: Path, sets: tuple[str, ...] = ()) -> dict[str, An
 
 
 def artefacts(out: Path) -> dict[str, bytes]:
-    """The bytes of every file of a run but those that hold times, and those that are put aside."""
+    """The bytes of every file of a run but those that hold times, and those that are put aside; of the manifest without
+    the way from the run to its config, which is another for a copy.
+    """
     files = (path for path in sorted(out.rglob("*")) if path.is_file() and ".kept" not in path.parts)
-    return {str(p.relative_to(out)): p.read_bytes() for p in files if p.name not in NOT_COMPARED}
+    found = {str(p.relative_to(out)): p.read_bytes() for p in files if p.name not in NOT_COMPARED}
+    if "manifest.json" in found:
+        found["manifest.json"] = PLACE.sub(b"", found["manifest.json"])
+    return found
 
 
 def stages_in(out: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,9 @@ from tests.tasks import Task
 Kind = Literal["kv", "soft"]
 BODIES = [[40, 41, 42], [50], [60, 61, 62, 63, 64, 65, 66], [70, 71], [80, 81, 82], [90, 91]]
 NEW_TOKENS = 10
+MLX_PYTHON = os.environ.get("KVOPT_MLX_PYTHON") or (sys.executable if importlib.util.find_spec("mlx_lm") else None)
+"""A Python with mlx-lm; it and torch need not be in one environment."""
+NO_MLX = "mlx-lm is not installed, and KVOPT_MLX_PYTHON names no Python with it"
 
 
 def perturbed(task: Task, kind: Kind, tokens: int) -> TensorContext:

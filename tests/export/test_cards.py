@@ -31,7 +31,7 @@ from kvopt.run.run import Run
 from kvopt.task.examples import Example
 from kvopt.task.seam import Encoder
 from kvopt.task.template import Template
-from tests.export.readers import module_of
+from tests.export.readers import MLX_PYTHON, NO_MLX, module_of
 from tests.jobs import run_job, write_job, write_rows
 from tests.tiny import save_tiny, tiny_base, tiny_folder
 
@@ -63,7 +63,12 @@ def run_snippet(folder: Path, value: str = "") -> str:
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text("utf-8"), flags=re.S)
     code = code.replace("{{mr}}", value)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, timeout=300)
+    python = sys.executable
+    if (folder / "mlx.json").is_file():
+        if MLX_PYTHON is None:
+            pytest.skip(NO_MLX)
+        python = MLX_PYTHON
+    done = subprocess.run([python, "-c", code], cwd=folder, env=environment, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode("utf-8")
     return done.stdout.decode("utf-8")
 
@@ -242,10 +247,10 @@ def test_another_base_than_the_contexts_is_refused_before_any_weights_are_read(r
 
 
 def test_the_same_context_gives_the_same_bytes(run: Path, tmp_path: Path) -> None:
-    for to in ("peft", "hf-cache", "vllm"):
+    for to in ("peft", "hf-cache", "mlx", "vllm"):
         first, again = (exported(run, to, "kv", tmp_path / f"{to}-{i}") for i in range(2))
-        for path in first.iterdir():
-            assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+        for path in (path.relative_to(first) for path in first.rglob("*") if path.is_file()):
+            assert (first / path).read_bytes() == (again / path).read_bytes(), path
 
 
 def test_the_built_in_base_is_found_by_name_in_snippets() -> None:

@@ -10,8 +10,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,9 @@ from kvopt.export.formats.mlx import rope_settings
 from kvopt.export.writing import export
 from tests.export.readers import (
     BODIES,
+    MLX_PYTHON,
     NEW_TOKENS,
+    NO_MLX,
     Kind,
     assert_same_logits,
     module_of,
@@ -36,7 +36,6 @@ from tests.export.readers import (
 from tests.tasks import make_task
 from tests.tiny import tiny_base, tiny_folder
 
-MLX_PYTHON = os.environ.get("KVOPT_MLX_PYTHON") or (sys.executable if find_spec("mlx_lm") else None)
 RUN = """
 import json, sys
 folder, base, bodies, tokens = json.loads(sys.argv[1])
@@ -113,7 +112,7 @@ def test_another_format_or_version_is_refused_by_name(tmp_path: Path) -> None:
         script.check_version("0.31.3")
 
 
-@pytest.mark.skipif(MLX_PYTHON is None, reason="mlx-lm is not installed, and KVOPT_MLX_PYTHON names no Python with it")
+@pytest.mark.skipif(MLX_PYTHON is None, reason=NO_MLX)
 @pytest.mark.parametrize("model", ["llama", "qwen3"])
 @pytest.mark.parametrize("kind", ["kv", "soft"])
 def test_mlx_lm_gives_our_logits_and_our_greedy_text(model: str, kind: Kind, tmp_path: Path) -> None:
@@ -125,7 +124,7 @@ def test_mlx_lm_gives_our_logits_and_our_greedy_text(model: str, kind: Kind, tmp
     assert answers == our_text(base, context, BODIES)
 
 
-@pytest.mark.skipif(MLX_PYTHON is None, reason="mlx-lm is not installed, and KVOPT_MLX_PYTHON names no Python with it")
+@pytest.mark.skipif(MLX_PYTHON is None, reason=NO_MLX)
 def test_mlx_lm_is_told_the_rope_that_it_does_not_find(tmp_path: Path) -> None:
     """With llama's own default, 10000, the logits would differ."""
     base = with_theta(tmp_path / "base", 300.0)

@@ -76,7 +76,8 @@ class MlxFormat(ExportFormat):
         converted = source.base_name == BUILTIN_BASE or source.base_name.lower().endswith(".gguf")
         model = self.mlx_model or (str(folder) if converted else source.base_name)
         states = source.states.to(getattr(torch, self.dtype))
-        write_bytes(place / FILE, save(cache_tensors(states), metadata=cache_metadata(states.shape[1], model)))
+        stored = save(cache_tensors(states), metadata=cache_metadata(states.shape[1], model))
+        write_bytes(place / FILE, in_fixed_order(stored))
         script = resources.files("kvopt.export.scripts") / "mlx_generate.py"
         write_bytes(place / "mlx_generate.py", script.read_bytes())
         rope = rope_settings(json.loads((folder / "config.json").read_text("utf-8")))
@@ -101,6 +102,16 @@ class MlxFormat(ExportFormat):
             ),
             facts=ExportFacts(layers=states.shape[1], kv_heads=states.shape[3], head_dim=states.shape[4]),
         )
+
+
+def in_fixed_order(stored: bytes) -> bytes:
+    """The bytes of a safetensors file with its metadata sorted: the library writes several entries in no fixed order."""
+    length = int.from_bytes(stored[:8], "little")
+    table = json.loads(stored[8 : 8 + length])
+    table["__metadata__"] = dict(sorted(table["__metadata__"].items()))
+    header = json.dumps(table, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + stored[8 + length :]
 
 
 def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
