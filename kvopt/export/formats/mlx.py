@@ -105,7 +105,7 @@ class MlxFormat(ExportFormat):
 
 
 def in_fixed_order(stored: bytes) -> bytes:
-    """The bytes of a safetensors file with its metadata sorted: the library writes several entries in no fixed order."""
+    """A safetensors file with its metadata sorted: the library writes several entries in no fixed order."""
     length = int.from_bytes(stored[:8], "little")
     table = json.loads(stored[8 : 8 + length])
     table["__metadata__"] = dict(sorted(table["__metadata__"].items()))
