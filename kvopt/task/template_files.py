@@ -64,7 +64,7 @@ def template_from_file(path: Path, original: Template) -> Template:
     """
     file, mark, name = path.name.rpartition("#")
     if mark and "." not in name and not path.is_file():
-        templates = read_templates(path.with_name(file), original)
+        templates = read_templates(path.with_name(file), original, fix=None)
         if name not in templates:
             few = ", ".join(list(templates)[:5]) + (", …" if len(templates) > 5 else "")
             raise InputError(f"has no template {name!r}", where=str(path.with_name(file)), fix=f"known: {few}")
@@ -170,8 +170,8 @@ def _with_leading(original: Template, text: str, where: str) -> Template:
     )
 
 
-def read_templates(path: Path, original: Template) -> dict[str, Template]:
-    """The templates of a file by name, in its order.
+def read_templates(path: Path, original: Template, fix: str | None = RELATIVE) -> dict[str, Template]:
+    """The templates of a file by name, in its order; ``fix`` is said of a file that is not there.
 
     ``.yaml``, ``.yml`` or ``.json``: a list of entries with a ``name`` and either ``messages`` or ``text``. ``.jsonl``:
     an entry a line, as pools of wordings have them; other keys are passed over, and one without a name is
@@ -182,7 +182,7 @@ def read_templates(path: Path, original: Template) -> dict[str, Template]:
     Raises:
         InputError: for the first template that cannot be used.
     """
-    source = read_text(path, RELATIVE)
+    source = read_text(path, fix)
     if path.suffix.lower() == ".jsonl":
         entries = _lines(source, path)
     else:
