@@ -13,7 +13,7 @@ from kvopt.errors import InputError
 from kvopt.export.row_formats import end_token_of
 from kvopt.export.stanzas import guide
 from kvopt.export.training_rows import choices_of, encoder_of, export_rows, learned_choices
-from kvopt.export.trl_check import Difference, trl_differences
+from kvopt.export.trl_check import RowDifference, trl_differences
 from kvopt.run.inputs import Inputs
 from kvopt.storage.files import write_jsonl, write_text
 
@@ -33,7 +33,7 @@ class WrittenData:
     rows: list[dict[str, Any]]
     guide: Path
     adapters: list[Path]
-    differences: list[Difference] | None = None
+    differences: list[RowDifference] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As the command prints it."""

@@ -20,7 +20,7 @@ UNREAD = {"alpaca": "TRL has no reader for alpaca rows"}
 
 
 @dataclass(frozen=True)
-class Difference:
+class RowDifference:
     """Where TRL differs from us in one row: tokens more (or fewer, negative) than ours, tokens that are others, and
     tokens that count in the loss more (or fewer).
     """
@@ -48,7 +48,7 @@ def check_trl(what: str) -> None:
 
 def trl_differences(
     rows: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]], tokenizer: Any, format: str, eos: str | None
-) -> list[Difference]:
+) -> list[RowDifference]:
     """The rows that TRL makes other ids or labels of.
 
     Args:
@@ -72,7 +72,7 @@ def trl_differences(
         counts = [sum(label != IGNORED for label in one["labels"]) for one in (their, our)]
         longer = len(their["input_ids"]) - len(our["input_ids"])
         where = f"{our['context_id']}, {our['example_id']}"
-        found.append(Difference(i, where, longer, sum(a != b for a, b in pairs), counts[0] - counts[1]))
+        found.append(RowDifference(i, where, longer, sum(a != b for a, b in pairs), counts[0] - counts[1]))
     return found
 
 
