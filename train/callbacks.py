@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from kvopt.errors import InputError, KvoptError
-from kvopt.train.context_dataset import IGNORED, ContextCollator, ContextDataset
+from kvopt.export.row_formats import IGNORED
+from kvopt.train.context_dataset import ContextCollator, ContextDataset
 
 Item = dict[str, list[int]]
 

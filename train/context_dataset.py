@@ -23,6 +23,7 @@ from kvopt.config.schedules import SCHEDULES, Schedule
 from kvopt.config.students import ContextChoice
 from kvopt.contexts import TextContext
 from kvopt.errors import InputError, from_extra
+from kvopt.export.row_formats import IGNORED, labelled
 from kvopt.task.columns import Columns, NoValue
 from kvopt.task.examples import Example
 from kvopt.task.seam import Encoder, Row, SeamError
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TemplateLike = str | Sequence[Mapping[str, str]] | Template
-IGNORED = -100
-"""The label of a token that counts nothing in the loss."""
 PEEKS = 2
 """Items that a trainer may look at before it trains."""
 
@@ -283,8 +282,8 @@ class _InOrder(Stream):
 
 
 def item_of(row: Row) -> dict[str, list[int]]:
-    """``input_ids`` of a row that is a whole prompt with its output, and ``labels``, which are −100 in the prompt."""
-    return {"input_ids": [*row.body, *row.gold], "labels": [IGNORED] * len(row.body) + list(row.gold)}
+    """:func:`kvopt.export.row_formats.labelled` ids of a row that is a whole prompt with its output."""
+    return labelled(row.body, row.gold)
 
 
 def _encoded(

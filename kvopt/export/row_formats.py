@@ -16,6 +16,7 @@ from kvopt.task.seam import Encoder
 from kvopt.task.template import Template
 
 IGNORED = -100
+"""The label of a token that counts nothing in the loss."""
 SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt"}
 TOKENIZED = ("tokens", "text")
 """Formats that the base's tokenizer has a part in."""
@@ -44,12 +45,17 @@ def formatted(
         raise InputError(error.what, where=f"{name}, {error.where}", fix=error.fix) from None
 
 
+def labelled(prompt: Sequence[int], gold: Sequence[int]) -> dict[str, list[int]]:
+    """``input_ids`` of a prompt with its output, and ``labels``, which are −100 in the prompt."""
+    return {"input_ids": [*prompt, *gold], "labels": [IGNORED] * len(prompt) + list(gold)}
+
+
 def _tokens(template: Template, example: Example, encoder: Encoder | None) -> dict[str, Any]:
     """``input_ids``, ``attention_mask``, and ``labels`` that are −100 in the prompt."""
     assert encoder is not None
     prompt, _, gold = encoder.prompt_and_gold(template, example)
-    ids = [*prompt, *gold]
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(prompt) + list(gold)}
+    ids, labels = labelled(prompt, gold).values()
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
 def _text(template: Template, example: Example, encoder: Encoder | None) -> dict[str, Any]:

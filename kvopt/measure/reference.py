@@ -272,8 +272,9 @@ def hold_reference(
         earlier: the same reference with fewer rows, which are taken over.
     """
     index, held = (dict(earlier.index), list(earlier.held)) if earlier else ({}, [])
-    missing = [row for row in encoded.rows if row.example_id not in index]
-    rest = iter(missing := [row for row in missing if wanted is None or row.example_id in wanted])
+    rows = [row for row in encoded.rows if wanted is None or row.example_id in wanted]
+    missing = [row for row in rows if row.example_id not in index]
+    rest = iter(missing)
     for counts in cut_by_tokens([(row.example_id, len(row.gold)) for row in missing], ROWS_PER_SHARD, TOKENS_PER_SHARD):
         index |= _places(len(held), counts)
         held.append(_hidden_of(base, prefix, list(islice(rest, len(counts))), batch_size, None))

@@ -53,12 +53,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], key: str) -> None:
     digest = _begun(table)
     for part in parts:
         digest.update(part)
-    header = json.dumps({FACTS: {"key": key, "sha256": digest.hexdigest()}} | table, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # tensors are read in place, so they begin at a multiple of 8
     with replacing_file(path) as partial, partial.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(header_of({FACTS: {"key": key, "sha256": digest.hexdigest()}} | table))
         for part in parts:
             file.write(part)
+
+
+def header_of(table: Mapping[str, Any]) -> bytes:
+    """The bytes of a safetensors file before its tensors; the same table in the same order gives the same."""
+    header = json.dumps(table, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors are read in place, so they begin at a multiple of 8
+    return len(header).to_bytes(8, "little") + header
 
 
 def stored_key(path: Path) -> str | None:

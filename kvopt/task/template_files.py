@@ -62,12 +62,12 @@ def template_from_file(path: Path, original: Template) -> Template:
     Raises:
         InputError: the file cannot be read, or its slots are not the original's.
     """
-    file, mark, name = path.name.rpartition("#")
-    if mark and "." not in name and not path.is_file():
-        templates = read_templates(path.with_name(file), original, fix=None)
+    file, name = _of_several(path)
+    if name and not path.is_file():
+        templates = read_templates(file, original, fix=None)
         if name not in templates:
             few = ", ".join(list(templates)[:5]) + (", …" if len(templates) > 5 else "")
-            raise InputError(f"has no template {name!r}", where=str(path.with_name(file)), fix=f"known: {few}")
+            raise InputError(f"has no template {name!r}", where=str(file), fix=f"known: {few}")
         return templates[name]
     source = read_text(path)
     return template_of(_prompt(source, path) if is_structured(path) else source, original, where=str(path))
@@ -75,8 +75,13 @@ def template_from_file(path: Path, original: Template) -> Template:
 
 def name_of_file(argument: str) -> str:
     """What a context is called that is the text of a file: the file's name without its ending, or NAME of FILE#NAME."""
-    _, mark, name = Path(argument).name.rpartition("#")
-    return name if mark and "." not in name else Path(argument).stem
+    return _of_several(Path(argument))[1] or Path(argument).stem
+
+
+def _of_several(path: Path) -> tuple[Path, str]:
+    """FILE and NAME of ``FILE#NAME``; another path is a whole file, and NAME is empty."""
+    file, _, name = path.name.rpartition("#")
+    return (path.with_name(file), name) if file and "." not in name else (path, "")
 
 
 def template_of(source: str | Mapping[str, Any], original: Template, *, where: str) -> Template:
@@ -114,6 +119,18 @@ def structured(source: str, path: Path) -> Any:
         return parsed_json(source) if path.suffix.lower() == ".json" else yaml.safe_load(source)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: JSON, and dates that do not exist
         raise InputError(f"not valid JSON or YAML: {error}".replace("\n", " "), where=str(path)) from None
+
+
+def json_lines(source: str, path: Path) -> list[tuple[int, Any]]:
+    """(number, value) of each line of a file of JSON lines that is not blank. Raises InputError."""
+    values = []
+    for number, line in enumerate(source.split("\n"), 1):
+        if line.strip():
+            try:
+                values.append((number, parsed_json(line)))
+            except ValueError as error:
+                raise InputError(f"not JSON: {error}", where=f"{path}:{number}") from None
+    return values
 
 
 def written_out(section: TemplateConfig, base_dir: Path) -> dict[str, Any]:
@@ -199,17 +216,10 @@ def read_templates(path: Path, original: Template, fix: str | None = RELATIVE) -
 
 def _lines(source: str, path: Path) -> list[tuple[str, Any]]:
     entries = []
-    for number, line in enumerate(source.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            item = parsed_json(line)
-        except ValueError as error:
-            raise InputError(f"not JSON: {error}", where=where) from None
+    for number, item in json_lines(source, path):
         if isinstance(item, dict):
             item = {"name": f"{_stem(path)}-{number}"} | {key: item[key] for key in KEYS if key in item}
-        entries.append(_entry(item, where))
+        entries.append(_entry(item, f"{path}:{number}"))
     return entries
 
 

@@ -89,6 +89,8 @@ def test_one_of_several_templates_of_a_file_is_named_after_a_mark(tmp_path):
         template_from_file(tmp_path / "pool.jsonl#fax", CHAT)
     with pytest.raises(InputError, match=r"other\.jsonl: no such file"):
         template_from_file(tmp_path / "other.jsonl#far", CHAT)
+    with pytest.raises(InputError, match=r"#far: no such file"):  # a mark without a file is a file's name
+        template_from_file(tmp_path / "#far", CHAT)
     written(tmp_path, "no#2", "Whole words.")  # a file of that name comes first
     assert template_from_file(tmp_path / "no#2", CHAT).messages[0].content == "Whole words."
 

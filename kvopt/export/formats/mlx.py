@@ -106,12 +106,12 @@ class MlxFormat(ExportFormat):
 
 def in_fixed_order(stored: bytes) -> bytes:
     """A safetensors file with its metadata sorted: the library writes several entries in no fixed order."""
+    from kvopt.storage.tensors import FACTS, header_of
+
     length = int.from_bytes(stored[:8], "little")
     table = json.loads(stored[8 : 8 + length])
-    table["__metadata__"] = dict(sorted(table["__metadata__"].items()))
-    header = json.dumps(table, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + stored[8 + length :]
+    table[FACTS] = dict(sorted(table[FACTS].items()))
+    return header_of(table) + stored[8 + length :]
 
 
 def rope_settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -42,11 +42,11 @@ LEAST_WORDS = 4
 
 
 @dataclass
-class EndpointParaphraser:
-    """Rewrites of whole fields by a chat model behind ``config.base_url``.
+class AskingGenerator:
+    """A generator that asks a chat model behind ``config.base_url``.
 
     Args:
-        config: address, model, retries, concurrency.
+        config: address, model, retries, concurrency, and what is asked for.
         first_wait: seconds before the first repeat; doubles with each.
         transport: an httpx transport in the place of the network's.
         say: gets a line where the model has no system role; None: stderr does.
@@ -61,9 +61,18 @@ class EndpointParaphraser:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        self.batch = self.config.concurrency
+        self.batch = self.config.at_once if self.config.families else self.config.concurrency
         said = {"say": self.say} if self.say else {}
         self.chat = ChatEndpoint(self.config, "mutations.generator", self.first_wait, self.transport, **said)
+
+
+def unanswered(failure: ChatFailure) -> Rejection:
+    """What a request comes to that got no answer."""
+    return Rejection("generation-failed" if failure.answered else REQUEST_FAILED, str(failure))
+
+
+class EndpointParaphraser(AskingGenerator):
+    """Rewrites whole fields, one a request, several requests at once."""
 
     def propose(self, requests: Sequence[Request]) -> list[Proposal]:
         with self.chat.client() as client, ThreadPoolExecutor(self.config.concurrency) as pool:
@@ -91,7 +100,7 @@ class EndpointParaphraser:
         try:
             answer = self.chat.ask(client, [SYSTEM_MESSAGE, {"role": "user", "content": f"{way}\n\n{form.text}"}], seed)
         except ChatFailure as error:
-            return Rejection("generation-failed" if error.answered else REQUEST_FAILED, str(error))
+            return unanswered(error)
         if not field.text.endswith((" ", "\n")) or field.fixed_end:
             answer = answer.strip()
         restored = form.restore(answer)

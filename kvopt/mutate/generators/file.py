@@ -10,10 +10,10 @@ from typing import Any
 from kvopt.errors import InputError
 from kvopt.mutate.proposals import Proposal, Request
 from kvopt.mutate.validity import Rejection
-from kvopt.storage.files import RELATIVE, parsed_json, read_text, sha256_json
+from kvopt.storage.files import RELATIVE, read_text, sha256_json
 from kvopt.task.foreign import refuse_foreign_file
 from kvopt.task.template import SLOT, Template
-from kvopt.task.template_files import is_structured, structured
+from kvopt.task.template_files import is_structured, json_lines, structured
 
 CHECKED_AS = "written"
 """Part of the variants' hash: other checks accept other variants."""
@@ -114,14 +114,7 @@ def _entries(path: Path) -> list[tuple[str, Any]]:
     if path.suffix != ".jsonl":
         variants = [_without_last_newline(variant) for variant in BETWEEN.split(text)]
         return [(f"{path}, variant {i + 1}", variant) for i, variant in enumerate(variants) if variant.strip()]
-    entries = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                entries.append((f"{path}:{number}", parsed_json(line)))
-            except ValueError as error:
-                raise InputError(f"not JSON: {error}", where=f"{path}:{number}") from None
-    return entries
+    return [(f"{path}:{number}", value) for number, value in json_lines(text, path)]
 
 
 def _is_message(values: list[Any]) -> bool:

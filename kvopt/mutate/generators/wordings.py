@@ -6,18 +6,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvopt.base.chat_endpoint import ChatEndpoint, ChatFailure
-from kvopt.config.mutations import EndpointGenerator
+from kvopt.base.chat_endpoint import ChatFailure
+from kvopt.mutate.generators.endpoint import AskingGenerator, unanswered
 from kvopt.mutate.proposals import Proposal, Request
-from kvopt.mutate.validity import REQUEST_FAILED, Rejection
+from kvopt.mutate.validity import Rejection
 from kvopt.task.template import Template
 
 if TYPE_CHECKING:
-    import httpx
+    pass
 
 SYSTEM = (
     "You write other wordings of a prompt template. Each demands exactly the same of an answer: every rule is kept, none is added, weakened or contradicted; "  # noqa: E501
@@ -44,27 +43,8 @@ SHOWN = 8
 """How many accepted wordings a call shows, the last ones: they cost tokens."""
 
 
-@dataclass
-class EndpointWordings:
-    """Wordings of the whole template by a chat model behind ``config.base_url``.
-
-    Args:
-        config: address, model, families, distance, how many at once.
-        first_wait, transport, say: as in :class:`kvopt.mutate.generators.endpoint.EndpointParaphraser`.
-    """
-
-    config: EndpointGenerator
-    first_wait: float = 1.0
-    transport: httpx.BaseTransport | None = None
-    say: Callable[[str], None] | None = None
-    name: str = "endpoint"
-    family: str = "paraphrase"
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        self.batch = self.config.at_once
-        said = {"say": self.say} if self.say else {}
-        self.chat = ChatEndpoint(self.config, "mutations.generator", self.first_wait, self.transport, **said)
+class EndpointWordings(AskingGenerator):
+    """Wordings of the whole template, of ``config.families`` and at ``config.distance``, ``config.at_once`` a call."""
 
     def propose(self, requests: Sequence[Request]) -> list[Proposal]:
         """All of them in one call; those that its answer lacks are rejections."""
@@ -76,8 +56,7 @@ class EndpointWordings:
             with self.chat.client() as client:
                 answer = self.chat.ask(client, messages, first.seed % 2**31)
         except ChatFailure as error:
-            rejection = Rejection("generation-failed" if error.answered else REQUEST_FAILED, str(error))
-            return [Proposal(rejection=rejection) for _ in requests]
+            return [Proposal(rejection=unanswered(error)) for _ in requests]
         written = wordings_in(answer)
         told = "the answer is no JSON array" if written is None else f"the answer holds {len(written)} wordings"
         lacking = Rejection("generation-failed", f"{told}; {len(requests)} were asked for: {answer[:120]!r}")
